@@ -1,0 +1,1 @@
+"""Experiments: training from a recipe, and what is measured on it."""

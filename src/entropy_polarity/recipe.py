@@ -1,0 +1,127 @@
+"""Recipes: a documented setting of everything a run needs, as a TOML file that comes with the package or a path.
+
+    title, cost, expected    what the run is, what it takes, what was measured
+    seed                     of prompts, sampling and training
+    [task]                   name, and the task's own settings
+    [policy]                 model: "embedded", or a folder with a Hugging Face causal language model
+    [method]                 name, and the method's own settings
+    [trainer]                any argument of TRL's GRPOConfig
+    [evaluation]             problems, samples: held-out evaluation before and after
+    [record]                 completions: how many sampled completions of each rollout are kept
+"""
+
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from entropy_polarity._errors import unknown_name
+
+DEFAULT_RECIPE = "countdown"
+
+
+@dataclass(frozen=True)
+class Policy:
+    model: str = "embedded"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    problems: int = 200
+    samples: int = 16
+
+
+@dataclass(frozen=True)
+class Recorded:
+    completions: int = 4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    title: str = ""
+    cost: str = ""
+    expected: str = ""
+    seed: int = 0
+    task: dict[str, Any] = field(default_factory=lambda: {"name": "countdown"})
+    policy: Policy = Policy()
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "papo"})
+    trainer: dict[str, Any] = field(default_factory=dict)
+    evaluation: HeldOut = HeldOut()
+    record: Recorded = Recorded()
+
+    def with_method(self, name: str) -> "Recipe":
+        """The recipe with another method; settings belong to a method, so only the same name keeps them."""
+        return self if self.method["name"] == name else replace(self, method={"name": name})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+_SECTIONS = {"policy": Policy, "evaluation": HeldOut, "record": Recorded}
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    folder = files("entropy_polarity") / "recipes"
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of that name or at that path, with `overrides` like "trainer.learning_rate=1e-4" applied.
+
+    Raises ValueError for a file that is not TOML or a key that is not known (naming the nearest known one), and
+    FileNotFoundError for a recipe that does not exist.
+    """
+    path = Path(name_or_path)
+    if path.suffix == ".toml" or path.parent != Path("."):
+        if not path.is_file():
+            raise FileNotFoundError(f"no recipe at {path}: give a .toml file, or one of {', '.join(recipe_names())}")
+        text = path.read_text()
+    elif name_or_path in recipe_names():
+        text = (files("entropy_polarity") / "recipes" / f"{name_or_path}.toml").read_text()
+    else:
+        raise unknown_name("recipe", name_or_path, recipe_names())
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"recipe {name_or_path} is not valid TOML: {error}") from None
+    for override in overrides or []:
+        _override(document, override)
+    return _recipe(document)
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ValueError(f"override {override!r} has no '=': write it like trainer.learning_rate=1e-4")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is a string
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        document = document.setdefault(section, {})
+    document[last] = parsed
+
+
+def _recipe(document: dict[str, Any]) -> Recipe:
+    known = {f.name: f for f in fields(Recipe)}
+    values: dict[str, Any] = {}
+    for key, value in document.items():
+        if key not in known:
+            raise unknown_name("recipe key", key, known)
+        if key in ("task", "method", "trainer", *_SECTIONS) and not isinstance(value, dict):
+            raise ValueError(f"recipe key {key!r} is {value!r}; expected a table [{key}]")
+        if key in _SECTIONS:
+            section = {f.name for f in fields(_SECTIONS[key])}
+            for name in value:
+                if name not in section:
+                    raise unknown_name("recipe key", f"{key}.{name}", [f"{key}.{n}" for n in section])
+            value = _SECTIONS[key](**value)
+        values[key] = value
+    recipe = Recipe(**values)
+    for table in ("task", "method"):
+        if "name" not in getattr(recipe, table):
+            raise ValueError(f"recipe table [{table}] has no name")
+    return recipe

@@ -1,0 +1,135 @@
+"""Countdown: reach a target with all the given numbers, each used once, with + - * and brackets.
+
+    prompt      "5 9 3 5=9:"
+    completion  "(9-5)*3-... "
+
+Problem = f(seed, index). A tenth of all problems, chosen by a hash of the problem itself, is the test split:
+training and pretraining can never draw one. The verifier never evaluates code: it checks the characters,
+parses with `ast` and walks a whitelist of nodes.
+"""
+
+import ast
+import hashlib
+import random
+import re
+from dataclasses import dataclass
+
+from entropy_polarity.tasks import Problem, Score, Split
+
+OPERATORS = "+-*"
+# No honest answer is near this long; everything longer is refused before it is parsed.
+MAX_ANSWER_CHARACTERS = 128
+_ANSWER = re.compile(r"[0-9+\-*() ]+")
+_TEST_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A binary expression: a number, or two expressions joined by an operator."""
+
+    value: int
+    operator: str = ""
+    left: "Expression | None" = None
+    right: "Expression | None" = None
+
+    def __str__(self) -> str:
+        if self.left is None or self.right is None:
+            return str(self.value)
+        left, right = str(self.left), str(self.right)
+        if self.operator == "*" and self.left.operator in ("+", "-"):
+            left = f"({left})"
+        if self.right.operator in ("+", "-") and self.operator in ("*", "-"):
+            right = f"({right})"
+        return f"{left}{self.operator}{right}"
+
+
+@dataclass(frozen=True)
+class Countdown:
+    """Countdown with `numbers` operands (one size, or several drawn evenly), digits 1-9, targets 1-`max_target`.
+
+    >>> task = Countdown(numbers=(3,))
+    >>> problem = Problem("2 3 4=10:", {"numbers": [2, 3, 4], "target": 10})
+    >>> task.score(problem, "2*3+4")
+    Score(reward=1.0, reason='correct')
+    >>> task.score(problem, "2*5").reason
+    'wrong numbers'
+    """
+
+    numbers: tuple[int, ...] = (4,)
+    max_target: int = 99
+
+    name = "countdown"
+    max_completion_tokens = 16
+    reasons = ("correct", "wrong value", "wrong numbers", "not an expression", "too long")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "numbers", tuple(self.numbers))
+        if not self.numbers or not all(isinstance(n, int) and 2 <= n <= 6 for n in self.numbers):
+            raise ValueError(f"countdown: numbers must be sizes from 2 to 6, got {self.numbers!r}")
+        if self.max_target < 1:
+            raise ValueError(f"countdown: max_target must be at least 1, got {self.max_target}")
+
+    def problem(self, seed: int, index: int, split: Split = "train") -> Problem:
+        return self.solved_problem(seed, index, split)[0]
+
+    def solved_problem(self, seed: int, index: int, split: Split = "train") -> tuple[Problem, str]:
+        """A problem with the expression it was made from: one of its solutions."""
+        rng = random.Random(f"countdown:{split}:{seed}:{index}")
+        while True:
+            numbers = [rng.randint(1, 9) for _ in range(rng.choice(self.numbers))]
+            solution = _random_expression(rng, numbers)
+            target = solution.value
+            if 1 <= target <= self.max_target and _is_test(numbers, target) == (split == "test"):
+                break
+        rng.shuffle(numbers)
+        prompt = f"{' '.join(map(str, numbers))}={target}:"
+        return Problem(prompt, {"numbers": numbers, "target": target}), str(solution)
+
+    def score(self, problem: Problem, completion: str) -> Score:
+        if len(completion) > MAX_ANSWER_CHARACTERS:
+            return Score(0.0, "too long")
+        if not _ANSWER.fullmatch(completion):
+            return Score(0.0, "not an expression")
+        try:
+            tree = ast.parse(completion.strip(), mode="eval").body
+            used: list[int] = []
+            value = _evaluate(tree, used)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return Score(0.0, "not an expression")
+        if sorted(used) != sorted(problem.facts["numbers"]):
+            return Score(0.0, "wrong numbers")
+        return Score(1.0, "correct") if value == problem.facts["target"] else Score(0.0, "wrong value")
+
+
+def _random_expression(rng: random.Random, numbers: list[int]) -> Expression:
+    """Join two random parts with a random operator until one is left: every tree shape can occur."""
+    parts = [Expression(n) for n in numbers]
+    while len(parts) > 1:
+        left = parts.pop(rng.randrange(len(parts)))
+        right = parts.pop(rng.randrange(len(parts)))
+        operator = rng.choice(OPERATORS)
+        parts.append(Expression(_apply(operator, left.value, right.value), operator, left, right))
+    return parts[0]
+
+
+def _apply(operator: str, left: int, right: int) -> int:
+    return left + right if operator == "+" else left - right if operator == "-" else left * right
+
+
+def _is_test(numbers: list[int], target: int) -> bool:
+    """Whether the problem belongs to the test split: a property of the problem, not of how it was drawn."""
+    key = f"{sorted(numbers)}={target}".encode()
+    return hashlib.sha256(key).digest()[0] < 256 * _TEST_SHARE
+
+
+_NODES = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
+
+
+def _evaluate(node: ast.AST, used: list[int]) -> int:
+    """The value of a whitelisted expression; numbers met on the way are appended to `used`."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        used.append(node.value)
+        return node.value
+    if isinstance(node, ast.BinOp) and type(node.op) in _NODES:
+        return _apply(_NODES[type(node.op)], _evaluate(node.left, used), _evaluate(node.right, used))
+    raise ValueError("not allowed in an answer")

@@ -1,0 +1,101 @@
+"""Per-token facts of a rollout batch: what every other file reads, and nothing that decides.
+
+Dimension key, used in every signature: P prompts, G group, B responses (= P G), T tokens, V vocabulary,
+D hidden width.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class TokenStats(NamedTuple):
+    """Statistics of the policy at each sampled token, in nats, all of the tempered distribution p.
+
+    logp         log p_a, the only field that carries a gradient
+    entropy      H = -Σ_v p_v log p_v
+    sum_p2       Σ_v p_v²
+    sum_p2_logp  Σ_v p_v² log p_v
+    sensitivity  T = C - S_a: dH per unit of policy-gradient step with advantage 1
+    sampled      S_a = p_a (log p_a + H)
+    correction   C = Σ_v p_v² (log p_v + H) >= 0
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    sum_p2: Tensor
+    sum_p2_logp: Tensor
+    sensitivity: Tensor
+    sampled: Tensor
+    correction: Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Aligned facts of one rollout batch (or of some rows of it). What was not computed is None.
+
+    mask         True where the policy itself wrote the token; padding and environment tokens are False
+    advantages   A, one value a token (a response's advantage repeated)
+    logp         log p_a under the current policy, old_logp under the policy that sampled
+    entropy, sum_p2, sum_p2_logp, sensitivity   as in TokenStats
+    importance   w, what the loss leaves of the policy gradient: the importance ratio while the clip lets it
+                 live, 0 where it does not, times a rollout engine's correction. None means 1 everywhere
+    reward, group, sample_id   one value a response
+    """
+
+    mask: Bool[Tensor, "B T"]
+    advantages: Float[Tensor, "B T"]
+    logp: Float[Tensor, "B T"] | None = None
+    old_logp: Float[Tensor, "B T"] | None = None
+    entropy: Float[Tensor, "B T"] | None = None
+    sum_p2: Float[Tensor, "B T"] | None = None
+    sum_p2_logp: Float[Tensor, "B T"] | None = None
+    sensitivity: Float[Tensor, "B T"] | None = None
+    importance: Float[Tensor, "B T"] | None = None
+    reward: Float[Tensor, " B"] | None = None
+    group: Int[Tensor, " B"] | None = None
+    sample_id: Int[Tensor, " B"] | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value.shape[0] != self.mask.shape[0]:
+                raise ValueError(
+                    f"Tokens: {field.name} has {value.shape[0]} rows, the mask has {self.mask.shape[0]}: "
+                    "every field describes the same responses"
+                )
+
+    def require(self, *names: str, by: str) -> None:
+        """Raise ValueError if a field that `by` reads was not computed."""
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"{by} needs the token facts {', '.join(missing)}, which were not computed")
+
+    def rows(self, index: Int[Tensor, " N"] | slice) -> "Tokens":
+        """The same facts for some of the responses."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value[index] for name, value in columns.items() if value is not None})
+
+
+def concatenate(parts: list[Tokens]) -> Tokens:
+    """Join batches along the responses; shorter ones are padded with masked zeros to the longest."""
+    width = max(part.mask.shape[1] for part in parts)
+
+    def join(name: str) -> Tensor | None:
+        columns = [getattr(part, name) for part in parts]
+        if any(column is None for column in columns):
+            return None
+        return torch.cat([
+            torch.nn.functional.pad(column, (0, width - column.shape[1])) if column.dim() == 2 else column
+            for column in columns
+        ])
+
+    return Tokens(**{f.name: join(f.name) for f in fields(Tokens)})  # type: ignore[arg-type]
+
+
+def masked_mean(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Tensor:
+    """Mean of `values` where `mask` is True; 0 for an empty mask. What is masked out may be NaN."""
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)

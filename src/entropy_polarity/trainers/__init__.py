@@ -1,0 +1,1 @@
+"""Trainers: thin coats over the frameworks people use. The only rooms that import a framework."""

@@ -1,0 +1,393 @@
+"""PolarityTrainer: TRL's GRPOTrainer with the advantages rewritten token by token. Nothing else differs.
+
+Three seams of TRL are used, none of its logic is copied:
+
+1. the fused output head also returns the statistics (`_StatisticsHead` rides in its unused output slots);
+2. `_compute_loss` works on a copy of the batch, so that TRL reads the advantages we put there;
+3. `_get_per_token_logps_and_entropies`, which TRL calls just before it reads them, is where the statistics of
+   the current forward pass appear and the advantages are rewritten. No second forward pass is made.
+
+A method that looks at the whole rollout batch (`Transform.local` is None) gets one pass without gradient when the
+batch is generated instead. All the seams are private to TRL, hence the version check.
+"""
+
+import inspect
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import trl
+from packaging.version import Version
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer
+from trl.trainer import utils as trl_utils
+
+from entropy_polarity.kernels.chunked import head_statistics
+from entropy_polarity.methods import make_transform
+from entropy_polarity.polarity import surviving_ratio
+from entropy_polarity.record import CHECKPOINT_IS_WHOLE as STATE_FILE
+from entropy_polarity.tokens import Tokens, concatenate
+
+TESTED_TRL = ("1.16", "1.17")
+# Extra per-row columns that travel with TRL's batch through its shuffle and split.
+REWARD, GROUP, SAMPLE_ID = "polarity_reward", "polarity_group", "polarity_sample_id"
+_SENTINEL = "polarity"
+
+
+def check_trl() -> None:
+    """Raise ImportError if the installed TRL is not one whose private seams were tested."""
+    low, high = TESTED_TRL
+    if not Version(low) <= Version(trl.__version__) < Version(high):
+        raise ImportError(
+            f"entropy-polarity hooks private methods of TRL {low}, but TRL {trl.__version__} is installed: "
+            f"pip install 'trl>={low},<{high}'"
+        )
+    seams = {
+        "GRPOTrainer._compute_loss": (GRPOTrainer._compute_loss, {"model", "inputs"}),
+        "GRPOTrainer._get_per_token_logps_and_entropies": (
+            GRPOTrainer._get_per_token_logps_and_entropies,
+            {"model", "input_ids", "logits_to_keep", "compute_entropy"},
+        ),
+        "GRPOTrainer._generate_and_score_completions": (
+            GRPOTrainer._generate_and_score_completions,
+            {"inputs"},
+        ),
+        "GRPOTrainer._calculate_rewards": (GRPOTrainer._calculate_rewards, {"inputs", "prompts"}),
+        "add_fused_lm_head": (trl_utils.add_fused_lm_head, {"model", "outputs"}),
+        "ChunkedLogProbFunction": (
+            trl_utils._ChunkedLogProbFunction.forward,
+            {"hidden", "weight", "bias", "targets", "temperature", "outputs"},
+        ),
+    }
+    for name, (function, wanted) in seams.items():
+        missing = wanted - inspect.signature(function).parameters.keys()
+        if missing:
+            raise ImportError(
+                f"TRL {trl.__version__}: {name} has no parameter {', '.join(sorted(missing))}; this is not the "
+                f"TRL that entropy-polarity was tested with ({low})"
+            )
+
+
+check_trl()
+_TRL_LOG_PROB = trl_utils._ChunkedLogProbFunction
+
+
+class _StatisticsHead:
+    """Stands where TRL's fused log-prob function does. Heads that did not ask for statistics get TRL's, untouched.
+
+    The sentinel among the requested outputs is set per model, in `PolarityTrainer.__init__`; so other trainers of
+    the same process see no difference. log-probs and entropy are always TRL's own; Σp², T and Σp² log p ride in
+    the slots of log Σp², the mean logit and top-1. Not an autograd function itself: the statistics carry none.
+    """
+
+    forward = _TRL_LOG_PROB.forward  # what `check_trl` and TRL may inspect
+
+    @staticmethod
+    def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap=None, logit_scale=1.0, outputs=()):
+        rest = (hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale)
+        if _SENTINEL not in outputs:
+            return _TRL_LOG_PROB.apply(*rest, outputs)
+        logp, entropy, *_ = _TRL_LOG_PROB.apply(*rest, ("log_probs", "entropy"))
+        stats = head_statistics(
+            hidden, weight, bias, targets, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+        )
+        return logp, entropy, stats.sum_p2, stats.sensitivity, stats.sum_p2_logp
+
+
+trl_utils._ChunkedLogProbFunction = _StatisticsHead  # type: ignore[assignment]
+
+
+@contextmanager
+def _statistics_requested() -> Iterator[None]:
+    """Within, heads that TRL adds to return the entropy too are asked for the statistics as well."""
+    original = grpo_trainer.add_fused_lm_head
+
+    def add(model, *args, outputs=("log_probs",), **kwargs):
+        wanted = (*outputs, _SENTINEL) if "entropy" in outputs else outputs
+        original(model, *args, outputs=wanted, **kwargs)
+
+    grpo_trainer.add_fused_lm_head = add
+    try:
+        yield
+    finally:
+        grpo_trainer.add_fused_lm_head = original
+
+
+@dataclass
+class PolarityConfig(GRPOConfig):
+    """GRPOConfig plus the method (`papo methods` lists them) and its settings, as its builder names them.
+
+    >>> config = PolarityConfig("out", method="papo", method_settings={"controller": "balance"}, use_cpu=True,
+    ...                         bf16=False, report_to="none")
+    >>> config.method_settings["controller"]
+    'balance'
+    """
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "method_settings"]
+
+    method: str = field(default="papo", metadata={"help": "Name of a method in entropy_polarity.methods."})
+    method_settings: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Settings of the method, e.g. '{\"controller\": \"trend\", \"gain\": 5}'."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.importance_sampling_level != "token":
+            raise ValueError(
+                f"importance_sampling_level={self.importance_sampling_level!r} averages the advantage over each "
+                "sequence, which cancels token weights: use importance_sampling_level='token'"
+            )
+        if self.loss_type == "luspo":
+            raise ValueError(
+                "loss_type='luspo' weighs whole sequences, which cancels token weights: use 'dapo', 'grpo', "
+                "'bnpo', 'dr_grpo', 'cispo', 'sapo' or 'vespo'"
+            )
+        make_transform(self.method, self.settings)  # unknown names fail here, before a model is loaded
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return json.loads(self.method_settings) if isinstance(self.method_settings, str) else self.method_settings or {}
+
+
+class Rollout(NamedTuple):
+    """One finished rollout batch of this process, in the order of generation, for whoever records it."""
+
+    inputs: dict[str, Any]
+    tokens: Tokens
+    weight: Tensor
+    metrics: dict[str, float]
+
+
+class _RolloutBoundaries(TrainerCallback):
+    """Checkpoints only between rollouts: a save that falls inside one waits for its end."""
+
+    def __init__(self, trainer: "PolarityTrainer") -> None:
+        self.trainer = trainer
+        self.waiting = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.trainer.steps_per_rollout == 0:
+            control.should_save |= self.waiting
+            self.waiting = False
+        elif control.should_save and state.global_step < state.max_steps:
+            control.should_save, self.waiting = False, True
+
+
+class PolarityTrainer(GRPOTrainer):
+    """GRPOTrainer whose advantages go through a method of `entropy_polarity.methods`.
+
+    Takes GRPOTrainer's arguments, with a PolarityConfig. With λ = 0 it is GRPOTrainer to the last bit. The state
+    of the method is in every checkpoint (`polarity_state.json`); metrics appear under `polarity/`.
+    `on_rollout`, if set, is called with each finished `Rollout`.
+    """
+
+    def __init__(self, model, reward_funcs=None, args: PolarityConfig | None = None, **kwargs) -> None:
+        if not isinstance(args, PolarityConfig):
+            raise TypeError(f"PolarityTrainer needs args=PolarityConfig(...), got {type(args).__name__}")
+        self.transform = make_transform(args.method, args.settings)
+        self.method_state = self.transform.init()
+        self.on_rollout = None
+        self._seen: list[Tokens] = []
+        self._loss_inputs: dict[str, Any] | None = None
+        self._rollout_inputs: dict[str, Any] = {}
+        with _statistics_requested():
+            super().__init__(model, reward_funcs, args, **kwargs)
+        self.add_callback(_RolloutBoundaries(self))
+
+    @property
+    def micro_steps_per_rollout(self) -> int:
+        return self.args.steps_per_generation * self.num_iterations
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimiser steps after which a rollout batch and an accumulation window end together."""
+        accumulation = self.args.gradient_accumulation_steps
+        return math.lcm(accumulation, self.micro_steps_per_rollout) // accumulation
+
+    # ---- the rollout batch ------------------------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        rank = self.accelerator.process_index
+        self._last_rewards = total[rank * len(prompts) : (rank + 1) * len(prompts)]
+        return rewards
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        if not self.model.training:
+            return batch
+        rows = len(batch["completion_ids"])
+        sample_id = torch.arange(rows, device=batch["completion_ids"].device)
+        sample_id += rows * self.accelerator.process_index
+        batch |= {REWARD: self._last_rewards, GROUP: sample_id // self.num_generations, SAMPLE_ID: sample_id}
+        self._seen = []
+        self._rollout_inputs = batch
+        if self.transform.local is None:
+            tokens = self._whole_batch_tokens(batch)
+            batch["advantages"] = self._end_rollout(tokens)
+        return batch
+
+    def _whole_batch_tokens(self, batch: dict[str, Any]) -> Tokens:
+        """The facts of this process's rows from one pass without gradient, before any update on them."""
+        captured = dict(batch)
+        keep = batch["completion_ids"].size(1)
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        accepted = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+        extra = {name: value for name, value in batch.items() if name in accepted}
+        checkpointing = grpo_trainer.disable_gradient_checkpointing
+        with torch.no_grad(), checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            size = self.args.per_device_train_batch_size
+            columns = self._statistics(self.model, ids, attention, keep, batch_size=size, **extra)
+        return self._tokens(captured, *columns)
+
+    def _end_rollout(self, local: Tokens) -> Tensor:
+        """Run the method once on the global rollout batch; returns this process's rewritten advantages."""
+        whole = self._gather(local)
+        rewritten, self.method_state, metrics = self.transform.update(whole, self.method_state)
+        rows, width = local.mask.shape
+        mine = slice(rows * self.accelerator.process_index, rows * (self.accelerator.process_index + 1))
+        advantages = rewritten.advantages[mine, :width]
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(value)
+        if self.on_rollout is not None:
+            weight = torch.where(local.advantages == 0, 1.0, advantages / local.advantages)
+            self.on_rollout(Rollout(self._rollout_inputs, local, weight, metrics))
+        return advantages
+
+    def _gather(self, tokens: Tokens) -> Tokens:
+        if self.accelerator.num_processes == 1:
+            return tokens
+        columns = {f.name: getattr(tokens, f.name) for f in fields(tokens)}
+        columns["mask"] = columns["mask"].to(torch.int32)  # not every backend gathers booleans
+        for name, column in columns.items():
+            if column is not None:
+                padded = self.accelerator.pad_across_processes(column, dim=1) if column.dim() == 2 else column
+                columns[name] = self.accelerator.gather(padded.contiguous())
+        return Tokens(**columns | {"mask": columns["mask"].bool()})  # type: ignore[arg-type]
+
+    # ---- the loss ---------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model, inputs):
+        if not self.model.training or self.transform.local is None:
+            return super()._compute_loss(model, inputs)
+        self._loss_inputs = dict(inputs)  # TRL serves the same dict again: never rewrite it in place
+        try:
+            loss = super()._compute_loss(model, self._loss_inputs)
+        finally:
+            self._loss_inputs = None
+        if self._step % self.micro_steps_per_rollout == self.micro_steps_per_rollout - 1:
+            tokens = concatenate(self._seen)
+            assert tokens.sample_id is not None
+            self._end_rollout(tokens.rows(tokens.sample_id.argsort()))
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
+        if self._loss_inputs is None or not compute_entropy:
+            return super()._get_per_token_logps_and_entropies(
+                model, *args, compute_entropy=compute_entropy, **kwargs
+            )
+        logits_to_keep = args[2] if len(args) > 2 else kwargs["logits_to_keep"]
+        result, captured = self._capture(model, logits_to_keep, *args, **kwargs)
+        tokens = self._tokens(self._loss_inputs, result[0].detach(), result[1].detach(), *captured)
+        assert self.transform.local is not None
+        self._loss_inputs["advantages"] = self.transform.local(tokens, self.method_state).advantages
+        if self._step % self.micro_steps_per_rollout < self.args.steps_per_generation:
+            self._seen.append(tokens)  # the first visit: later ones see an already updated policy
+        return result
+
+    def _statistics(self, model, ids, attention, keep, **kwargs) -> tuple[Tensor, ...]:
+        result, captured = self._capture(model, keep, ids, attention, keep, **kwargs)
+        return result[0], result[1], *captured
+
+    def _capture(self, model, keep: int, *args, **kwargs) -> tuple[tuple, tuple[Tensor, ...]]:
+        """TRL's own log-probs and entropies, and beside them Σp², T, Σp² log p of the completion tokens."""
+        outputs = []
+
+        def watched(**model_inputs):
+            outputs.append(model(**model_inputs))
+            return outputs[-1]
+
+        result = super()._get_per_token_logps_and_entropies(watched, *args, compute_entropy=True, **kwargs)
+        slots = ("log_sum_sq_probs", "mean_logits", "is_top1")
+        return result, tuple(torch.cat([o[slot][:, -keep:] for o in outputs]) for slot in slots)
+
+    def _tokens(self, inputs, logp, entropy, sum_p2, sensitivity, sum_p2_logp) -> Tokens:
+        mask = inputs["completion_mask"].bool()
+        if "tool_mask" in inputs:
+            mask = mask & inputs["tool_mask"].bool()
+        old_logp = inputs.get("old_per_token_logps")
+        tokens = Tokens(
+            mask=mask,
+            advantages=inputs["advantages"][:, None].expand_as(logp),
+            logp=logp,
+            old_logp=logp if old_logp is None else old_logp,
+            entropy=entropy,
+            sum_p2=sum_p2,
+            sum_p2_logp=sum_p2_logp,
+            sensitivity=sensitivity,
+            reward=inputs[REWARD],
+            group=inputs[GROUP],
+            sample_id=inputs[SAMPLE_ID],
+        )
+        return replace(tokens, importance=self._importance(tokens, inputs.get("importance_sampling_ratio")))
+
+    def _importance(self, tokens: Tokens, correction: Tensor | None) -> Tensor:
+        """w: what TRL's loss leaves of each token's policy gradient, as a factor on A grad log p."""
+        assert tokens.logp is not None and tokens.old_logp is not None
+        log_ratio, advantages = tokens.logp - tokens.old_logp, tokens.advantages
+        ratio = log_ratio.exp()
+        if self.loss_type == "vespo":  # its weight holds the correction already
+            args = self.args
+            return self.get_gamma_weights(
+                advantages, log_ratio, tokens.mask, correction,
+                args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg,
+            ).expand_as(ratio)  # fmt: skip
+        if self.loss_type == "cispo":
+            weight = ratio.clamp(max=self.epsilon_high)
+        elif self.loss_type == "sapo":
+            positive, negative = self.args.sapo_temperature_pos, self.args.sapo_temperature_neg
+            gate = torch.sigmoid(torch.where(advantages > 0, positive, negative) * (ratio - 1))
+            weight = 4 * gate * (1 - gate) * ratio
+        else:
+            weight = surviving_ratio(ratio, advantages, (self.epsilon_low, self.epsilon_high))
+            if self.args.delta is not None:  # TRL's second, outer clip
+                weight = torch.where((advantages < 0) & (ratio > self.args.delta), 0.0, weight)
+        return weight if correction is None else weight * correction
+
+    # ---- checkpoints ------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            # Written last and moved into place: a checkpoint that has this file is whole.
+            draft = folder / f"{STATE_FILE}.part"
+            draft.write_text(json.dumps({"method": self.args.method, "state": self.method_state}))
+            draft.replace(folder / STATE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        if self.state.global_step % self.steps_per_rollout:
+            raise ValueError(
+                f"{checkpoint} was saved inside a rollout (step {self.state.global_step}, "
+                f"{self.steps_per_rollout} steps a rollout): resume from an earlier checkpoint"
+            )
+        path = Path(checkpoint) / STATE_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{checkpoint} has no {STATE_FILE}: it was not saved by PolarityTrainer, or not to the end")
+        saved = json.loads(path.read_text())
+        if saved["method"] != self.args.method:
+            raise ValueError(f"{checkpoint} was trained with method {saved['method']!r}, not {self.args.method!r}")
+        self.method_state = saved["state"]
