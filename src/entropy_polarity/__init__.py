@@ -1,1 +1,62 @@
-"""Measure and control the entropy of a language model under reinforcement fine-tuning."""
+"""Measure and control the entropy of a language model under reinforcement fine-tuning, token by token.
+
+The names below are loaded on first use, so that parts that need no torch stay light.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from entropy_polarity.kernels import linear_token_stats, token_stats
+    from entropy_polarity.methods import METHODS, make_transform
+    from entropy_polarity.polarity import branch_flows, polarity, predicted_entropy_change
+    from entropy_polarity.tokens import Tokens, TokenStats
+    from entropy_polarity.transforms import Transform, chain
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "token_stats": "kernels",
+    "linear_token_stats": "kernels",
+    "branch_flows": "polarity",
+    "predicted_entropy_change": "polarity",
+    "polarity": "polarity",
+    "Tokens": "tokens",
+    "TokenStats": "tokens",
+    "Transform": "transforms",
+    "chain": "transforms",
+    "METHODS": "methods",
+    "make_transform": "methods",
+}
+
+__all__ = [
+    "METHODS",
+    "TokenStats",
+    "Tokens",
+    "Transform",
+    "branch_flows",
+    "chain",
+    "linear_token_stats",
+    "make_transform",
+    "polarity",
+    "predicted_entropy_change",
+    "token_stats",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'entropy_polarity' has no attribute {name!r}")
+    return getattr(import_module(f"entropy_polarity.{_HOME[name]}"), name)
+
+
+class _Package(ModuleType):
+    """`entropy_polarity.polarity` is the function: importing the module of that name must not take its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, getattr(value, name, value) if name == "polarity" else value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -79,3 +79,27 @@ def make_transform(name: str, settings: dict[str, Any] | None = None) -> Transfo
         if key not in parameters and not open_ended:
             raise unknown_name(f"setting of method {name!r}", key, parameters)
     return monitored(build(**settings))
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """The table as plain data. "every token": from the statistics of the training pass itself, at no extra pass;
+    "whole batch": one more pass without gradient over each rollout batch.
+    """
+    return [
+        {
+            "name": method.name,
+            "summary": method.summary,
+            "source": method.source,
+            "decides": "every token" if method.build().local else "whole batch",
+            "settings": method.settings(),
+            **({"controllers": _controllers()} if method.name == "papo" else {}),
+        }
+        for method in METHODS.values()
+    ]
+
+
+def _controllers() -> dict[str, dict[str, Any]]:
+    return {
+        name: {p.name: p.default for p in inspect.signature(build).parameters.values()}
+        for name, build in phase.CONTROLLERS.items()
+    }

@@ -11,6 +11,7 @@
 """
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -67,7 +68,7 @@ def recipe_names() -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
 
 
-def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of that name or at that path, with `overrides` like "trainer.learning_rate=1e-4" applied.
 
     Raises ValueError for a file that is not TOML or a key that is not known (naming the nearest known one), and
@@ -86,12 +87,13 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"recipe {name_or_path} is not valid TOML: {error}") from None
-    for override in overrides or []:
-        _override(document, override)
+    for override in overrides:
+        apply_override(document, override)
     return _recipe(document)
 
 
-def _override(document: dict[str, Any], override: str) -> None:
+def apply_override(document: dict[str, Any], override: str) -> None:
+    """Set one dotted key of `document` from text like "trainer.learning_rate=1e-4"; the value is TOML or a word."""
     key, equals, value = override.partition("=")
     if not equals:
         raise ValueError(f"override {override!r} has no '=': write it like trainer.learning_rate=1e-4")
@@ -124,4 +126,23 @@ def _recipe(document: dict[str, Any]) -> Recipe:
     for table in ("task", "method"):
         if "name" not in getattr(recipe, table):
             raise ValueError(f"recipe table [{table}] has no name")
+    return recipe
+
+def with_flags(
+    recipe: Recipe,
+    *,
+    method: str | None = None,
+    max_steps: int | None = None,
+    seed: int | None = None,
+    model: str | None = None,
+) -> Recipe:
+    """The recipe with what the command line said; what was not said stays."""
+    if method is not None:
+        recipe = recipe.with_method(method)
+    if max_steps is not None:
+        recipe = replace(recipe, trainer=recipe.trainer | {"max_steps": max_steps})
+    if seed is not None:
+        recipe = replace(recipe, seed=seed)
+    if model is not None:
+        recipe = replace(recipe, policy=replace(recipe.policy, model=model))
     return recipe

@@ -5,7 +5,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,6 @@ def load_policy(model: str) -> tuple[Any, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return policy, tokenizer
-
-
-def task_of(recipe: Recipe) -> Task:
-    settings = dict(recipe.task)
-    name = settings.pop("name")
-    try:
-        return make_task(name, **settings)
-    except TypeError as error:
-        raise ValueError(f"recipe table [task]: {error}") from None
 
 
 def trainer_config(recipe: Recipe, output: Path) -> PolarityConfig:
@@ -130,8 +121,8 @@ def train(
     `watch` gets each step's metrics, `say` a line at each stage. Everything a user can get wrong raises ValueError
     or an OSError before anything is written.
     """
-    _quiet()
-    task = task_of(recipe)
+    quiet()
+    task = make_task(**recipe.task)
     config = trainer_config(recipe, output / CHECKPOINTS)
     model, tokenizer = load_policy(recipe.policy.model)
     dataset, reward = prompts_of(task, config, recipe.seed)
@@ -188,7 +179,7 @@ def _judge(task: Task, dataset: Dataset, seed: int) -> Callable[[str, str], str]
     return judge
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Warnings of libraries about their own internals would bury the one line a user needs."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -197,15 +188,3 @@ def _quiet() -> None:
     for name in ("accelerate", "trl", "datasets", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
-
-def with_flags(recipe: Recipe, *, method: str | None, max_steps: int | None, seed: int | None, model: str | None) -> Recipe:
-    """The recipe with what the command line said; what was not said stays."""
-    if method is not None:
-        recipe = recipe.with_method(method)
-    if max_steps is not None:
-        recipe = replace(recipe, trainer=recipe.trainer | {"max_steps": max_steps})
-    if seed is not None:
-        recipe = replace(recipe, seed=seed)
-    if model is not None:
-        recipe = replace(recipe, policy=replace(recipe.policy, model=model))
-    return recipe

@@ -1,1 +1,188 @@
-def render_page(run): return "<html></html>"
+"""The page: one self-contained HTML file that tells what happened in a run and opens from disk."""
+
+from typing import Any
+
+import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader
+from plotly.offline import get_plotlyjs
+
+from entropy_polarity.record import Run
+from entropy_polarity.report.heatmap import coloured_rollouts
+
+_BLUE, _RED, _GREY, _GREEN = "#2166d6", "#d63031", "#8a8f98", "#1b9e77"
+
+
+def render_page(run: Run) -> str:
+    """The report of a run as HTML. All text that is not ours, model output first of all, is escaped."""
+    templates = Environment(loader=PackageLoader("entropy_polarity.report"), autoescape=True)
+    return templates.get_template("page.html").render(
+        run=run,
+        method=run.config["method"],
+        cards=_cards(run),
+        charts=[
+            {"title": title, "text": text, "html": _html(figure, f"chart-{number}")}
+            for number, (title, text, figure) in enumerate(_charts(run))
+        ],
+        rollouts=coloured_rollouts(run),
+        plotly=get_plotlyjs(),
+    )
+
+
+def _cards(run: Run) -> list[dict[str, str]]:
+    """The few numbers a reader wants first, each with the sentence that says what it is."""
+    before, after = run.summary.get("before"), run.summary.get("after")
+    cards = []
+    for k in ("1", "16"):
+        if before and k in before["pass_at"]:
+            meaning = "one sampled answer is right" if k == "1" else f"at least one of {k} sampled answers is right"
+            cards.append(
+                {
+                    "name": f"pass@{k}, held out",
+                    "value": _arrow(before["pass_at"][k], after and after["pass_at"][k]),
+                    "text": f"The chance that {meaning}, on {before['problems']} problems that training never draws "
+                    "(before → after, with 95 % bootstrap intervals over problems).",
+                }
+            )
+    steps, entropy = run.series("polarity/entropy")
+    if steps:
+        tenth = max(1, len(entropy) // 10)
+        first, last = sum(entropy[:tenth]) / tenth, sum(entropy[-tenth:]) / tenth
+        cards.append(
+            {
+                "name": "entropy",
+                "value": f"{first:.2f} → {last:.2f} nats",
+                "text": "Mean entropy of the policy at the tokens it wrote: first tenth of the run → last tenth.",
+            }
+        )
+    _, seconds = run.series("step_time")
+    if seconds:
+        cards.append(
+            {
+                "name": "training",
+                "value": f"{run.summary.get('steps', len(seconds))} steps, {sum(seconds) / 60:.1f} min",
+                "text": "Optimiser steps and the time spent in them, generation included.",
+            }
+        )
+    return cards
+
+
+def _arrow(before: dict[str, float], after: dict[str, float] | None) -> str:
+    def one(e: dict[str, float]) -> str:
+        return f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]"
+
+    return f"{one(before)} → {one(after)}" if after else one(before)
+
+
+def _charts(run: Run) -> list[tuple[str, str, go.Figure]]:
+    charts = [
+        (
+            "Reward",
+            "Mean reward of each rollout batch (faint) and its moving average over ten rollouts. Training problems.",
+            _lines(run, [("reward", "reward", _GREEN)], smooth=10),
+        ),
+        (
+            "Entropy",
+            "Mean entropy H of the policy at the tokens it wrote, in nats, with what the controller compares it to: "
+            "its reference, or a fast and a slow moving average.",
+            _lines(
+                run,
+                [
+                    ("polarity/entropy", "entropy", _BLUE),
+                    ("polarity/entropy_reference", "reference", _GREY),
+                    ("polarity/entropy_fast", "fast average", _GREEN),
+                    ("polarity/entropy_slow", "slow average", _GREY),
+                ],
+            ),
+        ),
+        (
+            "λ, the pressure moved",
+            "Tokens that expand entropy get weight 1 + λ, tokens that contract it 1 - λ. Above zero: towards "
+            "expansion; below: towards contraction.",
+            _lines(run, [("polarity/lambda", "λ", "#6c3fc4")], zero=True),
+        ),
+        (
+            "Branch flows",
+            "Predicted expansion (D+) and contraction (D-) per token, before reweighting, in nats per unit of step "
+            "size: the two branches PAPO keeps alive.",
+            _lines(
+                run,
+                [
+                    ("polarity/positive_flow", "D+ expands", _BLUE),
+                    ("polarity/negative_flow", "D- contracts", _RED),
+                ],
+            ),
+        ),
+    ]
+    if run.summary.get("before"):
+        charts.append(
+            (
+                "pass@k, held out",
+                "Unbiased pass@k on problems that training never draws, before and after, with 95 % intervals. "
+                "pass@1 is what reinforcement raises; a falling pass@k at large k means that exploration died.",
+                _pass_at_k(run.summary),
+            )
+        )
+    return charts
+
+
+def _figure() -> go.Figure:
+    return go.Figure(
+        layout={
+            "template": "plotly_white",
+            "height": 280,
+            "margin": {"l": 48, "r": 12, "t": 8, "b": 40},
+            "legend": {"orientation": "h", "y": 1.12, "x": 0},
+            "hovermode": "x unified",
+            "font": {"family": "system-ui, sans-serif", "size": 12},
+        }
+    )
+
+
+def _lines(run: Run, series: list[tuple[str, str, str]], smooth: int = 0, zero: bool = False) -> go.Figure:
+    figure = _figure()
+    drawn = [(name, label, colour) for name, label, colour in series if run.series(name)[0]]
+    for name, label, colour in drawn:
+        steps, values = run.series(name)
+        line = {"color": colour, "width": 2, "dash": "dot" if colour == _GREY else "solid"}
+        figure.add_scatter(x=steps, y=values, name=label, line=line, opacity=0.35 if smooth else 1, mode="lines")
+        if smooth and len(values) > 1:
+            averages = [
+                sum(values[max(0, i - smooth + 1) : i + 1]) / len(values[max(0, i - smooth + 1) : i + 1])
+                for i in range(len(values))
+            ]
+            figure.add_scatter(x=steps, y=averages, name=f"mean of {smooth}", line=line, mode="lines")
+    if zero:
+        figure.add_hline(y=0, line={"color": "#c5c9d0", "width": 1})
+    figure.update_layout(showlegend=len(figure.data) > 1, xaxis_title="step")  # type: ignore[arg-type]
+    return figure
+
+
+def _pass_at_k(summary: dict[str, Any]) -> go.Figure:
+    figure = _figure()
+    for label, colour in (("before", _GREY), ("after", _GREEN)):
+        evaluation = summary.get(label)
+        if evaluation is None:
+            continue
+        estimates = evaluation["pass_at"]
+        values = [e["value"] for e in estimates.values()]
+        figure.add_scatter(
+            x=[int(k) for k in estimates],
+            y=values,
+            name=label,
+            mode="lines+markers",
+            line={"color": colour},
+            error_y={
+                "array": [e["high"] - e["value"] for e in estimates.values()],
+                "arrayminus": [e["value"] - e["low"] for e in estimates.values()],
+                "thickness": 1,
+            },
+        )
+        sizes = list(estimates)
+        figure.update_xaxes(type="log", tickvals=[int(k) for k in sizes], ticktext=sizes)
+    figure.update_layout(xaxis_title="k", yaxis_rangemode="tozero", yaxis_range=[0, 1])
+    return figure
+
+
+def _html(figure: go.Figure, name: str) -> str:
+    options = {"displayModeBar": False, "responsive": True}
+    return figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=options)

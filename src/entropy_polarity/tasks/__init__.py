@@ -4,8 +4,10 @@ A task is a pure function of (seed, index): the same index always gives the same
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, Protocol
+
+from entropy_polarity._errors import unknown_name
 
 Split = Literal["train", "test"]
 
@@ -68,10 +70,14 @@ def _distinct(task: Task, seed: int, split: Split, count: int) -> Iterator[Probl
 
 
 def make_task(name: str, **settings: Any) -> Task:
-    """The task called `name`, with its settings. Raises ValueError for an unknown name."""
+    """The task called `name`, with its settings. Raises ValueError for an unknown name or setting."""
     from entropy_polarity.tasks.countdown import Countdown
 
     tasks = {"countdown": Countdown}
     if name not in tasks:
-        raise ValueError(f"unknown task {name!r}: known are {', '.join(sorted(tasks))}")
+        raise unknown_name("task", name, tasks)
+    known = [f.name for f in fields(tasks[name])]
+    for setting in settings:
+        if setting not in known:
+            raise unknown_name(f"setting of task {name!r}", setting, known)
     return tasks[name](**settings)

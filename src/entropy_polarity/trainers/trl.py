@@ -245,7 +245,9 @@ class PolarityTrainer(GRPOTrainer):
         accepted = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
         extra = {name: value for name, value in batch.items() if name in accepted}
         checkpointing = grpo_trainer.disable_gradient_checkpointing
-        with torch.no_grad(), checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        # The fork keeps the pass from moving the random state: dropout afterwards is that of plain GRPO.
+        quiet = checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), torch.random.fork_rng(), quiet:
             size = self.args.per_device_train_batch_size
             columns = self._statistics(self.model, ids, attention, keep, batch_size=size, **extra)
         return self._tokens(captured, *columns)

@@ -1,0 +1,216 @@
+"""The `papo` command. Torch is imported inside the commands, so that help and errors are instant."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
+
+from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, load_recipe, with_flags
+
+Json = Annotated[FlagCreatePairsOff[bool], arg(name="json", help="print one JSON document on standard output, nothing else")]
+Overrides = Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="KEY=VALUE")]
+
+
+def train(
+    recipe: Positional[str] = DEFAULT_RECIPE,
+    /,
+    output: Path | None = None,
+    method: str | None = None,
+    max_steps: int | None = None,
+    seed: int | None = None,
+    model: str | None = None,
+    resume: Path | None = None,
+    overrides: Overrides = (),
+    as_json: Json = False,
+) -> None:
+    """Train a policy by reinforcement, from a recipe into a run directory.
+
+    Args:
+        recipe: name of a recipe that comes with the package, or path of a .toml file
+        output: the run directory; must not hold a run yet (default: runs/<recipe>-<method>-<seed>)
+        method: a name of `papo methods`
+        max_steps: optimiser steps
+        seed: seed of prompts, sampling and training
+        model: "embedded", or a folder with a Hugging Face causal language model
+        resume: a run directory to go on with, from its last checkpoint (its own recipe is used)
+        overrides: any key of the recipe, e.g. trainer.learning_rate=1e-4; can be repeated
+    """
+    chosen, directory = _what_to_train(recipe, output, method, max_steps, seed, model, resume, overrides)
+
+    from entropy_polarity.experiments.train import train as run
+    from entropy_polarity.report.live import LiveView
+
+    steps = chosen.trainer.get("max_steps", -1)
+    with LiveView(chosen.title or str(directory), steps, sys.stderr if as_json else sys.stdout) as view:
+        summary = run(chosen, directory, resume=resume is not None, watch=view.watch, say=view.say)
+    if as_json:
+        _print_json({"run": str(directory), **summary})
+    else:
+        _print_estimates({name: summary[name]["pass_at"] for name in ("before", "after") if name in summary})
+        print(f"{summary['status']}: {directory}/report.html")
+
+
+def _what_to_train(
+    recipe: str,
+    output: Path | None,
+    method: str | None,
+    max_steps: int | None,
+    seed: int | None,
+    model: str | None,
+    resume: Path | None,
+    overrides: tuple[str, ...],
+) -> tuple[Recipe, Path]:
+    if resume is None:
+        chosen = with_flags(load_recipe(recipe, overrides), method=method, max_steps=max_steps, seed=seed, model=model)
+        return chosen, output or Path("runs") / f"{Path(recipe).stem}-{chosen.method['name']}-{chosen.seed}"
+    fixed = {"--output": output, "--method": method, "--seed": seed, "--model": model, "--set": overrides or None}
+    given = [flag for flag, value in fixed.items() if value is not None]
+    if given or recipe != DEFAULT_RECIPE:
+        what = ", ".join(given) or f"recipe {recipe}"
+        raise ValueError(f"{what} cannot be given with --resume: a resumed run keeps its recipe (only --max-steps may change)")
+    if not (resume / "config.toml").is_file():
+        raise FileNotFoundError(f"{resume} holds no run to resume: config.toml is missing")
+    return with_flags(load_recipe(str(resume / "config.toml")), max_steps=max_steps), resume
+
+
+def evaluate(
+    model: str = "embedded",
+    task: str | None = None,
+    samples: int = 16,
+    problems: int = 200,
+    seed: int = 0,
+    temperature: float = 1.0,
+    overrides: Overrides = (),
+    as_json: Json = False,
+) -> None:
+    """Evaluate a model, or the last checkpoint of a run, on held-out problems: pass@1 to pass@k with intervals.
+
+    Args:
+        model: a model folder, a run directory, or "embedded"
+        task: name of a task (default: the run's own, or countdown)
+        samples: completions a problem, the k of pass@k
+        problems: number of held-out problems
+        seed: seed of problems and sampling
+        temperature: sampling temperature
+        overrides: settings of the task, e.g. numbers=[3,4]; can be repeated
+    """
+    from entropy_polarity.experiments.evaluate import evaluate_model
+
+    evaluation = evaluate_model(model, task, overrides, problems, samples, seed, temperature)
+    if as_json:
+        return _print_json(evaluation)
+    _print_estimates({evaluation["model"]: evaluation["pass_at"]})
+    shares = ", ".join(f"{reason} {share:.1%}" for reason, share in evaluation["verdicts"].items())
+    print(f"{problems} problems x {samples} samples, 95 % bootstrap intervals over problems; verdicts: {shares}")
+
+
+def report(run: Positional[Path], /, as_json: Json = False) -> None:
+    """Write the page of a run again, from its files.
+
+    Args:
+        run: the run directory
+    """
+    from entropy_polarity.record import Run, RunWriter
+    from entropy_polarity.report.page import render_page
+
+    page = RunWriter(run).write_report(render_page(Run.read(run)))
+    _print_json({"report": str(page)}) if as_json else print(page)
+
+
+def methods(as_json: Json = False) -> None:
+    """List the methods: what each does, when it decides, where it comes from, its settings."""
+    from entropy_polarity.methods import describe_methods
+
+    rows = describe_methods()
+    if as_json:
+        return _print_json(rows)
+    table = Table("method", "decides", "what it does", "source", "settings", show_lines=True)
+    for row in rows:
+        settings = ", ".join(f"{name}={value!r}" for name, value in row["settings"].items())
+        table.add_row(row["name"], row["decides"], row["summary"], row["source"], settings)
+    Console().print(table)
+
+
+def pretrain(output: Path, seed: int = 0, steps: int = 1200, as_json: Json = False) -> None:
+    """Make the embedded policy again, from a seed, and say how good it is.
+
+    Args:
+        output: where the model goes; must not exist yet
+        seed: seed of weights and problems
+        steps: supervised steps of 128 solved problems
+    """
+    from entropy_polarity.experiments.pretrain import pretrain_policy
+
+    def progress(step: int, loss: float) -> None:
+        if step % 50 == 0 or step == steps:
+            print(f"step {step}/{steps}  loss {loss:.4f}", file=sys.stderr, flush=True)
+
+    quality = pretrain_policy(output, seed, steps, progress)
+    if as_json:
+        return _print_json(quality)
+    _print_estimates({f"countdown, {size} numbers": e["pass_at"] for size, e in quality["evaluation"].items()})
+    print(f"policy written to {output}")
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2))
+
+
+def _print_estimates(rows: dict[str, dict[str, dict[str, float]]]) -> None:
+    if not rows:
+        return
+    sizes = list(next(iter(rows.values())))
+    table = Table("", *(f"pass@{k}" for k in sizes))
+    for name, estimates in rows.items():
+        table.add_row(name, *(f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for e in estimates.values()))
+    Console().print(table)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "eval": evaluate,
+    "report": report,
+    "methods": methods,
+    "pretrain": pretrain,
+}
+
+
+def main() -> None:
+    """Bad input ends in one clear line and exit code 2; PAPO_DEBUG=1 shows the traceback instead."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1" if "--model" not in sys.argv else os.environ.get("HF_HUB_OFFLINE", "0"))
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="papo", description="Measure and control entropy.")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("PAPO_DEBUG"):
+            raise
+        line = _one_line(error)
+        if line is None:
+            raise
+        print(f"papo: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _one_line(error: BaseException | None) -> str | None:
+    """What a user can act on; None for what is a bug and deserves its traceback."""
+    chain = error
+    while chain is not None:
+        # Writers of checkpoints turn a full disk into errors of their own.
+        if "No space left on device" in str(chain) or "code: 28" in str(chain):
+            return "no space left on the device: free some, then go on with papo train --resume"
+        chain = chain.__cause__ or chain.__context__
+    if isinstance(error, ValueError | OSError | ImportError):
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Make the embedded policy again and measure it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from entropy_polarity.evaluate import evaluate
+from entropy_polarity.experiments.train import load_policy, quiet
+from entropy_polarity.policy.pretrain import PretrainSettings, pretrain
+from entropy_polarity.tasks.countdown import Countdown
+
+
+def pretrain_policy(output: Path, seed: int, steps: int, progress: Callable[[int, float], None]) -> dict[str, Any]:
+    """Pretrain into `output` (which must not exist) and evaluate on each problem size it has read."""
+    quiet()
+    if output.exists():
+        raise FileExistsError(f"{output} already exists: give another --output")
+    settings = PretrainSettings(seed=seed, steps=steps)
+    pretrain(settings, output, progress)
+    model, tokenizer = load_policy(str(output))
+    return {
+        "output": str(output),
+        "evaluation": {
+            str(size): evaluate(model, tokenizer, Countdown(numbers=(size,))).to_json() for size in settings.numbers
+        },
+    }

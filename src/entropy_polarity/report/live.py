@@ -1,0 +1,118 @@
+"""What a run looks like while it runs: one live panel in a terminal, a plain line a step elsewhere."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: list[float], width: int = 40) -> str:
+    """The last `width` values as little bars, scaled between their own minimum and maximum.
+
+    >>> sparkline([0.0, 0.5, 1.0])
+    '▁▄█'
+    """
+    shown = values[-width:]
+    low, high = min(shown), max(shown)
+    span = (high - low) or 1.0
+    return "".join(_BARS[int((value - low) / span * (len(_BARS) - 1) + 0.5 - 1e-9)] for value in shown)
+
+
+class LiveView:
+    """A context: `say(line)` for stages, `watch(row)` for each step's metrics."""
+
+    def __init__(self, title: str, max_steps: int, stream: TextIO | None = None) -> None:
+        self.console = Console(file=stream or sys.stdout)
+        self.title, self.max_steps = title, max_steps
+        self.latest: dict[str, float] = {}
+        self.entropies: list[float] = []
+        self.rewards: list[float] = []
+        self.ticks: deque[tuple[int, float]] = deque(maxlen=21)
+        self.stage = ""
+        self.live: Live | None = None
+
+    def __enter__(self) -> "LiveView":
+        if self.console.is_terminal:
+            self.live = Live(self._panel(), console=self.console, refresh_per_second=4)
+            self.live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self.live.__exit__(kind, error, trace)
+
+    def say(self, line: str) -> None:
+        self.stage = line
+        if self.live is None:
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        else:
+            self.live.update(self._panel())
+
+    def watch(self, row: dict[str, Any]) -> None:
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        self.latest |= numbers
+        self.ticks.append((int(numbers["step"]), time.monotonic()))
+        if "polarity/entropy" in numbers:
+            self.entropies.append(numbers["polarity/entropy"])
+        if "reward" in numbers:
+            self.rewards.append(numbers["reward"])
+        if self.live is None:
+            self.console.print(self._line(), highlight=False, soft_wrap=True, markup=False)
+        else:
+            self.live.update(self._panel())
+
+    def _line(self) -> str:
+        fields: list[tuple[str, str, Callable[[float], str]]] = [
+            ("reward", "reward", "{:.3f}".format),
+            ("entropy", "polarity/entropy", "{:.3f}".format),
+            ("lambda", "polarity/lambda", "{:+.3f}".format),
+            ("D+", "polarity/positive_flow", "{:.4f}".format),
+            ("D-", "polarity/negative_flow", "{:.4f}".format),
+        ]
+        known = [f"{label} {show(self.latest[key])}" for label, key, show in fields if key in self.latest]
+        return "  ".join([f"step {int(self.latest['step'])}/{self.max_steps}", *known, f"left {self._left()}"])
+
+    def _left(self) -> str:
+        if len(self.ticks) < 2:
+            return "?"
+        (first, start), (last, end) = self.ticks[0], self.ticks[-1]
+        seconds = (end - start) / max(1, last - first) * max(0, self.max_steps - last)
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+    def _panel(self) -> Panel:
+        step = int(self.latest.get("step", 0))
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim")
+        grid.add_column(justify="right", min_width=8)
+        grid.add_column()
+
+        def add(label: str, key: str, shown: str, extra: str | Text = "") -> None:
+            grid.add_row(label, shown.format(self.latest[key]) if key in self.latest else "-", extra)
+
+        add("reward", "reward", "{:.3f}", Text(sparkline(self.rewards), "green") if self.rewards else "")
+        add(
+            "entropy", "polarity/entropy", "{:.3f}", Text(sparkline(self.entropies), "blue") if self.entropies else ""
+        )
+        add("λ", "polarity/lambda", "{:+.3f}", "above 0: towards expansion, below: towards contraction")
+        add("D+ expands", "polarity/positive_flow", "{:.4f}")
+        add("D- contracts", "polarity/negative_flow", "{:.4f}")
+        progress = Table.grid(padding=(0, 2))
+        progress.add_row(
+            f"step {step}/{self.max_steps}",
+            ProgressBar(total=self.max_steps, completed=step, width=40),
+            f"{self._left()} left" if step else "",
+        )
+        return Panel(Group(progress, grid, Text(self.stage, "dim")), title=Text(self.title), title_align="left")
