@@ -61,7 +61,7 @@ def token_facts(model, batch: dict[str, torch.Tensor], advantages: torch.Tensor,
 
 def policy_loss(tokens: Tokens, clip: tuple[float, float] = (0.2, 0.2)) -> torch.Tensor:
     """The clipped surrogate, averaged over all tokens of the batch (DAPO, arXiv 2503.14476)."""
-    ratio = (tokens.logp - tokens.old_logp).exp()
+    ratio = (tokens.known("logp") - tokens.known("old_logp")).exp()
     clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
     surrogate = torch.min(ratio * tokens.advantages, clipped * tokens.advantages)
     return -(surrogate * tokens.mask).sum() / tokens.mask.sum()
@@ -86,8 +86,7 @@ def main() -> None:
         batch = rollout(model, tokenizer, task, step, arguments.prompts, arguments.group)  # 1, 2
         advantages = group_advantages(batch["rewards"], arguments.group)  # 3
         tokens = token_facts(model, batch, advantages)  # 4
-        facts = replace(tokens, logp=tokens.logp.detach(), old_logp=tokens.logp.detach())
-        weighted, state, metrics = transform.update(facts, state)  # 5, 6
+        weighted, state, metrics = transform.update(tokens.detach(), state)  # 5, 6
         loss = policy_loss(replace(tokens, advantages=weighted.advantages))  # 7
         optimizer.zero_grad()
         loss.backward()

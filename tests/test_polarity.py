@@ -12,9 +12,7 @@ from entropy_polarity.polarity import branch_flows, polarity, predicted_entropy_
 from entropy_polarity.tokens import TokenStats
 
 nan, inf = math.nan, math.inf
-LOGITS = st.lists(st.floats(-6, 6), min_size=2, max_size=12).map(
-    lambda z: torch.tensor(z, dtype=torch.float64)
-)
+LOGITS = st.lists(st.floats(-6, 6), min_size=2, max_size=12).map(lambda z: torch.tensor(z, dtype=torch.float64))
 FLOWS = st.lists(st.floats(-5, 5), min_size=1, max_size=20)
 ADVANTAGE = st.floats(-3, 3).filter(lambda a: abs(a) > 1e-2)
 
@@ -142,9 +140,7 @@ def test_minus_infinity_is_the_distribution_on_the_remaining_vocabulary(z, place
 
 @given(LOGITS, st.floats(0.2, 5))
 def test_temperature_is_a_scaling_of_the_logits_beforehand(z, temperature):
-    for tempered, scaled in zip(
-        every_token(z, temperature=temperature), every_token(z / temperature), strict=True
-    ):
+    for tempered, scaled in zip(every_token(z, temperature=temperature), every_token(z / temperature), strict=True):
         torch.testing.assert_close(tempered, scaled, rtol=1e-11, atol=1e-13)
 
 

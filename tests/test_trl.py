@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import loop
@@ -109,9 +110,7 @@ def test_other_trainers_of_the_process_keep_their_head(tmp_path):
     after = make_trainer(GRPOTrainer, tmp_path / "after")
     ids = torch.tensor([[5, 6, 7]])
     for trainer in (before, after):
-        output = trainer.model(
-            input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True
-        )
+        output = trainer.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True)
         assert output.entropy is not None
         assert output.mean_logits is None
 
@@ -198,7 +197,10 @@ def tiny_models():
     }
     no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     torch.manual_seed(0)
-    yield "gpt2", GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **no_dropout, **size))
+    yield (
+        "gpt2",
+        GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **no_dropout, **size)),
+    )
     gemma = Gemma2Config(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         head_dim=16, final_logit_softcapping=2.0, **size,
@@ -225,9 +227,7 @@ def test_statistics_are_those_of_the_models_own_logits(tmp_path, model, dtype):
         logits = trainer.model.eval()(input_ids=ids, attention_mask=attention).logits[:, -keep - 1 : -1]
     stats = token_stats(logits.float(), ids[:, -keep:], temperature=0.7)
     mask = rollout.tokens.mask
-    tolerance = (
-        1e-5 if dtype == "float32" else 3e-2
-    )  # TRL rounds the tile's product to bf16, the model its own way
+    tolerance = 1e-5 if dtype == "float32" else 3e-2  # TRL rounds the tile's product to bf16, the model its own way
     for name in ("logp", "entropy", "sum_p2", "sum_p2_logp", "sensitivity"):
         ours, direct = getattr(rollout.tokens, name)[mask], getattr(stats, name)[mask]
         torch.testing.assert_close(ours, direct, rtol=tolerance, atol=tolerance, msg=name)
@@ -297,19 +297,12 @@ def test_the_plain_loop_and_the_trainer_agree(tmp_path):
     advantages = loop.group_advantages(batch["rewards"], group=4)
     torch.testing.assert_close(advantages, rollouts[0].tokens.advantages[:, 0])
     tokens = loop.token_facts(model, batch, advantages)
-    from dataclasses import replace
-
-    facts = replace(tokens, logp=tokens.logp.detach(), old_logp=tokens.logp.detach())
-    weighted, _, _ = trainer.transform.update(facts, trainer.transform.init())
+    weighted, _, _ = trainer.transform.update(tokens.detach(), trainer.transform.init())
     loss = loop.policy_loss(replace(tokens, advantages=weighted.advantages))
     loss.backward()
-    assert loss.item() == pytest.approx(
-        history(trainer, "loss")[0][0], abs=5e-5
-    )  # the log rounds to four digits
+    assert loss.item() == pytest.approx(history(trainer, "loss")[0][0], abs=5e-5)  # the log rounds to four digits
     for name, p in model.named_parameters():
-        torch.testing.assert_close(
-            p.grad, grads[name], rtol=1e-3, atol=1e-5 * float(grads[name].abs().max()) + 1e-8
-        )
+        torch.testing.assert_close(p.grad, grads[name], rtol=1e-3, atol=1e-5 * float(grads[name].abs().max()) + 1e-8)
 
 
 @pytest.mark.parametrize(

@@ -13,4 +13,6 @@ def unknown_name(kind: str, given: str, known: Iterable[str]) -> ValueError:
     names = sorted(known)
     near = get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return ValueError(f"unknown {kind} {given!r}: {hint}Known: {', '.join(names)}")
+    # A list nobody can read helps nobody: TRL's configuration alone has over two hundred fields.
+    listed = f"Known: {', '.join(names)}" if len(names) <= 30 else f"{len(names)} names are known"
+    return ValueError(f"unknown {kind} {given!r}: {hint}{listed}")

@@ -14,7 +14,10 @@ from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, load_recipe, with_flags
 
-Json = Annotated[FlagCreatePairsOff[bool], arg(name="json", help="print one JSON document on standard output, nothing else")]
+Json = Annotated[
+    FlagCreatePairsOff[bool],
+    arg(name="json", help="print one JSON document on standard output, nothing else"),
+]
 Overrides = Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="KEY=VALUE")]
 
 
@@ -70,11 +73,19 @@ def _what_to_train(
     if resume is None:
         chosen = with_flags(load_recipe(recipe, overrides), method=method, max_steps=max_steps, seed=seed, model=model)
         return chosen, output or Path("runs") / f"{Path(recipe).stem}-{chosen.method['name']}-{chosen.seed}"
-    fixed = {"--output": output, "--method": method, "--seed": seed, "--model": model, "--set": overrides or None}
+    fixed = {
+        "--output": output,
+        "--method": method,
+        "--seed": seed,
+        "--model": model,
+        "--set": overrides or None,
+    }
     given = [flag for flag, value in fixed.items() if value is not None]
     if given or recipe != DEFAULT_RECIPE:
         what = ", ".join(given) or f"recipe {recipe}"
-        raise ValueError(f"{what} cannot be given with --resume: a resumed run keeps its recipe (only --max-steps may change)")
+        raise ValueError(
+            f"{what} cannot be given with --resume: a resumed run keeps its recipe (only --max-steps may change)"
+        )
     if not (resume / "config.toml").is_file():
         raise FileNotFoundError(f"{resume} holds no run to resume: config.toml is missing")
     return with_flags(load_recipe(str(resume / "config.toml")), max_steps=max_steps), resume

@@ -98,9 +98,7 @@ def sample_completions(
     texts: list[str] = []
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     for start in range(0, len(repeated), batch_size):
-        batch = tokenizer(
-            repeated[start : start + batch_size], return_tensors="pt", padding=True, padding_side="left"
-        )
+        batch = tokenizer(repeated[start : start + batch_size], return_tensors="pt", padding=True, padding_side="left")
         ids = batch["input_ids"].to(model.device)
         output = model.generate(
             input_ids=ids,

@@ -1,13 +1,13 @@
 """Recipes: a documented setting of everything a run needs, as a TOML file that comes with the package or a path.
 
-    title, cost, expected    what the run is, what it takes, what was measured
-    seed                     of prompts, sampling and training
-    [task]                   name, and the task's own settings
-    [policy]                 model: "embedded", or a folder with a Hugging Face causal language model
-    [method]                 name, and the method's own settings
-    [trainer]                any argument of TRL's GRPOConfig
-    [evaluation]             problems, samples: held-out evaluation before and after
-    [record]                 completions: how many sampled completions of each rollout are kept
+title, cost, expected    what the run is, what it takes, what was measured
+seed                     of prompts, sampling and training
+[task]                   name, and the task's own settings
+[policy]                 model: "embedded", or a folder with a Hugging Face causal language model
+[method]                 name, and the method's own settings
+[trainer]                any argument of TRL's GRPOConfig
+[evaluation]             problems, samples: held-out evaluation before and after
+[record]                 completions: how many sampled completions of each rollout are kept
 """
 
 import tomllib
@@ -127,6 +127,7 @@ def _recipe(document: dict[str, Any]) -> Recipe:
         if "name" not in getattr(recipe, table):
             raise ValueError(f"recipe table [{table}] has no name")
     return recipe
+
 
 def with_flags(
     recipe: Recipe,

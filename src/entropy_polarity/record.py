@@ -1,13 +1,13 @@
 """The run directory: what a run leaves behind, written so that a kill at any moment loses nothing but the tail.
 
-    config.toml        the resolved recipe
-    environment.json   versions, commit, seed, machine
-    metrics.jsonl      one line a step
-    rollouts.jsonl     a few sampled completions a rollout, with reward and verdict
-    tokens/            their per-token columns, one Parquet file a rollout
-    checkpoints/       what training resumes from
-    summary.json       status, evaluation before and after
-    report.html        the page
+config.toml        the resolved recipe
+environment.json   versions, commit, seed, machine
+metrics.jsonl      one line a step
+rollouts.jsonl     a few sampled completions a rollout, with reward and verdict
+tokens/            their per-token columns, one Parquet file a rollout
+checkpoints/       what training resumes from
+summary.json       status, evaluation before and after
+report.html        the page
 """
 
 import json
@@ -57,9 +57,11 @@ class RunWriter:
     def create(cls, directory: Path, config: dict[str, Any], seed: int) -> "RunWriter":
         """A new run. Raises FileExistsError if `directory` already holds one, or anything else."""
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            what = "a run" if (directory / CONFIG).exists() else "something else"
+            is_run = (directory / CONFIG).exists()
             raise FileExistsError(
-                f"{directory} already holds {what}: give another --output, or --resume {directory} to go on"
+                f"{directory} already holds a run: give another --output, or --resume {directory} to go on with it"
+                if is_run
+                else f"{directory} is not an empty folder: give another --output"
             )
         (directory / TOKENS).mkdir(parents=True, exist_ok=True)
         (directory / CHECKPOINTS).mkdir(exist_ok=True)

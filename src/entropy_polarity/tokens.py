@@ -4,6 +4,7 @@ Dimension key, used in every signature: P prompts, G group, B responses (= P G),
 D hidden width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -68,16 +69,24 @@ class Tokens:
                     "every field describes the same responses"
                 )
 
-    def require(self, *names: str, by: str) -> None:
-        """Raise ValueError if a field that `by` reads was not computed."""
-        missing = [name for name in names if getattr(self, name) is None]
-        if missing:
-            raise ValueError(f"{by} needs the token facts {', '.join(missing)}, which were not computed")
+    def known(self, name: str) -> Tensor:
+        """The field `name`. Raises ValueError if it was not computed."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"the token facts {name!r} are needed but were not computed")
+        return value
+
+    def detach(self) -> "Tokens":
+        """The same facts without gradient: what transforms work on."""
+        return self._map(Tensor.detach)
 
     def rows(self, index: Int[Tensor, " N"] | slice) -> "Tokens":
         """The same facts for some of the responses."""
+        return self._map(lambda column: column[index])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Tokens":
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: value[index] for name, value in columns.items() if value is not None})
+        return replace(self, **{name: change(column) for name, column in columns.items() if column is not None})
 
 
 def concatenate(parts: list[Tokens]) -> Tokens:
@@ -88,10 +97,12 @@ def concatenate(parts: list[Tokens]) -> Tokens:
         columns = [getattr(part, name) for part in parts]
         if any(column is None for column in columns):
             return None
-        return torch.cat([
-            torch.nn.functional.pad(column, (0, width - column.shape[1])) if column.dim() == 2 else column
-            for column in columns
-        ])
+        return torch.cat(
+            [
+                torch.nn.functional.pad(column, (0, width - column.shape[1])) if column.dim() == 2 else column
+                for column in columns
+            ]
+        )
 
     return Tokens(**{f.name: join(f.name) for f in fields(Tokens)})  # type: ignore[arg-type]
 

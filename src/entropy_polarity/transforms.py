@@ -57,17 +57,14 @@ def chain(*transforms: Transform) -> Transform:
 
 def token_polarity(tokens: Tokens) -> Float[Tensor, "B T"]:
     """P = w A T of every token of a batch."""
-    tokens.require("sensitivity", by="the entropy polarity")
-    assert tokens.sensitivity is not None
-    return polarity(tokens.advantages, tokens.sensitivity, tokens.importance)
+    return polarity(tokens.advantages, tokens.known("sensitivity"), tokens.importance)
 
 
 def observe(tokens: Tokens) -> Observation:
     """What a controller sees of a batch: mean entropy and the two branch flows."""
-    tokens.require("entropy", by="a controller")
-    assert tokens.entropy is not None
-    flows = branch_flows(token_polarity(tokens), tokens.mask)
-    return Observation(masked_mean(tokens.entropy, tokens.mask).item(), flows[0].item(), flows[1].item())
+    positive, negative = branch_flows(token_polarity(tokens), tokens.mask)
+    entropy = masked_mean(tokens.known("entropy"), tokens.mask)
+    return Observation(entropy.item(), positive.item(), negative.item())
 
 
 def polarity_weight(tokens: Tokens, lam: float, soft_sign: float = 0.0) -> Float[Tensor, "B T"]:
@@ -122,7 +119,6 @@ def monitored(inner: Transform) -> Transform:
     def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
         p, observed = token_polarity(tokens), observe(tokens)
         rewritten, inner_state, inner_metrics = inner.update(tokens, state["inner"])
-        assert tokens.sensitivity is not None
         metrics = {
             "polarity/lambda": 0.0,
             "polarity/entropy": observed.entropy,
@@ -132,7 +128,7 @@ def monitored(inner: Transform) -> Transform:
             "polarity/predicted_entropy_change": predicted_entropy_change(
                 token_polarity(rewritten), tokens.mask
             ).item(),
-            "polarity/nonfinite_tokens": float((~tokens.sensitivity.isfinite() & tokens.mask).sum()),
+            "polarity/nonfinite_tokens": float((~tokens.known("sensitivity").isfinite() & tokens.mask).sum()),
         }
         if state["entropy"] is not None:
             metrics["polarity/realised_entropy_change"] = observed.entropy - state["entropy"]

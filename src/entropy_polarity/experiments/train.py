@@ -12,7 +12,13 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+)
 
 from entropy_polarity._errors import unknown_name
 from entropy_polarity.evaluate import Evaluation, evaluate
@@ -36,7 +42,8 @@ def load_policy(model: str) -> tuple[Any, Any]:
         policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=local)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
     except OSError as error:
-        raise FileNotFoundError(f"cannot load a model from {model!r}: {str(error).splitlines()[0]}") from None
+        hint = "" if local else " (not a local folder; HF_HUB_OFFLINE=0 allows a download from the hub)"
+        raise FileNotFoundError(f"cannot load a model from {model!r}{hint}: {str(error).splitlines()[0]}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return policy, tokenizer
@@ -66,10 +73,11 @@ def trainer_config(recipe: Recipe, output: Path) -> PolarityConfig:
 
 def prompts_of(task: Task, config: PolarityConfig, seed: int) -> tuple[Dataset, Callable[..., list[float]]]:
     """The prompts of the whole run in order, and the reward function that judges completions of them."""
-    assert config.generation_batch_size and config.num_generations and config.steps_per_generation
+    assert config.generation_batch_size
+    assert config.steps_per_generation
     rollouts = -(-config.max_steps * config.gradient_accumulation_steps // config.steps_per_generation)
     rollouts = -(-rollouts // config.num_iterations)
-    count = rollouts * config.generation_batch_size // config.num_generations
+    count = rollouts * config.generation_batch_size // (config.num_generations or 1)
     problems = [task.problem(seed, index, "train") for index in range(count)]
     dataset = Dataset.from_dict({"prompt": [p.prompt for p in problems], "problem": list(range(count))})
 
@@ -187,4 +195,3 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     for name in ("accelerate", "trl", "datasets", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
-

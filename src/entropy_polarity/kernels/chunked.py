@@ -84,10 +84,10 @@ class _TokenStats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logp, *_):
+    def backward(ctx, grad_logp, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, tokens, normaliser = ctx.saved_tensors
         grad = torch.empty_like(logits)
-        for part in _chunks(*logits.shape, CHUNK_ELEMENTS):
+        for part in _chunks(len(logits), logits.shape[1], CHUNK_ELEMENTS):
             grad[part] = _chunk_logits_gradient(
                 logits[part], tokens[part], normaliser[:, part], ctx.temperature, grad_logp[part]
             )
@@ -153,7 +153,7 @@ class _LinearTokenStats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logp, *_):
+    def backward(ctx, grad_logp, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, bias, tokens, normaliser = ctx.saved_tensors
         dtype = normaliser.dtype
         # Gradients summed over chunks in a 16-bit type would drift: accumulate in float32, round once.
@@ -162,9 +162,7 @@ class _LinearTokenStats(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and ctx.needs_input_grad[2] else None
         for part in _chunks(len(hidden), len(weight), LINEAR_CHUNK_ELEMENTS):
             logits = linear(hidden[part], weight, bias)
-            grad = _chunk_logits_gradient(
-                logits, tokens[part], normaliser[:, part], ctx.temperature, grad_logp[part]
-            )
+            grad = _chunk_logits_gradient(logits, tokens[part], normaliser[:, part], ctx.temperature, grad_logp[part])
             if grad_hidden is not None:
                 grad_hidden[part] = (grad @ weight.to(dtype)).to(hidden.dtype)
             if grad_weight is not None:
@@ -238,9 +236,7 @@ def linear_token_stats(
                 "expected (N, D) and (V, D) with the same D"
             )
         if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"linear_token_stats: bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)"
-            )
+            raise ValueError(f"linear_token_stats: bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)")
         _check_arguments("linear_token_stats", hidden.shape[:1], weight.shape[0], tokens, temperature)
     stats = TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, tokens, temperature))  # type: ignore[misc]
     if check:

@@ -7,9 +7,10 @@ there is entropy to lose. A few hundred steps on random solutions give exactly t
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from entropy_polarity.policy.tokenizer import character_tokenizer
 from entropy_polarity.tasks.countdown import Countdown
@@ -28,7 +29,7 @@ class PretrainSettings:
     width: int = 128
 
 
-def new_policy(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def new_policy(settings: PretrainSettings, tokenizer: Any) -> Qwen3ForCausalLM:
     """An untrained policy: Qwen3, tied embeddings, heads of width 32."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -69,7 +70,7 @@ def pretrain(settings: PretrainSettings, output: Path, progress: Callable[[int, 
 
     `progress(step, loss)` is called after each step.
     """
-    tokenizer = character_tokenizer()
+    tokenizer: Any = character_tokenizer()
     model = new_policy(settings, tokenizer)
     task = Countdown(numbers=settings.numbers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -85,8 +86,6 @@ def pretrain(settings: PretrainSettings, output: Path, progress: Callable[[int, 
         optimizer.step()
         schedule.step()
         progress(step + 1, loss.item())
-    model.generation_config = GenerationConfig(
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
-    )
-    model.to(torch.bfloat16).save_pretrained(output)
+    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    model.bfloat16().save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -104,7 +104,10 @@ class LiveView:
 
         add("reward", "reward", "{:.3f}", Text(sparkline(self.rewards), "green") if self.rewards else "")
         add(
-            "entropy", "polarity/entropy", "{:.3f}", Text(sparkline(self.entropies), "blue") if self.entropies else ""
+            "entropy",
+            "polarity/entropy",
+            "{:.3f}",
+            Text(sparkline(self.entropies), "blue") if self.entropies else "",
         )
         add("λ", "polarity/lambda", "{:+.3f}", "above 0: towards expansion, below: towards contraction")
         add("D+ expands", "polarity/positive_flow", "{:.4f}")

@@ -30,9 +30,16 @@ class Score(NamedTuple):
 class Task(Protocol):
     """What a trainer and an evaluation need of a task."""
 
-    name: str
-    max_completion_tokens: int
-    reasons: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def max_completion_tokens(self) -> int: ...
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Every verdict that `score` can give."""
+        ...
 
     def problem(self, seed: int, index: int, split: Split) -> Problem:
         """Problem `index` of the stream `seed`; the two splits share no problem."""

@@ -18,7 +18,11 @@ class RunRecorder(TrainerCallback):
     """Attach with `RunRecorder(writer, ...).attach(trainer)`. `watch(row)` is called with each metrics row."""
 
     def __init__(
-        self, writer: RunWriter, completions: int, judge: Callable[[str, str], str], watch: Callable[[dict], None]
+        self,
+        writer: RunWriter,
+        completions: int,
+        judge: Callable[[str, str], str],
+        watch: Callable[[dict], None],
     ) -> None:
         self.writer, self.completions, self.judge, self.watch = writer, completions, judge, watch
 
@@ -42,26 +46,34 @@ class RunRecorder(TrainerCallback):
             return
         stride = len(tokens.mask) // count
         picked = [i * stride + step % stride for i in range(count)]
-        decode = self.trainer.processing_class.decode
+        decode: Callable[..., str] = self.trainer.processing_class.decode  # type: ignore[union-attr,assignment]
         polarity = token_polarity(tokens)
         rows: list[dict[str, Any]] = []
         columns: dict[str, list[Any]] = {
             name: []
-            for name in ("rollout", "position", "token", "logp", "entropy", "sensitivity", "polarity", "weight")
+            for name in (
+                "rollout",
+                "position",
+                "token",
+                "logp",
+                "entropy",
+                "sensitivity",
+                "polarity",
+                "weight",
+            )
         }
         for number, row in enumerate(picked):
             ids = rollout.inputs["completion_ids"][row]
             kept = tokens.mask[row].nonzero().flatten()
             prompt = decode(_unpadded(rollout.inputs, "prompt", row), skip_special_tokens=True)
             completion = decode(_unpadded(rollout.inputs, "completion", row), skip_special_tokens=True)
-            assert tokens.reward is not None
             rows.append(
                 {
                     "step": step,
                     "rollout": number,
                     "prompt": prompt,
                     "completion": completion,
-                    "reward": tokens.reward[row].item(),
+                    "reward": tokens.known("reward")[row].item(),
                     "advantage": tokens.advantages[row, 0].item(),
                     "verdict": self.judge(prompt, completion),
                 }
@@ -70,13 +82,12 @@ class RunRecorder(TrainerCallback):
             columns["position"] += kept.tolist()
             columns["token"] += [decode([i]) for i in ids[kept].tolist()]
             for name, values in (
-                ("logp", tokens.logp),
-                ("entropy", tokens.entropy),
-                ("sensitivity", tokens.sensitivity),
+                ("logp", tokens.known("logp")),
+                ("entropy", tokens.known("entropy")),
+                ("sensitivity", tokens.known("sensitivity")),
                 ("polarity", polarity),
                 ("weight", rollout.weight),
             ):
-                assert values is not None
                 columns[name] += values[row, kept].tolist()
         self.writer.rollouts(rows, columns)
 

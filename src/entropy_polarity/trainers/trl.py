@@ -14,11 +14,11 @@ batch is generated instead. All the seams are private to TRL, hence the version 
 import inspect
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import trl
@@ -131,11 +131,12 @@ class PolarityConfig(GRPOConfig):
     'balance'
     """
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "method_settings"]
+    _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "method_settings"]
 
     method: str = field(default="papo", metadata={"help": "Name of a method in entropy_polarity.methods."})
     method_settings: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Settings of the method, e.g. '{\"controller\": \"trend\", \"gain\": 5}'."}
+        default=None,
+        metadata={"help": 'Settings of the method, e.g. \'{"controller": "trend", "gain": 5}\'.'},
     )
 
     def __post_init__(self) -> None:
@@ -189,6 +190,10 @@ class PolarityTrainer(GRPOTrainer):
     `on_rollout`, if set, is called with each finished `Rollout`.
     """
 
+    args: PolarityConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    model: Any  # pyright: ignore[reportIncompatibleVariableOverride]
+    on_rollout: Callable[[Rollout], None] | None
+
     def __init__(self, model, reward_funcs=None, args: PolarityConfig | None = None, **kwargs) -> None:
         if not isinstance(args, PolarityConfig):
             raise TypeError(f"PolarityTrainer needs args=PolarityConfig(...), got {type(args).__name__}")
@@ -204,7 +209,12 @@ class PolarityTrainer(GRPOTrainer):
 
     @property
     def micro_steps_per_rollout(self) -> int:
-        return self.args.steps_per_generation * self.num_iterations
+        return self._steps_per_generation * self.num_iterations
+
+    @property
+    def _steps_per_generation(self) -> int:
+        assert self.args.steps_per_generation is not None  # GRPOConfig fills it in
+        return self.args.steps_per_generation
 
     @property
     def steps_per_rollout(self) -> int:
@@ -246,7 +256,7 @@ class PolarityTrainer(GRPOTrainer):
         extra = {name: value for name, value in batch.items() if name in accepted}
         checkpointing = grpo_trainer.disable_gradient_checkpointing
         # The fork keeps the pass from moving the random state: dropout afterwards is that of plain GRPO.
-        quiet = checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        quiet = checkpointing(self.model, self.args.gradient_checkpointing_kwargs)  # type: ignore[arg-type]
         with torch.no_grad(), torch.random.fork_rng(), quiet:
             size = self.args.per_device_train_batch_size
             columns = self._statistics(self.model, ids, attention, keep, batch_size=size, **extra)
@@ -274,7 +284,7 @@ class PolarityTrainer(GRPOTrainer):
         for name, column in columns.items():
             if column is not None:
                 padded = self.accelerator.pad_across_processes(column, dim=1) if column.dim() == 2 else column
-                columns[name] = self.accelerator.gather(padded.contiguous())
+                columns[name] = self.accelerator.gather(padded.contiguous())  # type: ignore[union-attr]
         return Tokens(**columns | {"mask": columns["mask"].bool()})  # type: ignore[arg-type]
 
     # ---- the loss ---------------------------------------------------------------------------------------
@@ -289,21 +299,18 @@ class PolarityTrainer(GRPOTrainer):
             self._loss_inputs = None
         if self._step % self.micro_steps_per_rollout == self.micro_steps_per_rollout - 1:
             tokens = concatenate(self._seen)
-            assert tokens.sample_id is not None
-            self._end_rollout(tokens.rows(tokens.sample_id.argsort()))
+            self._end_rollout(tokens.rows(tokens.known("sample_id").argsort()))
         return loss
 
     def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
         if self._loss_inputs is None or not compute_entropy:
-            return super()._get_per_token_logps_and_entropies(
-                model, *args, compute_entropy=compute_entropy, **kwargs
-            )
+            return super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **kwargs)
         logits_to_keep = args[2] if len(args) > 2 else kwargs["logits_to_keep"]
         result, captured = self._capture(model, logits_to_keep, *args, **kwargs)
         tokens = self._tokens(self._loss_inputs, result[0].detach(), result[1].detach(), *captured)
         assert self.transform.local is not None
         self._loss_inputs["advantages"] = self.transform.local(tokens, self.method_state).advantages
-        if self._step % self.micro_steps_per_rollout < self.args.steps_per_generation:
+        if self._step % self.micro_steps_per_rollout < self._steps_per_generation:
             self._seen.append(tokens)  # the first visit: later ones see an already updated policy
         return result
 
@@ -345,8 +352,7 @@ class PolarityTrainer(GRPOTrainer):
 
     def _importance(self, tokens: Tokens, correction: Tensor | None) -> Tensor:
         """w: what TRL's loss leaves of each token's policy gradient, as a factor on A grad log p."""
-        assert tokens.logp is not None and tokens.old_logp is not None
-        log_ratio, advantages = tokens.logp - tokens.old_logp, tokens.advantages
+        log_ratio, advantages = tokens.known("logp") - tokens.known("old_logp"), tokens.advantages
         ratio = log_ratio.exp()
         if self.loss_type == "vespo":  # its weight holds the correction already
             args = self.args
@@ -388,7 +394,9 @@ class PolarityTrainer(GRPOTrainer):
             )
         path = Path(checkpoint) / STATE_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{checkpoint} has no {STATE_FILE}: it was not saved by PolarityTrainer, or not to the end")
+            raise FileNotFoundError(
+                f"{checkpoint} has no {STATE_FILE}: it was not saved by PolarityTrainer, or not to the end"
+            )
         saved = json.loads(path.read_text())
         if saved["method"] != self.args.method:
             raise ValueError(f"{checkpoint} was trained with method {saved['method']!r}, not {self.args.method!r}")

@@ -1,0 +1,134 @@
+"""Recipes: what is shipped loads, what is written is what is meant, and a slip is named."""
+
+import pytest
+import tomli_w
+
+from entropy_polarity.methods import make_transform
+from entropy_polarity.recipe import DEFAULT_RECIPE, HeldOut, Recipe, load_recipe, recipe_names, with_flags
+from entropy_polarity.tasks import make_task
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_shipped_recipe_makes_its_task_and_its_method(name):
+    recipe = load_recipe(name)
+    assert recipe.title
+    task, method = dict(recipe.task), dict(recipe.method)
+    assert make_task(task.pop("name"), **task).reasons
+    assert make_transform(method.pop("name"), method).init() is not None
+
+
+def test_the_default_recipe_is_shipped():
+    assert DEFAULT_RECIPE in recipe_names()
+
+
+def test_a_recipe_is_what_its_file_says_and_defaults_for_the_rest(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('title = "Mine"\nseed = 3\n[method]\nname = "grpo"\n[evaluation]\nproblems = 7\n')
+    assert load_recipe(str(path)) == Recipe(
+        title="Mine", seed=3, method={"name": "grpo"}, evaluation=HeldOut(problems=7)
+    )
+
+
+def test_a_recipe_written_out_is_read_back(tmp_path):
+    recipe, path = load_recipe("countdown", ["seed=5", "trainer.beta=0.1"]), tmp_path / "again.toml"
+    path.write_text(tomli_w.dumps(recipe.to_dict()))
+    assert load_recipe(str(path)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("trainer.learning_rate=1e-4", "trainer", "learning_rate", 1e-4),
+        ("trainer.max_steps=7", "trainer", "max_steps", 7),
+        ("trainer.bf16=true", "trainer", "bf16", True),
+        ("trainer.run_name=first", "trainer", "run_name", "first"),  # a bare word is a string
+        ('trainer.run_name="7"', "trainer", "run_name", "7"),
+        ("trainer.run_name=a=b", "trainer", "run_name", "a=b"),
+        ("trainer.report_to=[]", "trainer", "report_to", []),
+        ("task.numbers=[3, 4]", "task", "numbers", [3, 4]),
+        ("method.name=grpo", "method", "name", "grpo"),
+        (" method.gain = 2.5", "method", "gain", 2.5),
+        ("trainer.model_init_kwargs.dtype=float32", "trainer", "model_init_kwargs", {"dtype": "float32"}),
+    ],
+)
+def test_an_override_is_read_as_toml(override, section, key, value):
+    found = getattr(load_recipe("countdown", [override]), section)[key]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_overrides_reach_the_top_and_the_sections_and_the_last_one_counts():
+    overrides = ["seed=4", "evaluation.samples=32", "record.completions=0", "seed=9", "policy.model=some/folder"]
+    recipe = load_recipe("countdown", overrides)
+    assert (recipe.seed, recipe.evaluation.samples, recipe.record.completions) == (9, 32, 0)
+    assert recipe.policy.model == "some/folder"
+    assert recipe.evaluation.problems == load_recipe("countdown").evaluation.problems
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("seed", "override 'seed' has no '=': write it like"),
+        ("sed=1", "unknown recipe key 'sed': did you mean 'seed'"),
+        ("trianer.max_steps=1", "unknown recipe key 'trianer': did you mean 'trainer'"),
+        ("evaluation.problem=1", "'evaluation.problem': did you mean 'evaluation.problems'"),
+        ("record.completion=1", "did you mean 'record.completions'"),
+        ("policy.modle=x", "did you mean 'policy.model'"),
+        ("method=grpo", r"recipe key 'method' is 'grpo'; expected a table \[method\]"),
+        ("evaluation=5", r"expected a table \[evaluation\]"),
+        ("=5", "unknown recipe key ''"),
+        ("seed.value=5", "seed"),
+        ("title.text=5", "title"),
+        ("trainer.max_steps.value=5", "max_steps"),
+        ("seed=many", "seed"),
+        ("evaluation.problems=many", "problems"),
+    ],
+)
+def test_a_slip_in_an_override_is_named(override, told):
+    with pytest.raises(ValueError, match=told):
+        load_recipe("countdown", [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('titel = "x"', "unknown recipe key 'titel': did you mean 'title'"),
+        ("[evaluation]\nsample = 4", "'evaluation.sample': did you mean 'evaluation.samples'"),
+        ('method = "papo"', r"expected a table \[method\]"),
+        ('[method]\ncontroller = "trend"', r"recipe table \[method\] has no name"),
+        ("[task]\nnumbers = [3]", r"recipe table \[task\] has no name"),
+        ("seed = = 1", "is not valid TOML: .*line 1"),
+        ("seed = 1\nseed = 2", "is not valid TOML"),
+    ],
+)
+def test_a_slip_in_a_file_is_named(tmp_path, text, told):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=told):
+        load_recipe(str(path))
+
+
+def test_a_recipe_that_does_not_exist_is_named_with_those_that_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no recipe at .*missing.toml: .*countdown"):
+        load_recipe(str(tmp_path / "missing.toml"))
+    with pytest.raises(FileNotFoundError, match="no recipe at"):
+        load_recipe(str(tmp_path / "missing"))
+    with pytest.raises(ValueError, match="unknown recipe 'countdwn': did you mean 'countdown'"):
+        load_recipe("countdwn")
+
+
+def test_another_method_takes_no_settings_along():
+    recipe = load_recipe("countdown", ["method.name=papo", "method.gain=3"])
+    assert recipe.with_method("papo") is recipe
+    assert recipe.with_method("grpo").method == {"name": "grpo"}
+    assert recipe.method["gain"] == 3
+
+
+def test_flags_change_what_was_said_and_nothing_else():
+    recipe = load_recipe("countdown")
+    assert with_flags(recipe) == recipe
+    changed = with_flags(recipe, method="grpo", max_steps=0, seed=0, model="elsewhere")
+    assert changed.method == {"name": "grpo"}
+    assert changed.trainer == recipe.trainer | {"max_steps": 0}
+    assert (changed.seed, changed.policy.model) == (0, "elsewhere")
+    assert changed.task == recipe.task
