@@ -24,7 +24,7 @@ test: setup
 check: setup
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
-	$(BIN)/pyright --level error --pythonpath $(BIN)/python > .venv/pyright.log || (cat .venv/pyright.log; exit 1)
+	@$(BIN)/basedpyright --level error --pythonpath $(BIN)/python > $(VENV)/types.log || (cat $(VENV)/types.log; exit 1)
 
 format: setup
 	$(BIN)/ruff check --fix --quiet .

@@ -1,8 +1,6 @@
 """Settings that every test needs: no network, one thread for the tiny models, short and repeatable searches."""
 
 import os
-import sys
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,10 +8,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hypothesis import settings
+from small import SMALL
 
 torch.set_num_threads(1)  # two threads on matrices this small cost more than they give
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 settings.register_profile("project", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("project")
 
@@ -24,3 +21,17 @@ def embedded() -> str:
     from entropy_polarity.policy import resolve_model
 
     return resolve_model("embedded")
+
+
+@pytest.fixture(scope="session")
+def small_runs(tmp_path_factory):
+    """Two finished runs of six steps, one with each of the controllers that log metrics of their own."""
+    from entropy_polarity.experiments.train import train
+    from entropy_polarity.recipe import load_recipe
+    from entropy_polarity.record import Run
+
+    folder = tmp_path_factory.mktemp("runs")
+    for controller in ("trend", "reference"):
+        method = f'method={{name="papo", controller="{controller}"}}'
+        train(load_recipe("countdown", [*SMALL, method]), folder / controller)
+    return [Run.read(folder / controller) for controller in ("trend", "reference")]

@@ -2,6 +2,7 @@
 
 import math
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,14 @@ nan, inf = math.nan, math.inf
 V = 151_936
 LOGITS = st.lists(st.floats(-8, 8), min_size=1, max_size=9)
 STATISTICS = [name for name in TokenStats._fields if name != "sensitivity"]
+
+
+@pytest.fixture
+def untyped():
+    """As users call it: the type checks of the test suite would answer a wrong argument before the code does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 class Definition:
@@ -387,12 +396,14 @@ def row_1_is(*values: float) -> torch.Tensor:
         (ROWS.long(), IDS, 1.0, "logits are torch.int64; expected a float type"),
     ],
 )
+@pytest.mark.usefixtures("untyped")
 def test_token_stats_says_what_is_wrong_and_where(logits, tokens, temperature, told):
     with pytest.raises(ValueError, match=told) as error:
         token_stats(logits, tokens, temperature=temperature)
     assert str(error.value).startswith("token_stats: ")
 
 
+@pytest.mark.usefixtures("untyped")
 def test_a_single_number_is_no_state():
     with pytest.raises(ValueError, match="token_stats"):
         token_stats(torch.tensor(1.0), torch.tensor(0))
@@ -420,6 +431,7 @@ def test_a_single_number_is_no_state():
         ({"bias": torch.tensor([0, 0, inf, 0, 0])}, r"2 of 2 rows .* index \(0,\)"),
     ],
 )
+@pytest.mark.usefixtures("untyped")
 def test_linear_token_stats_says_what_is_wrong_and_where(changed, told):
     arguments = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(5, 3), "tokens": torch.tensor([0, 1])}
     with pytest.raises(ValueError, match=told) as error:

@@ -4,6 +4,7 @@ import json
 import math
 from itertools import pairwise
 
+import jaxtyping
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +13,14 @@ from entropy_polarity.phase import CONTROLLERS, Controller, Observation, balance
 
 nan, inf = math.nan, math.inf
 ENTROPIES = st.lists(st.one_of(st.floats(0, 12), st.sampled_from([0.0, nan])), min_size=1, max_size=8)
+
+
+@pytest.fixture
+def untyped():
+    """As users call it: the type checks of the test suite would answer a wrong argument before the code does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def follow(controller: Controller, entropies: list[float]) -> tuple[list[float], list[dict], dict]:
@@ -37,7 +46,7 @@ def test_constant_is_constant_from_the_first_rollout():
 def test_trend_compares_two_moving_averages():
     # fast: 1, 1 - 0.4/2 = 0.8, 0.8 + 0.2/2 = 0.9;  slow: 1, 1 - 0.4/4 = 0.9, 0.9 + 0.1/4 = 0.925
     # λ = 2 (slow - fast) / slow = 0, 2 · 0.1 / 0.9, 2 · 0.025 / 0.925
-    lambdas, metrics, state = follow(trend(gain=2, fast=2, slow=4), [1.0, 0.6, 1.0])
+    lambdas, metrics, state = follow(trend(gain=2.0, fast=2.0, slow=4.0), [1.0, 0.6, 1.0])
     assert lambdas == pytest.approx([0, 2 / 9, 2 / 37])
     assert [m["polarity/entropy_fast"] for m in metrics] == pytest.approx([1, 0.8, 0.9])
     assert [m["polarity/entropy_slow"] for m in metrics] == pytest.approx([1, 0.9, 0.925])
@@ -54,12 +63,12 @@ def test_trend_leans_against_a_falling_and_a_rising_entropy(first, rate, rollout
 
 def test_reference_is_proportional_to_the_relative_distance_and_clipped():
     # gain (level - H) / level = 2 (0.5 - H) / 0.5: 0.4, 0, -0.4; H = 0.1 asks for 1.6 and H = 2 for -6.
-    lambdas = follow(reference(gain=2, level=0.5, lambda_max=0.8), [0.4, 0.5, 0.6, 0.1, 2.0])[0]
+    lambdas = follow(reference(gain=2.0, level=0.5, lambda_max=0.8), [0.4, 0.5, 0.6, 0.1, 2.0])[0]
     assert lambdas == pytest.approx([0.4, 0, -0.4, 0.8, -0.8])
 
 
 def test_reference_without_an_end_holds_the_first_entropy():
-    assert follow(reference(gain=1), [2.0, 1.5, 2.5])[0] == pytest.approx([0, 0.25, -0.25])
+    assert follow(reference(gain=1.0), [2.0, 1.5, 2.5])[0] == pytest.approx([0, 0.25, -0.25])
 
 
 def test_reference_at_a_fraction_of_the_first_entropy_holds_from_the_start():
@@ -127,7 +136,7 @@ def test_only_balance_needs_the_batch_it_weighs():
 
 
 LAWS = {
-    "trend": trend(gain=3),
+    "trend": trend(gain=3.0),
     "reference": reference(level=0.5),
     "reference, falling": reference(fraction=0.3, path="cosine", horizon=5),
     "balance": balance(),
@@ -214,6 +223,7 @@ def test_one_rollout_of_unknown_entropy_does_not_end_the_control(law, entropies)
         (lambda: balance(lambda_max=1.0), "lambda_max is 1.0"),
     ],
 )
+@pytest.mark.usefixtures("untyped")
 def test_settings_that_make_no_controller_are_refused(build, told):
     with pytest.raises(ValueError, match=told):
         build()

@@ -2,6 +2,7 @@
 
 import math
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import assume, given
@@ -28,6 +29,14 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
 
 def flat(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.fixture
+def untyped():
+    """As users call it: the type checks of the test suite would answer a wrong argument before the code does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_statistics_of_a_distribution_worked_out_by_hand():
@@ -193,6 +202,7 @@ def test_polarity_multiplies_weight_advantage_and_sensitivity():
         ((flat(1), flat(1), None, (0.2, 0.2)), "without the ratio"),
     ],
 )
+@pytest.mark.usefixtures("untyped")
 def test_polarity_refuses_arguments_that_do_not_fit(arguments, told):
     with pytest.raises(ValueError, match=told):
         polarity(*arguments)

@@ -4,6 +4,8 @@ import json
 import math
 from dataclasses import fields, replace
 
+import hypothesis
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -37,6 +39,14 @@ METHOD_SETTINGS = [
     ("papo", {"controller": "balance"}),
     ("papo", {"controller": "balance", "soft_sign": 0.02, "conserve": True}),
 ]
+
+
+@pytest.fixture
+def untyped():
+    """As users call it: the type checks of the test suite would answer a wrong argument before the code does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def rollout(seed: int, entropy: float = 1.0, rows: int = 8, width: int = 5) -> Tokens:
@@ -112,6 +122,7 @@ def test_weights_by_hand():
 def test_tokens_without_a_polarity_keep_their_advantage():
     batch = hand_made([1.0, 1.0, 0.0], [0.0, nan, 0.1])
     assert polarity_weight(batch, 0.9).tolist() == [[1, 1, 1]]
+    assert polarity_weight(batch, 0.9, soft_sign=0.1).tolist() == [[1, 1, 1]]
 
 
 def test_a_clipped_token_has_no_polarity():
@@ -181,7 +192,7 @@ def test_balance_makes_the_predicted_entropy_change_zero(seed):
 def test_chain_applies_in_order_and_keeps_every_state():
     def counting(change) -> Transform:
         def update(tokens, state):
-            return change(tokens), {"calls": state["calls"] + 1}, {f"after {change.__name__}": state["calls"]}
+            return change(tokens), {"calls": state["calls"] + 1}, {f"after {change.__name__}": float(state["calls"])}
 
         return Transform(lambda: {"calls": 0}, update, local=lambda tokens, state: change(tokens))
 
@@ -261,6 +272,7 @@ def with_garbage(batch: Tokens, columns: int, rows: int, garbage: float) -> Toke
 
 
 @pytest.mark.parametrize(("name", "settings"), METHOD_SETTINGS)
+@hypothesis.settings(max_examples=20)
 @given(st.integers(0, 10**6), st.integers(0, 4), st.integers(0, 3), st.sampled_from([nan, inf, -inf, 1e30, -3.0]))
 def test_padding_and_environment_tokens_change_nothing(name, settings, seed, columns, rows, garbage):
     transform, batch = make_transform(name, settings), rollout(seed)
@@ -315,6 +327,7 @@ def test_an_update_leaves_the_batch_it_was_given_alone(name, settings):
         ("papo", {"gain": -2}, "gain is -2"),
     ],
 )
+@pytest.mark.usefixtures("untyped")
 def test_make_transform_names_what_was_meant(name, settings, told):
     with pytest.raises(ValueError, match=told):
         make_transform(name, settings)
@@ -355,6 +368,7 @@ def test_detached_tokens_are_the_same_facts_without_gradient():
         ),  # it would broadcast: one value a token is expected
     ],
 )
+@pytest.mark.usefixtures("untyped")
 def test_tokens_of_different_responses_are_refused(column, told):
     columns = {"mask": torch.ones(2, 4, dtype=torch.bool), "advantages": torch.zeros(2, 4)}
     with pytest.raises(ValueError, match=told):

@@ -177,10 +177,10 @@ def _print_json(document: Any) -> None:
 def _print_estimates(rows: dict[str, dict[str, dict[str, float]]]) -> None:
     if not rows:
         return
-    sizes = list(next(iter(rows.values())))
-    table = Table("", *(f"pass@{k}" for k in sizes))
-    for name, estimates in rows.items():
-        table.add_row(name, *(f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for e in estimates.values()))
+    table = Table("", *rows)
+    for k in next(iter(rows.values())):
+        cells = (f"{e[k]['value']:.3f} [{e[k]['low']:.3f}, {e[k]['high']:.3f}]" for e in rows.values())
+        table.add_row(f"pass@{k}", *cells)
     Console().print(table)
 
 

@@ -57,6 +57,8 @@ def trainer_config(recipe: Recipe, output: Path) -> PolarityConfig:
             raise ValueError(f"recipe key 'trainer.{key}' is set by the run itself: leave it out")
         if key not in known:
             raise unknown_name("recipe key", f"trainer.{key}", [f"trainer.{name}" for name in known])
+    if not recipe.trainer.get("max_steps", 0) > 0:
+        raise ValueError(f"trainer.max_steps is {recipe.trainer.get('max_steps')}; expected at least 1 (--max-steps)")
     settings = dict(recipe.method)
     name = settings.pop("name")
     defaults = {"report_to": "none", "shuffle_dataset": False, "bf16": torch.cuda.is_available()}

@@ -3,9 +3,8 @@
 A task is a pure function of (seed, index): the same index always gives the same problem, on every machine.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from entropy_polarity._errors import unknown_name
 
@@ -14,10 +13,14 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: the text the policy continues, and the facts that the verifier needs."""
+    """One problem: the text the policy continues, the facts that the verifier needs, and what makes it different.
+
+    Two problems with one `key` are the same problem in other words.
+    """
 
     prompt: str
     facts: dict[str, Any]
+    key: str
 
 
 class Score(NamedTuple):
@@ -27,6 +30,7 @@ class Score(NamedTuple):
     reason: str
 
 
+@runtime_checkable
 class Task(Protocol):
     """What a trainer and an evaluation need of a task."""
 
@@ -51,29 +55,23 @@ class Task(Protocol):
 
 
 def distinct_problems(task: Task, seed: int, split: Split, count: int) -> list[Problem]:
-    """The first `count` problems of a stream, repeats left out (for evaluation, where repeats bias intervals)."""
-    return list(_distinct(task, seed, split, count))
+    """The first `count` different problems of a stream: repeats would make intervals look surer than they are.
 
-
-def _distinct(task: Task, seed: int, split: Split, count: int) -> Iterator[Problem]:
-    seen: set[str] = set()
-    repeats = 0
-    for index in range(1_000 * count + 10_000):
-        if len(seen) == count:
-            return
+    Raises ValueError where the task seems to have fewer: the last thousand draws brought nothing new.
+    """
+    found: dict[str, Problem] = {}
+    index = last_new = 0
+    while len(found) < count:
         problem = task.problem(seed, index, split)
-        # A small task runs out of new problems: say so instead of searching for ever.
-        repeats = repeats + 1 if problem.prompt in seen else 0
-        if repeats > 10_000:
-            break
-        if problem.prompt not in seen:
-            seen.add(problem.prompt)
-            yield problem
-    if len(seen) < count:
-        raise ValueError(
-            f"task {task.name!r} has only {len(seen)} different {split} problems in stream {seed}, "
-            f"{count} were asked for: ask for fewer"
-        )
+        if problem.key not in found:
+            found[problem.key], last_new = problem, index
+        elif index - last_new > 1000:
+            raise ValueError(
+                f"task {task.name!r} has about {len(found)} different {split} problems, {count} were asked for: "
+                "ask for fewer"
+            )
+        index += 1
+    return list(found.values())
 
 
 def make_task(name: str, **settings: Any) -> Task:

@@ -1,7 +1,7 @@
 """Countdown: reach a target with all the given numbers, each used once, with + - * and brackets.
 
-    prompt      "5 9 3 5=9:"
-    completion  "(9-5)*3-... "
+    prompt      "8 4 8 1=3:"
+    completion  "8+4-(1+8)"
 
 Problem = f(seed, index). A tenth of all problems, chosen by a hash of the problem itself, is the test split:
 training and pretraining can never draw one. The verifier never evaluates code: it checks the characters,
@@ -48,7 +48,7 @@ class Countdown:
     """Countdown with `numbers` operands (one size, or several drawn evenly), digits 1-9, targets 1-`max_target`.
 
     >>> task = Countdown(numbers=(3,))
-    >>> problem = Problem("2 3 4=10:", {"numbers": [2, 3, 4], "target": 10})
+    >>> problem = Problem("2 3 4=10:", {"numbers": [2, 3, 4], "target": 10}, "[2, 3, 4]=10")
     >>> task.score(problem, "2*3+4")
     Score(reward=1.0, reason='correct')
     >>> task.score(problem, "2*5").reason
@@ -79,11 +79,12 @@ class Countdown:
             numbers = [rng.randint(1, 9) for _ in range(rng.choice(self.numbers))]
             solution = _random_expression(rng, numbers)
             target = solution.value
-            if 1 <= target <= self.max_target and _is_test(numbers, target) == (split == "test"):
+            key = f"{sorted(numbers)}={target}"
+            if 1 <= target <= self.max_target and _is_test(key) == (split == "test"):
                 break
         rng.shuffle(numbers)
         prompt = f"{' '.join(map(str, numbers))}={target}:"
-        return Problem(prompt, {"numbers": numbers, "target": target}), str(solution)
+        return Problem(prompt, {"numbers": numbers, "target": target}, key), str(solution)
 
     def score(self, problem: Problem, completion: str) -> Score:
         if len(completion) > MAX_ANSWER_CHARACTERS:
@@ -116,10 +117,9 @@ def _apply(operator: str, left: int, right: int) -> int:
     return left + right if operator == "+" else left - right if operator == "-" else left * right
 
 
-def _is_test(numbers: list[int], target: int) -> bool:
+def _is_test(key: str) -> bool:
     """Whether the problem belongs to the test split: a property of the problem, not of how it was drawn."""
-    key = f"{sorted(numbers)}={target}".encode()
-    return hashlib.sha256(key).digest()[0] < 256 * _TEST_SHARE
+    return hashlib.sha256(key.encode()).digest()[0] < 256 * _TEST_SHARE
 
 
 _NODES = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}

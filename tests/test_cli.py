@@ -1,0 +1,150 @@
+"""The commands, as a user meets them: results, JSON that is nothing but JSON, and one line for every mistake."""
+
+import json
+import sys
+
+import pytest
+from small import SMALL
+
+from entropy_polarity import cli
+
+
+def papo(monkeypatch, capfd, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["papo", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capfd.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def run_papo(monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: papo(monkeypatch, capfd, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("train", "countdwn"), "did you mean 'countdown'"),
+        (("train", "recipes/none.toml"), "no recipe at recipes/none.toml"),
+        (("train", "--set", "trainer.lerning_rate=1"), "did you mean 'trainer.learning_rate'"),
+        (("train", "--set", "trainer.output_dir=x"), "'trainer.output_dir' is set by the run itself"),
+        (("train", "--set", "evalution.problems=1"), "did you mean 'evaluation'"),
+        (("train", "--set", "task.nmbers=[3]"), "did you mean 'numbers'"),
+        (("train", "--set", "trainer.learning_rate"), "has no '='"),
+        (("train", "--set", "method.gian=2"), "did you mean 'gain'"),
+        (("train", "--set", "trainer.loss_type=luspo"), "luspo"),
+        (("train", "--set", "trainer.num_generations=7"), "7"),
+        (("train", "--method", "pappo"), "did you mean 'papo'"),
+        (("train", "--max-steps", "0"), "max_steps"),
+        (("train", "--model", "./nowhere"), "no model at ./nowhere"),
+        (("train", "--model", "someone/some-model"), "HF_HUB_OFFLINE=0"),
+        (("train", "--resume", "nowhere"), "nowhere holds no run"),
+        (("train", "--resume", "nowhere", "--seed", "1"), "--seed cannot be given with --resume"),
+        (("eval", "--model", "./nowhere"), "no model at ./nowhere"),
+        (("eval", "--task", "countdwn"), "did you mean 'countdown'"),
+        (("eval", "--problems", "0"), "problems=0"),
+        (("eval", "--temperature", "0"), "temperature is 0.0"),
+        (("eval", "--problems", "1000000"), "different test problems"),
+        (("report", "nowhere"), "nowhere holds no run"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run_papo, tmp_path, arguments, said):
+    code, out, err = run_papo(*arguments)
+    assert code == 2
+    assert out == ""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("papo: ")
+    assert said in lines[0]
+    assert not list(tmp_path.iterdir()), "a mistake leaves nothing behind"
+
+
+def test_a_mistyped_flag_is_exit_code_2(run_papo):
+    code, _, err = run_papo("train", "--max-step", "3")
+    assert code == 2
+    assert "--max-steps" in err
+
+
+def test_an_output_that_holds_something_is_left_alone(run_papo, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/thesis.txt").write_text("all of it")
+    code, _, err = run_papo("train", "--output", "precious")
+    assert code == 2
+    assert "not an empty folder" in err
+    assert [p.name for p in (tmp_path / "precious").iterdir()] == ["thesis.txt"]
+
+
+def test_train_prints_one_json_document_and_refuses_the_same_place_twice(run_papo, tmp_path):
+    arguments = ["train", "--output", "run", "--max-steps", "2", "--seed", "3", *(f"--set={o}" for o in SMALL)]
+    code, out, err = run_papo(*arguments, "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["status"] == "finished"
+    assert set(document["after"]["pass_at"]) == {"1", "2"}
+    assert "step 2/2" in err  # progress goes to standard error
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    code, _, err = run_papo(*arguments)
+    assert code == 2
+    assert "already holds a run" in err
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+    code, out, _ = run_papo("eval", "--model", "run", "--problems", "3", "--samples", "2", "--json")
+    assert code == 0
+    evaluation = json.loads(out)
+    assert evaluation["model"].endswith("checkpoint-2")
+    assert evaluation["task"]["numbers"] == [3]
+    (tmp_path / "run/report.html").unlink()
+    code, out, _ = run_papo("report", "run", "--json")
+    assert code == 0
+    assert json.loads(out) == {"report": "run/report.html"}
+    assert (tmp_path / "run/report.html").exists()
+
+
+def test_eval_prints_a_table(run_papo):
+    code, out, _ = run_papo("eval", "--problems", "3", "--samples", "2")
+    assert code == 0
+    assert "pass@1" in out
+    assert "pass@2" in out
+    assert "3 problems x 2 samples" in out
+
+
+def test_methods_lists_every_method_and_controller(run_papo):
+    code, out, _ = run_papo("methods", "--json")
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert {"grpo", "papo"} <= set(rows)
+    assert set(rows["papo"]["controllers"]) == {"trend", "reference", "balance", "constant"}
+    code, out, _ = run_papo("methods")
+    assert code == 0
+    assert "reconstruction" in out
+
+
+def test_pretrain_makes_a_policy_that_loads_and_says_how_good_it_is(run_papo, tmp_path):
+    code, out, err = run_papo("pretrain", "--output", "policy", "--steps", "2", "--json")
+    assert code == 0, err
+    quality = json.loads(out)
+    assert set(quality["evaluation"]) == {"3", "4"}
+    assert (tmp_path / "policy/model.safetensors").stat().st_size < 2_000_000
+    code, _, err = run_papo("pretrain", "--output", "policy", "--steps", "2")
+    assert code == 2
+    assert "already exists" in err
+
+
+def test_a_full_disk_is_named_even_inside_other_errors():
+    inner = OSError(28, "No space left on device")
+    outer = RuntimeError("PytorchStreamWriter failed writing file")
+    outer.__cause__ = inner
+    assert "no space left" in (cli._one_line(outer) or "")
+    assert cli._one_line(RuntimeError("a bug")) is None
+
+
+def test_help_needs_no_torch():
+    """`papo --help` is instant: nothing heavy is imported for it."""
+    import subprocess
+
+    program = "import sys, entropy_polarity.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

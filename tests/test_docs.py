@@ -1,0 +1,53 @@
+"""The documents say what the code does: the README's script runs, its tables are the result files, every metric has its line."""
+
+import json
+import re
+from pathlib import Path
+
+import demo_seeds
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_trl_script_runs_as_written(tmp_path, monkeypatch):
+    (script,) = re.findall(r"```python\n(from datasets.*?)```", README, re.DOTALL)
+    assert 8 <= len([line for line in script.splitlines() if line.strip()]) <= 14
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(script, "README.md", "exec"), names)  # our own file, not model output
+    assert names["trainer"].state.global_step == names["config"].max_steps
+    assert any("polarity/lambda" in row for row in names["trainer"].state.log_history)
+
+
+def test_every_metric_of_a_run_has_one_line_and_no_line_is_idle(small_runs):
+    documented = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
+    logged = {name for run in small_runs for row in run.metrics for name in row}
+    assert len(documented) == len(set(documented))
+    assert set(documented) == logged
+
+
+def test_the_readmes_tables_are_the_result_files():
+    results = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
+    assert demo_seeds.table(results["runs"]) in README
+    step = json.loads((ROOT / "benchmarks/results/trainer_step.json").read_text())
+    low, high = step["ratio_95"]
+    assert f"{step['ratio']:.3f} [{low:.3f}, {high:.3f}]" in README
+
+
+def test_the_readmes_tree_names_what_is_there():
+    (tree,) = re.findall(r"```text\n(src/entropy_polarity/.*?)```", README, re.DOTALL)
+    folder = "src/entropy_polarity/"
+    for line in tree.splitlines():
+        name = line.split()[0] if line.strip() else ""
+        if name in ("src/entropy_polarity/", ""):
+            continue
+        path = ROOT / (folder + name if line.startswith("  ") else name)
+        assert path.exists() or list(path.parent.glob(path.name)), f"{name} is in the README's tree but not there"
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_links_to_files_of_the_repository_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text()):
+        assert (ROOT / target).exists(), target
