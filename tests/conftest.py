@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
@@ -35,3 +36,11 @@ def small_runs(tmp_path_factory):
         method = f'method={{name="papo", controller="{controller}"}}'
         train(load_recipe("countdown", [*SMALL, method]), folder / controller)
     return [Run.read(folder / controller) for controller in ("trend", "reference")]
+
+
+@pytest.fixture
+def untyped():
+    """As users call it: the type checks of the test suite would answer a wrong argument before the code does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

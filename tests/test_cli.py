@@ -49,7 +49,7 @@ def run_papo(monkeypatch, capfd, tmp_path):
         (("eval", "--task", "countdwn"), "did you mean 'countdown'"),
         (("eval", "--problems", "0"), "problems=0"),
         (("eval", "--temperature", "0"), "temperature is 0.0"),
-        (("eval", "--problems", "1000000"), "different test problems"),
+        (("eval", "--problems", "1000", "--set", "numbers=[2]"), "different test problems"),
         (("report", "nowhere"), "nowhere holds no run"),
     ],
 )

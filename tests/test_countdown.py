@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from entropy_polarity.tasks import Problem, Score, countdown, distinct_problems, make_task
 from entropy_polarity.tasks.countdown import OPERATORS, Countdown, Expression
 
-SIZES = [(2,), (3,), (4,), (5,), (6,), (3, 4, 6)]
+SIZES = [(2,), (3,), (4,), (5,), (3, 5)]
 
 
 def problem(numbers: list[int], target: int) -> Problem:
-    return Problem(f"{' '.join(map(str, numbers))}={target}:", {"numbers": numbers, "target": target})
+    key = f"{sorted(numbers)}={target}"
+    return Problem(f"{' '.join(map(str, numbers))}={target}:", {"numbers": numbers, "target": target}, key)
 
 
 def evaluated(text: str) -> tuple[int, list[int]] | None:
@@ -101,7 +102,7 @@ def test_every_generated_solution_is_judged_correct(sizes, split):
         assert made.prompt == f"{' '.join(map(str, numbers))}={target}:"
 
 
-@pytest.mark.parametrize("size", range(2, 7))
+@pytest.mark.parametrize("size", range(2, 6))
 def test_a_solution_fits_the_completion_length(size):
     task = Countdown(numbers=(size,))
     longest = max((task.solved_problem(0, index)[1] for index in range(1500)), key=len)
@@ -356,19 +357,18 @@ def test_a_task_with_an_empty_split_says_so_instead_of_searching_for_ever(monkey
         Countdown(numbers=(2,), max_target=1).problem(0, 0, "test")
 
 
-def test_distinct_problems_are_the_first_of_the_stream_without_repeats():
+def test_distinct_problems_are_the_first_of_the_stream_without_repeats_in_any_order():
     task = Countdown(numbers=(2,), max_target=9)
-    stream = [task.problem(5, i, "train").prompt for i in range(200)]
-    found = [p.prompt for p in distinct_problems(task, 5, "train", 40)]
-    assert len(set(stream[:60])) < 60  # there are repeats to leave out
-    assert found == list(dict.fromkeys(stream))[:40]
+    stream = [task.problem(5, i, "train").facts for i in range(200)]
+    meaning = [(*sorted(facts["numbers"]), facts["target"]) for facts in stream]
+    found = [p.facts for p in distinct_problems(task, 5, "train", 30)]
+    assert len({(*facts["numbers"], facts["target"]) for facts in stream}) > len(set(meaning))  # 1 2=3 and 2 1=3
+    assert found == [stream[meaning.index(m)] for m in list(dict.fromkeys(meaning))[:30]]
 
 
 def test_more_distinct_problems_than_there_are_is_an_error_with_their_number():
     task = Countdown(numbers=(2,), max_target=3)
-    with pytest.raises(
-        ValueError, match=r"'countdown' has only (\d+) different train problems in stream 0, 10000"
-    ) as error:
+    with pytest.raises(ValueError, match=r"'countdown' has about \d+ different train problems, 10000 were") as error:
         distinct_problems(task, 0, "train", 10_000)
-    count = int(re.search(r"only (\d+)", str(error.value))[1])
+    count = int(re.search(r"about (\d+)", str(error.value))[1])
     assert len(distinct_problems(task, 0, "train", count)) == count

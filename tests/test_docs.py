@@ -1,4 +1,4 @@
-"""The documents say what the code does: the README's script runs, its tables are the result files, every metric has its line."""
+"""The documents say what the code does: the script runs, tables are result files, every metric has its line."""
 
 import json
 import re

@@ -2,7 +2,6 @@
 
 import math
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import assume, given
@@ -29,14 +28,6 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
 
 def flat(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
-
-
-@pytest.fixture
-def untyped():
-    """As users call it: the type checks of the test suite would answer a wrong argument before the code does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_statistics_of_a_distribution_worked_out_by_hand():

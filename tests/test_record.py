@@ -144,7 +144,7 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no run: config.toml is missing"):
         Run.read(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"holds no run: config.toml is missing"):
-        RunWriter.resume(tmp_path)
+        RunWriter.resume(tmp_path, CONFIG)
 
 
 @pytest.mark.parametrize("cut", range(1, 40, 6))
@@ -157,7 +157,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out_and_never_joined_to_the_next(write
     run = Run.read(directory)
     assert steps(run.metrics) == [1, 2]
     assert steps(run.rollouts) == [1, 2]
-    resumed, _ = RunWriter.resume(directory)
+    resumed, _ = RunWriter.resume(directory, CONFIG)
     train(resumed, range(3, 5))
     run = Run.read(directory)
     assert steps(run.metrics) == [1, 2, 3, 4]
@@ -168,7 +168,7 @@ def test_resuming_drops_what_came_after_the_checkpoint_so_that_no_step_is_there_
     train(writer, range(1, 8), note="before")
     kept, *broken = checkpoint(directory, 4), checkpoint(directory, 2, whole=False), checkpoint(directory, 6, False)
     (directory / "tokens" / "000008.part").touch()  # the kill fell into step 8
-    resumed, found = RunWriter.resume(directory)
+    resumed, found = RunWriter.resume(directory, CONFIG)
     assert found == kept
     assert kept.exists()
     assert not any(folder.exists() for folder in broken)
@@ -184,7 +184,7 @@ def test_resuming_drops_what_came_after_the_checkpoint_so_that_no_step_is_there_
 def test_resuming_without_a_checkpoint_starts_over(writer, directory):
     train(writer, range(1, 4))
     checkpoint(directory, 2, whole=False)
-    resumed, found = RunWriter.resume(directory)
+    resumed, found = RunWriter.resume(directory, CONFIG)
     assert found is None
     run = Run.read(directory)
     assert (run.metrics, run.rollouts, token_files(run)) == ([], [], [])
@@ -195,9 +195,9 @@ def test_resuming_without_a_checkpoint_starts_over(writer, directory):
 def test_resuming_twice_is_resuming_once(writer, directory):
     train(writer, range(1, 6))
     checkpoint(directory, 3)
-    RunWriter.resume(directory)
+    RunWriter.resume(directory, CONFIG)
     once = Run.read(directory)
-    RunWriter.resume(directory)
+    RunWriter.resume(directory, CONFIG)
     assert Run.read(directory) == once
     assert steps(once.metrics) == [1, 2, 3]
 

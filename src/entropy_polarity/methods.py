@@ -46,7 +46,9 @@ def papo(
     known = inspect.signature(build).parameters
     for name in controller_settings:
         if name not in known:
-            raise unknown_name(f"setting of papo's controller {controller!r}", name, [*known, "soft_sign", "conserve"])
+            raise unknown_name(
+                f"setting of papo's controller {controller!r}", name, [*known, "controller", "soft_sign", "conserve"]
+            )
     return polarity_weights(build(**controller_settings), soft_sign, conserve)
 
 

@@ -12,6 +12,9 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+# Nearer to 1 a float32 weight 1 - λ would round to 0, and a branch would be silenced after all.
+LAMBDA_LIMIT = 0.999
+
 State = dict[str, Any]
 Metrics = dict[str, float]
 
@@ -45,12 +48,14 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 
 def _check_gain(gain: float, lambda_max: float) -> None:
     _check_range("gain", gain, 0, math.inf)
-    if not 0 <= lambda_max < 1:
-        raise ValueError(f"lambda_max is {lambda_max}; expected 0 <= lambda_max < 1: no branch may be silenced")
+    if not 0 <= lambda_max <= LAMBDA_LIMIT:
+        raise ValueError(
+            f"lambda_max is {lambda_max}; expected 0 <= lambda_max <= {LAMBDA_LIMIT}: no branch may be silenced"
+        )
 
 
 def _clip(value: float, bound: float) -> float:
-    return max(-bound, min(bound, value)) if math.isfinite(value) else 0.0
+    return 0.0 if math.isnan(value) else max(-bound, min(bound, value))
 
 
 def constant(lambda_: float = 0.0) -> Controller:
@@ -59,8 +64,8 @@ def constant(lambda_: float = 0.0) -> Controller:
     >>> constant(0.3).update(Observation(1.0, 0.1, 0.2), {})
     (0.3, {}, {})
     """
-    if not -1 < lambda_ < 1:
-        raise ValueError(f"lambda_ is {lambda_}; expected -1 < lambda_ < 1: no branch may be silenced")
+    if not abs(lambda_) <= LAMBDA_LIMIT:
+        raise ValueError(f"lambda_ is {lambda_}; expected at most {LAMBDA_LIMIT} in size: no branch may be silenced")
     return Controller(dict, lambda observed, state: (lambda_, state, {}), causal=True, start=lambda_)
 
 
@@ -86,6 +91,8 @@ def trend(gain: float = 5.0, lambda_max: float = 0.5, fast: float = 3.0, slow: f
 
     def update(observed: Observation, state: State) -> tuple[float, State, Metrics]:
         h = observed.entropy
+        if not math.isfinite(h):
+            return 0.0, state, {}  # one broken batch must not poison the averages
         average = {
             name: h if state[name] is None else state[name] + (h - state[name]) / horizon
             for name, horizon in (("fast", fast), ("slow", slow))
@@ -118,9 +125,9 @@ def reference(
     _check_gain(gain, lambda_max)
     if level is not None and fraction is not None:
         raise ValueError(f"reference: level={level} and fraction={fraction} were both given; give one of them")
-    if level is not None and level <= 0:
+    if level is not None and not level > 0:
         raise ValueError(f"reference: level is {level}; expected an entropy above 0 nats")
-    if fraction is not None and fraction <= 0:
+    if fraction is not None and not fraction > 0:
         raise ValueError(f"reference: fraction is {fraction}; expected a positive part of the first entropy")
     if path not in ("constant", "linear", "cosine"):
         raise ValueError(f"reference: path is {path!r}; expected 'constant', 'linear' or 'cosine'")
@@ -131,6 +138,8 @@ def reference(
         return {"k": 0, "first_entropy": None}
 
     def update(observed: Observation, state: State) -> tuple[float, State, Metrics]:
+        if not math.isfinite(observed.entropy):
+            return 0.0, state | {"k": state["k"] + 1}, {}
         first = observed.entropy if state["first_entropy"] is None else state["first_entropy"]
         end = level if level is not None else first * (1.0 if fraction is None else fraction)
         done = 1.0 if path == "constant" else min(1.0, state["k"] / horizon)
@@ -149,7 +158,7 @@ def balance(lambda_max: float = 0.8) -> Controller:
     From D+ (1 + λ) = D- (1 - λ). With one branch empty there is nothing to balance: λ = 0. Batch.
     Source: ours; without the clip it is OPEFO's rule (arXiv 2605.11491).
 
-    >>> balance().update(Observation(1.0, 0.1, 0.3), {})[0]
+    >>> round(balance().update(Observation(1.0, 0.1, 0.3), {})[0], 6)
     0.5
     """
     _check_gain(0.0, lambda_max)

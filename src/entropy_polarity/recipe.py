@@ -71,8 +71,8 @@ def recipe_names() -> list[str]:
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of that name or at that path, with `overrides` like "trainer.learning_rate=1e-4" applied.
 
-    Raises ValueError for a file that is not TOML or a key that is not known (naming the nearest known one), and
-    FileNotFoundError for a recipe that does not exist.
+    Raises ValueError for an unknown name, a file that is not TOML, a key that is not known (naming the nearest known
+    one) or a value of the wrong type, and FileNotFoundError for a path where there is no file.
     """
     path = Path(name_or_path)
     if path.suffix == ".toml" or path.parent != Path("."):
@@ -104,29 +104,35 @@ def apply_override(document: dict[str, Any], override: str) -> None:
     *sections, last = key.strip().split(".")
     for section in sections:
         document = document.setdefault(section, {})
+        if not isinstance(document, dict):
+            raise ValueError(f"override {override!r}: {section!r} is a value, not a table of keys")
     document[last] = parsed
 
 
 def _recipe(document: dict[str, Any]) -> Recipe:
-    known = {f.name: f for f in fields(Recipe)}
-    values: dict[str, Any] = {}
-    for key, value in document.items():
-        if key not in known:
-            raise unknown_name("recipe key", key, known)
-        if key in ("task", "method", "trainer", *_SECTIONS) and not isinstance(value, dict):
-            raise ValueError(f"recipe key {key!r} is {value!r}; expected a table [{key}]")
-        if key in _SECTIONS:
-            section = {f.name for f in fields(_SECTIONS[key])}
-            for name in value:
-                if name not in section:
-                    raise unknown_name("recipe key", f"{key}.{name}", [f"{key}.{n}" for n in section])
-            value = _SECTIONS[key](**value)
-        values[key] = value
-    recipe = Recipe(**values)
+    for key, section in _SECTIONS.items():
+        if key in document:
+            document = document | {key: _typed(section, document[key], f"{key}.")}
+    recipe = _typed(Recipe, document)
     for table in ("task", "method"):
         if "name" not in getattr(recipe, table):
             raise ValueError(f"recipe table [{table}] has no name")
     return recipe
+
+
+def _typed(kind: type, values: Any, prefix: str = "") -> Any:
+    """An instance of the dataclass `kind`; unknown keys and values of another type than the default's are refused."""
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe key {prefix.rstrip('.')!r} is {values!r}; expected a table [{prefix.rstrip('.')}]")
+    defaults = {f.name: getattr(kind(), f.name) for f in fields(kind)}
+    for key, value in values.items():
+        if key not in defaults:
+            raise unknown_name("recipe key", f"{prefix}{key}", [f"{prefix}{name}" for name in defaults])
+        expected = type(defaults[key])
+        if type(value) is not expected:
+            what = f"a table [{key}]" if expected is dict else f"a value of type {expected.__name__}"
+            raise ValueError(f"recipe key {prefix + key!r} is {value!r}; expected {what}")
+    return kind(**values)
 
 
 def with_flags(

@@ -72,12 +72,16 @@ class RunWriter:
         return writer
 
     @classmethod
-    def resume(cls, directory: Path) -> "tuple[RunWriter, Path | None]":
-        """The writer of an existing run and its last whole checkpoint; what was written after that is dropped."""
+    def resume(cls, directory: Path, config: dict[str, Any]) -> "tuple[RunWriter, Path | None]":
+        """The writer of an existing run and its last whole checkpoint; what was written after that is dropped.
+
+        `config` takes the place of the old one: a resumed run may be longer.
+        """
         if not (directory / CONFIG).is_file():
             raise FileNotFoundError(f"{directory} holds no run: {CONFIG} is missing")
         writer, checkpoint = cls(directory), last_checkpoint(directory)
         writer._truncate(0 if checkpoint is None else checkpoint_step(checkpoint))
+        _write(directory / CONFIG, tomli_w.dumps(_without_none(config)))
         return writer, checkpoint
 
     def _truncate(self, step: int) -> None:

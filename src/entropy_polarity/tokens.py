@@ -34,6 +34,9 @@ class TokenStats(NamedTuple):
     correction: Tensor
 
 
+_PER_RESPONSE = ("reward", "group", "sample_id")
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Aligned facts of one rollout batch (or of some rows of it). What was not computed is None.
@@ -63,10 +66,11 @@ class Tokens:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and value.shape[0] != self.mask.shape[0]:
+            expected = self.mask.shape[:1] if field.name in _PER_RESPONSE else self.mask.shape
+            if value is not None and value.shape != expected:
                 raise ValueError(
-                    f"Tokens: {field.name} has {value.shape[0]} rows, the mask has {self.mask.shape[0]}: "
-                    "every field describes the same responses"
+                    f"Tokens: {field.name} has shape {tuple(value.shape)}, the mask has {tuple(self.mask.shape)}; "
+                    f"expected {tuple(expected)}: every field describes the same responses"
                 )
 
     def known(self, name: str) -> Tensor:

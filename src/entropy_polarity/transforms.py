@@ -63,7 +63,8 @@ def token_polarity(tokens: Tokens) -> Float[Tensor, "B T"]:
 def observe(tokens: Tokens) -> Observation:
     """What a controller sees of a batch: mean entropy and the two branch flows."""
     positive, negative = branch_flows(token_polarity(tokens), tokens.mask)
-    entropy = masked_mean(tokens.known("entropy"), tokens.mask)
+    entropy = tokens.known("entropy")
+    entropy = masked_mean(entropy, tokens.mask & entropy.isfinite())
     return Observation(entropy.item(), positive.item(), negative.item())
 
 

@@ -24,7 +24,7 @@ from entropy_polarity._errors import unknown_name
 from entropy_polarity.evaluate import Evaluation, evaluate
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.recipe import Recipe
-from entropy_polarity.record import CHECKPOINTS, Run, RunWriter
+from entropy_polarity.record import CHECKPOINTS, Run, RunWriter, checkpoint_step, last_checkpoint
 from entropy_polarity.report.page import render_page
 from entropy_polarity.tasks import Task, make_task
 from entropy_polarity.trainers.recording import RunRecorder
@@ -137,7 +137,10 @@ def train(
     model, tokenizer = load_policy(recipe.policy.model)
     dataset, reward = prompts_of(task, config, recipe.seed)
     if resume:
-        writer, checkpoint = RunWriter.resume(output)
+        done = last_checkpoint(output)
+        if done is not None and checkpoint_step(done) >= config.max_steps:
+            raise ValueError(f"{output} is finished at step {checkpoint_step(done)}: --max-steps can lengthen it")
+        writer, checkpoint = RunWriter.resume(output, recipe.to_dict())
         summary = Run.read(output).summary
     else:
         writer, checkpoint = RunWriter.create(output, recipe.to_dict(), recipe.seed), None

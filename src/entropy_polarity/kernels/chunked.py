@@ -41,7 +41,8 @@ def _chunk_stats(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[To
         d /= temperature
     d_a = d.gather(-1, tokens[:, None]).squeeze(-1)
     d.clamp_(min=LOWEST)  # NaN stays NaN, and so do rows of all -inf
-    e = d.exp().scatter_(-1, mode, 0.0)
+    # 0 leaves the mode out of the sums; a maximum that is infinite gives NaN here and so in every statistic.
+    e = d.exp().scatter_(-1, mode, maximum - maximum)
     r = e.sum(-1)
     ed = e * d
     rd = ed.sum(-1)
@@ -66,16 +67,42 @@ def _chunk_logits_gradient(
     return minus_p.mul_(grad[:, None] / temperature)
 
 
+def _matrices(logits: Tensor) -> Iterator[Tensor]:
+    """Two-dimensional views that cover the states in order: a slice like logits[:, :-1] is never copied whole."""
+    try:
+        yield logits.view(-1, logits.shape[-1])
+    except RuntimeError:
+        for part in logits:
+            yield from _matrices(part)
+
+
+def _row_chunks(logits: Tensor, elements: int) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks (n, V) of the states, each with its place among all of them."""
+    start = 0
+    for matrix in _matrices(logits):
+        for part in _chunks(len(matrix), matrix.shape[1], elements):
+            yield slice(start + part.start, start + part.stop), matrix[part]
+        start += len(matrix)
+
+
+def _all_stats(logits: Tensor, tokens: Tensor, temperature: float, columns: Tensor, normaliser: Tensor) -> None:
+    """Fill `columns` (7, N) and `normaliser` (2, N) from logits (..., V), a chunk at a time."""
+    for part, chunk in _row_chunks(logits, CHUNK_ELEMENTS):
+        stats, normaliser[:, part] = _chunk_stats(chunk, tokens[part], temperature)
+        columns[:, part] = torch.stack(stats)
+
+
+def _empty_columns(like: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    dtype = _accumulation_dtype(like.dtype)
+    columns = torch.empty(len(TokenStats._fields), rows, dtype=dtype, device=like.device)
+    return columns, torch.empty(2, rows, dtype=dtype, device=like.device)
+
+
 class _TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, tokens: Tensor, temperature: float):
-        dtype = _accumulation_dtype(logits.dtype)
-        rows, width = logits.shape
-        columns = torch.empty(len(TokenStats._fields), rows, dtype=dtype, device=logits.device)
-        normaliser = torch.empty(2, rows, dtype=dtype, device=logits.device)
-        for part in _chunks(rows, width, CHUNK_ELEMENTS):
-            stats, normaliser[:, part] = _chunk_stats(logits[part], tokens[part], temperature)
-            columns[:, part] = torch.stack(stats)
+        columns, normaliser = _empty_columns(logits, len(tokens))
+        _all_stats(logits, tokens, temperature, columns, normaliser)
         ctx.save_for_backward(logits, tokens, normaliser)
         ctx.temperature = temperature
         logp, *statistics = columns.unbind()
@@ -86,10 +113,11 @@ class _TokenStats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logp, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, tokens, normaliser = ctx.saved_tensors
-        grad = torch.empty_like(logits)
-        for part in _chunks(len(logits), logits.shape[1], CHUNK_ELEMENTS):
-            grad[part] = _chunk_logits_gradient(
-                logits[part], tokens[part], normaliser[:, part], ctx.temperature, grad_logp[part]
+        grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        rows = grad.view(-1, logits.shape[-1])
+        for part, chunk in _row_chunks(logits, CHUNK_ELEMENTS):
+            rows[part] = _chunk_logits_gradient(
+                chunk, tokens[part], normaliser[:, part], ctx.temperature, grad_logp[part]
             )
         return grad, None, None
 
@@ -104,17 +132,14 @@ def _linear_chunks(
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """All statistics (7, N) and the normaliser (2, N) of softcap(logit_scale · (hidden @ weight.T + bias))."""
-    dtype = _accumulation_dtype(hidden.dtype)
-    columns = torch.empty(len(TokenStats._fields), len(hidden), dtype=dtype, device=hidden.device)
-    normaliser = torch.empty(2, len(hidden), dtype=dtype, device=hidden.device)
+    columns, normaliser = _empty_columns(hidden, len(hidden))
     for part in _chunks(len(hidden), len(weight), LINEAR_CHUNK_ELEMENTS):
         logits = linear(hidden[part], weight, bias)
         if logit_scale != 1.0 or softcap is not None:
-            logits = logits.to(dtype) * logit_scale
+            logits = logits.to(columns.dtype) * logit_scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        stats, normaliser[:, part] = _chunk_stats(logits, tokens[part], temperature)
-        columns[:, part] = torch.stack(stats)
+        _all_stats(logits, tokens[part], temperature, columns[:, part], normaliser[:, part])
     return columns, normaliser
 
 
@@ -197,14 +222,16 @@ def token_stats(
 
     >>> stats = token_stats(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0]))
     >>> round(stats.entropy.item(), 4), round(stats.sensitivity.item(), 4)
-    (0.8324, -0.1416)
+    (0.8324, -0.1418)
     """
     if check:
+        if logits.dim() == 0 or not logits.is_floating_point():
+            raise ValueError(
+                f"token_stats: logits are {logits.dtype} of shape {tuple(logits.shape)}; expected floats (..., V)"
+            )
         _check_arguments("token_stats", logits.shape[:-1], logits.shape[-1], tokens, temperature)
-        if not logits.is_floating_point():
-            raise ValueError(f"token_stats: logits are {logits.dtype}; expected a float type")
-    flat = logits.reshape(-1, logits.shape[-1])
-    stats = TokenStats(*_TokenStats.apply(flat, tokens.reshape(-1), temperature))  # type: ignore[misc]
+    flat_tokens = tokens.reshape(-1).long()
+    stats = TokenStats(*_TokenStats.apply(logits, flat_tokens, temperature))  # type: ignore[misc]
     if check:
         _check_rows("token_stats", stats, tokens.shape)
     return TokenStats(*(field.reshape(tokens.shape) for field in stats))
@@ -227,7 +254,7 @@ def linear_token_stats(
 
     >>> hidden, weight = torch.eye(2), torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
     >>> round(linear_token_stats(hidden, weight, torch.tensor([0, 0])).sensitivity[0].item(), 4)
-    -0.1416
+    -0.1418
     """
     if check:
         if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -238,7 +265,7 @@ def linear_token_stats(
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"linear_token_stats: bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)")
         _check_arguments("linear_token_stats", hidden.shape[:1], weight.shape[0], tokens, temperature)
-    stats = TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, tokens, temperature))  # type: ignore[misc]
+    stats = TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, tokens.long(), temperature))  # type: ignore[misc]
     if check:
         _check_rows("linear_token_stats", stats, tokens.shape)
     return stats

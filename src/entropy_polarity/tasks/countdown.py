@@ -21,6 +21,8 @@ OPERATORS = "+-*"
 MAX_ANSWER_CHARACTERS = 128
 _ANSWER = re.compile(r"[0-9+\-*() ]+")
 _TEST_SHARE = 0.1
+# Far beyond what any usable setting needs to hit its split; a setting without problems must not draw for ever.
+_MAX_DRAWS = 20_000
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,12 @@ class Countdown:
     reasons = ("correct", "wrong value", "wrong numbers", "not an expression", "too long")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "numbers", tuple(self.numbers))
-        if not self.numbers or not all(isinstance(n, int) and 2 <= n <= 6 for n in self.numbers):
-            raise ValueError(f"countdown: numbers must be sizes from 2 to 6, got {self.numbers!r}")
-        if self.max_target < 1:
-            raise ValueError(f"countdown: max_target must be at least 1, got {self.max_target}")
+        sizes = tuple(self.numbers) if isinstance(self.numbers, tuple | list) else ()
+        if not sizes or not all(isinstance(n, int) and 2 <= n <= 5 for n in sizes):
+            raise ValueError(f"countdown: numbers must be a list of sizes from 2 to 5, got {self.numbers!r}")
+        if not (isinstance(self.max_target, int) and self.max_target >= 1):
+            raise ValueError(f"countdown: max_target must be at least 1, got {self.max_target!r}")
+        object.__setattr__(self, "numbers", sizes)
 
     def problem(self, seed: int, index: int, split: Split = "train") -> Problem:
         return self.solved_problem(seed, index, split)[0]
@@ -75,13 +78,15 @@ class Countdown:
     def solved_problem(self, seed: int, index: int, split: Split = "train") -> tuple[Problem, str]:
         """A problem with the expression it was made from: one of its solutions."""
         rng = random.Random(f"countdown:{split}:{seed}:{index}")
-        while True:
+        for _ in range(_MAX_DRAWS):
             numbers = [rng.randint(1, 9) for _ in range(rng.choice(self.numbers))]
             solution = _random_expression(rng, numbers)
             target = solution.value
             key = f"{sorted(numbers)}={target}"
             if 1 <= target <= self.max_target and _is_test(key) == (split == "test"):
                 break
+        else:
+            raise ValueError(f"{self} has no problem in the {split} split: allow more numbers or larger targets")
         rng.shuffle(numbers)
         prompt = f"{' '.join(map(str, numbers))}={target}:"
         return Problem(prompt, {"numbers": numbers, "target": target}, key), str(solution)
