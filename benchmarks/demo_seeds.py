@@ -54,7 +54,7 @@ def _estimate(e: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--table", type=Path, help="print the table of an existing result file")

@@ -78,7 +78,7 @@ def steppers(prompts: int, group: int, folder: str) -> tuple[Stepper, Stepper]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--group", type=int, default=16)
