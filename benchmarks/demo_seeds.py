@@ -32,7 +32,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "entropy": [sum(entropy[:10]) / 10, sum(entropy[-10:]) / 10],
         "training_reward": [sum(reward[:10]) / 10, sum(reward[-10:]) / 10],
         "step_seconds": sum(seconds),
-        "environment": run.environment,
+        # The command stands above, without the folders of one machine.
+        "environment": {name: value for name, value in run.environment.items() if name != "command"},
     }
 
 

@@ -105,7 +105,7 @@ def main() -> None:
         "grpo_median_seconds": float(np.median(grpo)),
         "ratio": float(np.median(papo) / np.median(grpo)),
         "ratio_95": [float(q) for q in np.quantile(ratios, [0.025, 0.975])],
-        "environment": environment(seed=0),
+        "environment": environment(seed=0) | {"command": "see the top of benchmarks/trainer_step.py"},
     }
     low, high = result["ratio_95"]
     print(f"PAPO step / GRPO step = {result['ratio']:.3f}  [{low:.3f}, {high:.3f}]  over {len(papo)} pairs of steps")

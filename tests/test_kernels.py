@@ -506,3 +506,29 @@ def test_no_states_give_empty_statistics_and_zero_gradients():
     weight = torch.randn(5, 3, requires_grad=True)
     linear_token_stats(torch.randn(0, 3), weight, empty[0]).logp.sum().backward()
     assert weight.grad.tolist() == torch.zeros(5, 3).tolist()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_head_of_another_type_follows_the_hidden_states(dtypes):
+    """Like TRL's head: the product is made in the type of the hidden states, whatever the weight's is."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 8).to(dtypes[0]), torch.randn(11, 8).to(dtypes[1])
+    tokens = torch.randint(11, (5,))
+    expected = reference_token_stats((hidden @ weight.to(dtypes[0]).t()).double(), tokens)
+    got = linear_token_stats(hidden, weight, tokens)
+    torch.testing.assert_close(got.entropy.double(), expected.entropy, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_under_autocast_are_those_of_the_forward():
+    """The backward recomputes the logits in the autocast type: the gradient is that of the rounded product."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 16, requires_grad=True), torch.randn(13, 16, requires_grad=True)
+    tokens = torch.randint(13, (6,))
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_token_stats(hidden, weight, tokens).logp.sum().backward()
+    logits = hidden.detach().bfloat16() @ weight.detach().bfloat16().t()
+    p = logits.double().softmax(-1)
+    grad_logits = torch.nn.functional.one_hot(tokens, 13) - p
+    expected = grad_logits @ weight.detach().bfloat16().double()
+    assert (hidden.grad.double() - expected).abs().max() < 0.02 * expected.abs().max()
+    assert (hidden.grad.double().sum(0) - expected.sum(0)).abs().max() < 0.02 * expected.sum(0).abs().max() + 1e-2

@@ -231,3 +231,9 @@ def test_padding_changes_no_flow(values, columns, garbage):
     mask = torch.arange(padded.shape[1])[None] < len(values)
     for flow, alone in zip(branch_flows(padded, mask), branch_flows(P), strict=True):
         torch.testing.assert_close(flow, alone, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_branch_flows_want_one_mask_value_a_token():
+    with pytest.raises(ValueError, match=r"polarity has shape \(4,\) and the mask \(4, 1\)"):
+        branch_flows(torch.ones(4), torch.ones(4, 1, dtype=torch.bool))

@@ -33,7 +33,7 @@ def checkpoint(directory: Path, step: int, whole: bool = True) -> Path:
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_text("weights")
     if whole:
-        (folder / "polarity_state.json").write_text("{}")
+        (folder / "polarity_state.json").write_text('{"resumable": true}')
     return folder
 
 
@@ -218,3 +218,27 @@ def test_summary_and_report_are_replaced_in_one_move(writer, directory):
     writer.write_summary({"status": "done"})
     assert json.loads((directory / "summary.json").read_text()) == {"status": "done"}
     assert not list(directory.glob("*.part"))
+
+
+def test_a_checkpoint_inside_a_rollout_is_evaluated_but_not_resumed(writer, directory):
+    """The run ended at 5, inside a rollout: its policy is that of 5, and it goes on from 4."""
+    checkpoint(directory, 4)
+    (checkpoint(directory, 5) / "polarity_state.json").write_text('{"resumable": false}')
+    assert last_checkpoint(directory).name == "checkpoint-5"
+    _, found = RunWriter.resume(directory, CONFIG)
+    assert found.name == "checkpoint-4"
+
+
+def test_resuming_leaves_what_others_wrote_beside_the_checkpoints(writer, directory):
+    """TensorBoard and completion logs live in the trainer's output folder too."""
+    checkpoint(directory, 2)
+    logs = directory / "checkpoints" / "runs" / "events.tfevents"
+    logs.parent.mkdir()
+    logs.write_text("mine")
+    RunWriter.resume(directory, CONFIG)
+    assert logs.read_text() == "mine"
+
+
+def test_a_folder_of_empty_folders_can_hold_a_run(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    RunWriter.create(tmp_path / "run", CONFIG, seed=0)

@@ -36,7 +36,7 @@ def test_a_run_leaves_everything_behind(small_runs):
         assert run.config["trainer"]["max_steps"] == 6
         assert run.environment["packages"]["trl"].startswith("1.16")
         assert (run.directory / "report.html").stat().st_size > 1_000_000  # Plotly is inside
-        assert {row["step"] for row in run.rollouts} == {2, 4, 6}  # two updates a rollout
+        assert {row["step"] for row in run.rollouts} == {1, 3, 5}  # two updates a rollout
         AutoModelForCausalLM.from_pretrained(last_checkpoint(run.directory))
         AutoTokenizer.from_pretrained(last_checkpoint(run.directory))
 
@@ -76,7 +76,7 @@ def test_a_stopped_run_resumes_on_the_same_path(small_runs, tmp_path):
     assert trajectory(resumed) == trajectory(whole)
     assert resumed.rollouts == whole.rollouts
     assert resumed.summary == whole.summary
-    assert [resumed.tokens(s) for s in (2, 4, 6)] == [whole.tokens(s) for s in (2, 4, 6)]
+    assert [resumed.tokens(s) for s in (1, 3, 5)] == [whole.tokens(s) for s in (1, 3, 5)]
 
 
 def test_a_finished_run_can_be_lengthened(tmp_path):
@@ -116,6 +116,62 @@ def test_ctrl_c_ends_with_a_checkpoint_a_summary_and_a_report(tmp_path):
     assert checkpoint.name == f"checkpoint-{stopped.summary['steps']}"
     assert stopped.summary["status"] == "interrupted"
     assert (run / "report.html").exists()
+
+
+def test_a_run_stopped_while_it_was_evaluated_is_only_evaluated(small_runs, tmp_path, monkeypatch):
+    """All steps are made and saved, the last evaluation is cut off: resuming gives what a whole run gives."""
+    from entropy_polarity.experiments import train as module
+
+    whole = next(run for run in small_runs if run.config["method"]["controller"] == "trend")
+    recipe = small_recipe('method={name="papo", controller="trend"}')
+    evaluate, calls = module.evaluate, []
+
+    def cut_off(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(module, "evaluate", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run", resume=True)
+    assert Run.read(tmp_path / "run").summary == whole.summary
+    assert len(calls) == 3
+
+
+def test_a_run_that_ends_inside_a_rollout_can_go_on(tmp_path):
+    """Five steps with two a rollout: the policy of step 5 is kept, and eight steps later all is as at once."""
+    recipe = small_recipe('method={name="papo", controller="trend"}')
+    train(with_flags(recipe, max_steps=5), tmp_path / "run")
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-5"
+    train(with_flags(recipe, max_steps=8), tmp_path / "run", resume=True)
+    train(with_flags(recipe, max_steps=8), tmp_path / "straight")
+    lengthened, straight = Run.read(tmp_path / "run"), Run.read(tmp_path / "straight")
+    assert trajectory(lengthened, "epoch") == trajectory(straight, "epoch")
+
+
+def test_a_mistake_found_late_leaves_the_place_free(tmp_path):
+    """What only TRL can refuse is refused before there is a run, and the corrected command works in the same place."""
+    with pytest.raises(ImportError, match="vLLM"):
+        train(small_recipe("trainer.use_vllm=true"), tmp_path / "run")
+    train(small_recipe("trainer.max_steps=2"), tmp_path / "run")
+
+
+def test_one_checkpoint_is_kept_whole_when_only_one_is_kept(tmp_path, monkeypatch):
+    """save_total_limit=1: the old checkpoint goes only after the new one has its last file."""
+    from entropy_polarity.trainers import trl as module
+
+    seen = []
+    rotate = module.rotate_checkpoints
+    monkeypatch.setattr(
+        module,
+        "rotate_checkpoints",
+        lambda folder, **k: seen.append(last_checkpoint(tmp_path / "run")) or rotate(folder, **k),
+    )
+    train(small_recipe("trainer.save_total_limit=1"), tmp_path / "run")
+    assert [checkpoint.name for checkpoint in seen] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert [p.name for p in (tmp_path / "run/checkpoints").glob("checkpoint-*")] == ["checkpoint-6"]
 
 
 @pytest.mark.slow

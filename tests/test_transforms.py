@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entropy_polarity import phase
-from entropy_polarity.methods import METHODS, make_transform
+from entropy_polarity.methods import METHODS, describe_methods, make_transform
 from entropy_polarity.tokens import Tokens, concatenate, masked_mean
 from entropy_polarity.transforms import (
     Transform,
@@ -325,8 +325,58 @@ def test_make_transform_names_what_was_meant(name, settings, told):
 
 
 def test_a_method_lists_its_settings_with_their_defaults():
-    assert METHODS["papo"].settings() == {"controller": "trend", "soft_sign": 0.0, "conserve": False}
-    assert METHODS["grpo"].settings() == {}
+    rows = {row["name"]: row for row in describe_methods()}
+    assert rows["papo"]["settings"] == {"controller": "trend", "soft_sign": 0.0, "conserve": False}
+    assert rows["papo"]["controllers"]["balance"] == {"lambda_max": 0.8}
+    assert rows["grpo"]["settings"] == rows["grpo"]["controllers"] == {}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_what_the_table_says_of_the_whole_batch_is_what_is_built(method):
+    """ "every token" first: the default needs no pass of its own."""
+    assert (method.build().local is not None) == method.decides.startswith("every token")
+    for name in method.controllers:
+        whole = method.build(controller=name).local is None
+        assert whole == (name in method.decides), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"controller": 5}, "setting 'controller' of method 'papo' is 5; expected str"),
+        ({"gain": "high"}, "setting 'gain' of papo's controller 'trend' is 'high'; expected float"),
+        ({"conserve": "no"}, "setting 'conserve' of method 'papo' is 'no'; expected bool"),
+        ({"soft_sign": "x"}, "setting 'soft_sign' of method 'papo' is 'x'; expected float"),
+        ({"controller": "reference", "path": "linear", "horizon": "x"}, "setting 'horizon' .* expected int"),
+        ({"controller": "reference", "path": "lnear"}, "setting 'path' .* is 'lnear'; expected .*'cosine'"),
+    ],
+)
+def test_settings_of_the_wrong_type_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        make_transform("papo", settings)
+
+
+@pytest.mark.parametrize("broken", ["no model tokens", "every entropy NaN"])
+@pytest.mark.parametrize("controller", [{"controller": "trend"}, {"controller": "reference"}])
+def test_a_batch_without_a_usable_token_leaves_the_controller_as_it_was(controller, broken):
+    """λ = 0 after it, and the batches before and after give what they give without it."""
+    good = Tokens(
+        mask=torch.ones(2, 3, dtype=torch.bool), advantages=torch.tensor([[1.0] * 3, [-1.0] * 3]),
+        entropy=torch.full((2, 3), 0.6), sensitivity=torch.full((2, 3), 0.1),
+    )  # fmt: skip
+    bad = replace(good, mask=torch.zeros_like(good.mask))
+    if broken == "every entropy NaN":
+        bad = replace(good, entropy=torch.full((2, 3), math.nan))
+    transform = make_transform("papo", controller)
+    _, state, metrics = transform.update(bad, transform.init())
+    assert math.isnan(metrics["polarity/entropy"])
+    assert json.loads(json.dumps(state, allow_nan=False)) == state
+    _, state, metrics = transform.update(good, state)
+    assert metrics["polarity/lambda"] == 0
+    assert "polarity/realised_entropy_change" not in metrics  # there was no entropy before to compare with
+    after = transform.update(good, state)[2]
+    assert after["polarity/lambda"] == 0  # the entropy has not moved
+    assert after["polarity/realised_entropy_change"] == 0
 
 
 def test_facts_that_were_not_computed_are_named():

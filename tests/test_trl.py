@@ -180,7 +180,7 @@ def test_lambda_is_fixed_while_a_rollout_is_reused(tmp_path):
         local=lambda tokens, state: lambdas.append(state["inner"]["lambda"]) or local(tokens, state)
     )
     trainer.train()
-    assert trainer.steps_per_rollout == 4
+    assert trainer.micro_steps_per_rollout == 4
     assert len(lambdas) == 8
     assert len(set(lambdas[:4])) == 1
     assert len(set(lambdas[4:])) == 1
@@ -366,7 +366,9 @@ def test_the_trained_model_loads_and_the_state_is_in_the_checkpoint(tmp_path):
     trainer = make_trainer(PolarityTrainer, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
     trainer.train()
     folder = tmp_path / "checkpoint-2"
-    assert json.loads((folder / STATE_FILE).read_text())["state"] == trainer.method_state
+    saved = json.loads((folder / STATE_FILE).read_text())
+    assert saved["state"] == trainer.method_state
+    assert saved["resumable"] is True
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(tokenizer("1 2=3:")["input_ids"]) == "1 2=3:"
@@ -407,7 +409,7 @@ def test_checkpoints_that_cannot_be_resumed_say_why(tmp_path):
     trainer.train()
     folder = tmp_path / "checkpoint-2"
     other = make_trainer(PolarityTrainer, tmp_path / "other", max_steps=4, method=("grpo", {}))
-    with pytest.raises(ValueError, match="method 'papo', not 'grpo'"):
+    with pytest.raises(ValueError, match="with method 'papo', not 'grpo'"):
         other.train(resume_from_checkpoint=str(folder))
     (folder / STATE_FILE).unlink()
     again = make_trainer(PolarityTrainer, tmp_path / "again", max_steps=4)

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -195,10 +196,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main() -> None:
     """Bad input ends in one clear line and exit code 2; PAPO_DEBUG=1 shows the traceback instead."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1" if "--model" not in sys.argv else os.environ.get("HF_HUB_OFFLINE", "0"))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model of the hub is fetched with HF_HUB_OFFLINE=0
+    warnings.filterwarnings("ignore")
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="papo", description="Measure and control entropy.")
     except KeyboardInterrupt:
+        print("papo: stopped; papo train --resume goes on with a run from its last checkpoint", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if os.environ.get("PAPO_DEBUG"):
@@ -215,7 +218,8 @@ def _one_line(error: BaseException | None) -> str | None:
     chain = error
     while chain is not None:
         # Writers of checkpoints turn a full disk into errors of their own.
-        if "No space left on device" in str(chain) or "code: 28" in str(chain):
+        full = ("No space left on device", "code: 28", "inline_container", "PytorchStreamWriter")
+        if any(sign in str(chain) for sign in full):
             return "no space left on the device: free some, then go on with papo train --resume"
         chain = chain.__cause__ or chain.__context__
     if isinstance(error, ValueError | OSError | ImportError):

@@ -5,27 +5,29 @@ To add one: write its transform, write a builder here whose arguments are its se
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from entropy_polarity import phase
-from entropy_polarity._errors import unknown_name
+from entropy_polarity._errors import check_settings, unknown_name
 from entropy_polarity.transforms import Transform, identity, monitored, polarity_weights
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: `build(**settings)` gives the transform."""
+    """A row of the table: `build(**settings)` gives the transform.
+
+    `decides` says from what: "every token" from its own facts, in the training pass itself; "whole batch" from all
+    tokens of the rollout, in one more pass without gradient. `controllers` are the builders that the setting
+    "controller" chooses from.
+    """
 
     name: str
     summary: str
+    decides: str
     source: str
     build: Callable[..., Transform]
-
-    def settings(self) -> dict[str, Any]:
-        """The builder's explicit settings with their defaults."""
-        parameters = inspect.signature(self.build).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+    controllers: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 def grpo() -> Transform:
@@ -43,24 +45,28 @@ def papo(
     if controller not in phase.CONTROLLERS:
         raise unknown_name("controller", controller, phase.CONTROLLERS)
     build = phase.CONTROLLERS[controller]
-    known = inspect.signature(build).parameters
-    for name in controller_settings:
-        if name not in known:
-            raise unknown_name(
-                f"setting of papo's controller {controller!r}", name, [*known, "controller", "soft_sign", "conserve"]
-            )
+    owner = f"papo's controller {controller!r}"
+    check_settings(owner, build, controller_settings, "controller", "soft_sign", "conserve")
     return polarity_weights(build(**controller_settings), soft_sign, conserve)
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("grpo", "plain GRPO; logs every polarity metric, changes nothing", "arXiv 2402.03300", grpo),
+        Method(
+            "grpo",
+            "plain GRPO; logs every polarity metric, changes nothing",
+            "every token",
+            "arXiv 2402.03300",
+            grpo,
+        ),
         Method(
             "papo",
             "reweights expanding and contracting tokens, steered by the entropy trajectory",
+            "every token (balance, conserve: whole batch)",
             "arXiv 2605.11775; rule and controllers are our reconstruction",
             papo,
+            phase.CONTROLLERS,
         ),
     )
 }
@@ -75,33 +81,30 @@ def make_transform(name: str, settings: dict[str, Any] | None = None) -> Transfo
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
     build, settings = METHODS[name].build, settings or {}
-    parameters = inspect.signature(build).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for key in settings:
-        if key not in parameters and not open_ended:
-            raise unknown_name(f"setting of method {name!r}", key, parameters)
+    parameters = inspect.signature(build).parameters.values()
+    named = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    open_ended = len(named) < len(parameters)  # the rest is the controller's, and checked with it
+    check_settings(f"method {name!r}", build, {k: v for k, v in settings.items() if k in named or not open_ended})
     return monitored(build(**settings))
 
 
 def describe_methods() -> list[dict[str, Any]]:
-    """The table as plain data. "every token": from the statistics of the training pass itself, at no extra pass;
-    "whole batch": one more pass without gradient over each rollout batch.
-    """
+    """The table as plain data."""
     return [
         {
             "name": method.name,
             "summary": method.summary,
+            "decides": method.decides,
             "source": method.source,
-            "decides": "every token" if method.build().local else "whole batch",
-            "settings": method.settings(),
-            **({"controllers": _controllers()} if method.name == "papo" else {}),
+            "settings": _defaults(method.build),
+            "controllers": {name: _defaults(build) for name, build in method.controllers.items()},
         }
         for method in METHODS.values()
     ]
 
 
-def _controllers() -> dict[str, dict[str, Any]]:
+def _defaults(build: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(build).parameters.values()
     return {
-        name: {p.name: p.default for p in inspect.signature(build).parameters.values()}
-        for name, build in phase.CONTROLLERS.items()
+        p.name: "required" if p.default is p.empty else p.default for p in parameters if p.kind is not p.VAR_KEYWORD
     }

@@ -115,13 +115,19 @@ def branch_flows(
 
         D+ = Σ_{P>0} P / N      D- = Σ_{P<0} |P| / N      N = number of model tokens
 
-    Both are >= 0. Tokens whose P is NaN count in N and flow nowhere. Source: ours (2605.11491 has the sums).
+    Both are >= 0. Tokens whose P is NaN or infinite count in N and flow nowhere. Raises ValueError for a mask of
+    another shape. Source: ours (2605.11491 has the sums).
 
     >>> branch_flows(torch.tensor([[0.3, -0.1]]))
     (tensor(0.1500), tensor(0.0500))
     """
     mask = torch.ones_like(polarity, dtype=torch.bool) if mask is None else mask
-    finite = torch.nan_to_num(polarity)
+    if mask.shape != polarity.shape:
+        raise ValueError(
+            f"branch_flows: polarity has shape {tuple(polarity.shape)} and the mask {tuple(mask.shape)}; "
+            "expected one value of each a token"
+        )
+    finite = torch.where(polarity.isfinite(), polarity, 0.0)
     return masked_mean(finite.clamp(min=0), mask), masked_mean((-finite).clamp(min=0), mask)
 
 

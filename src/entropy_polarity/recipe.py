@@ -22,6 +22,11 @@ from entropy_polarity._errors import unknown_name
 DEFAULT_RECIPE = "countdown"
 
 
+def _at_least(key: str, value: int, low: int) -> None:
+    if value < low:
+        raise ValueError(f"recipe key {key!r} is {value}; expected at least {low}")
+
+
 @dataclass(frozen=True)
 class Policy:
     model: str = "embedded"
@@ -32,10 +37,17 @@ class HeldOut:
     problems: int = 200
     samples: int = 16
 
+    def __post_init__(self) -> None:
+        _at_least("evaluation.problems", self.problems, 1)
+        _at_least("evaluation.samples", self.samples, 1)
+
 
 @dataclass(frozen=True)
 class Recorded:
     completions: int = 4
+
+    def __post_init__(self) -> None:
+        _at_least("record.completions", self.completions, 0)
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,9 @@ class Recipe:
     trainer: dict[str, Any] = field(default_factory=dict)
     evaluation: HeldOut = HeldOut()
     record: Recorded = Recorded()
+
+    def __post_init__(self) -> None:
+        _at_least("seed", self.seed, 0)
 
     def with_method(self, name: str) -> "Recipe":
         """The recipe with another method; settings belong to a method, so only the same name keeps them."""

@@ -56,13 +56,7 @@ class RunWriter:
     @classmethod
     def create(cls, directory: Path, config: dict[str, Any], seed: int) -> "RunWriter":
         """A new run. Raises FileExistsError if `directory` already holds one, or anything else."""
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            is_run = (directory / CONFIG).exists()
-            raise FileExistsError(
-                f"{directory} already holds a run: give another --output, or --resume {directory} to go on with it"
-                if is_run
-                else f"{directory} is not an empty folder: give another --output"
-            )
+        refuse_occupied(directory)
         (directory / TOKENS).mkdir(parents=True, exist_ok=True)
         (directory / CHECKPOINTS).mkdir(exist_ok=True)
         writer = cls(directory)
@@ -79,7 +73,7 @@ class RunWriter:
         """
         if not (directory / CONFIG).is_file():
             raise FileNotFoundError(f"{directory} holds no run: {CONFIG} is missing")
-        writer, checkpoint = cls(directory), last_checkpoint(directory)
+        writer, checkpoint = cls(directory), last_checkpoint(directory, resumable=True)
         writer._truncate(0 if checkpoint is None else checkpoint_step(checkpoint))
         _write(directory / CONFIG, tomli_w.dumps(_without_none(config)))
         return writer, checkpoint
@@ -92,8 +86,9 @@ class RunWriter:
         for path in (self.directory / TOKENS).iterdir():
             if not path.stem.isdigit() or int(path.stem) > step:
                 path.unlink()
-        for path in (self.directory / CHECKPOINTS).iterdir():
-            if path.is_dir() and (not (path / CHECKPOINT_IS_WHOLE).is_file() or checkpoint_step(path) > step):
+        # Only checkpoints: a logger of the user's may write beside them.
+        for path in _checkpoints(self.directory):
+            if not (path / CHECKPOINT_IS_WHOLE).is_file() or checkpoint_step(path) > step:
                 shutil.rmtree(path)
 
     def metrics(self, row: dict[str, Any]) -> None:
@@ -102,11 +97,11 @@ class RunWriter:
 
     def rollouts(self, rows: list[dict[str, Any]], tokens: dict[str, list[Any]]) -> None:
         """Append the sampled completions of one step, and their token columns (as in TOKEN_COLUMNS)."""
-        self._append(ROLLOUTS, rows)
         path = self.directory / TOKENS / f"{rows[0]['step']:06d}.parquet"
         draft = path.with_suffix(".part")
         pq.write_table(pa.table(tokens, schema=TOKEN_COLUMNS), draft)
         draft.replace(path)
+        self._append(ROLLOUTS, rows)  # last: a line in this file promises its tokens
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         with (self.directory / name).open("a") as file:
@@ -155,14 +150,35 @@ class Run:
         return pq.read_table(self.directory / TOKENS / f"{step:06d}.parquet").to_pylist()
 
 
+def refuse_occupied(directory: Path) -> None:
+    """Raise FileExistsError unless a run can be made at `directory`: nothing there, or nothing but empty folders."""
+    if (directory / CONFIG).exists():
+        raise FileExistsError(
+            f"{directory} already holds a run: give another --output, or --resume {directory} to go on with it"
+        )
+    if directory.exists() and (not directory.is_dir() or any(not path.is_dir() for path in directory.rglob("*"))):
+        raise FileExistsError(f"{directory} is not an empty folder: give another --output")
+
+
 def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
 
 
-def last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; None if there is none."""
+def last_checkpoint(directory: Path, *, resumable: bool = False) -> Path | None:
+    """The newest checkpoint that was written to its end; None if there is none.
+
+    With `resumable` only those that fall between rollouts: a run that ended inside one keeps its last policy, but
+    goes on from before.
+    """
+    whole = [c for c in _checkpoints(directory) if (c / CHECKPOINT_IS_WHOLE).is_file()]
+    if resumable:
+        whole = [c for c in whole if json.loads((c / CHECKPOINT_IS_WHOLE).read_text())["resumable"]]
+    return max(whole, key=checkpoint_step, default=None)
+
+
+def _checkpoints(directory: Path) -> list[Path]:
     found = (directory / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*")
-    return max((c for c in found if (c / CHECKPOINT_IS_WHOLE).is_file()), key=checkpoint_step, default=None)
+    return [path for path in found if path.name.removeprefix(CHECKPOINT_PREFIX).isdigit()]
 
 
 def environment(seed: int) -> dict[str, Any]:

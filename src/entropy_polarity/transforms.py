@@ -9,6 +9,7 @@ the rewriting without the move: it gives the same advantages on any part of the 
 micro-batch by micro-batch with the statistics of the forward pass it makes anyway.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -61,20 +62,25 @@ def token_polarity(tokens: Tokens) -> Float[Tensor, "B T"]:
 
 
 def observe(tokens: Tokens) -> Observation:
-    """What a controller sees of a batch: mean entropy and the two branch flows."""
+    """What a controller sees of a batch: mean entropy and the two branch flows.
+
+    Tokens whose entropy is not finite are left out; with none left the entropy is NaN, not 0.
+    """
     positive, negative = branch_flows(token_polarity(tokens), tokens.mask)
     entropy = tokens.known("entropy")
-    entropy = masked_mean(entropy, tokens.mask & entropy.isfinite())
-    return Observation(entropy.item(), positive.item(), negative.item())
+    usable = tokens.mask & entropy.isfinite()
+    mean = masked_mean(entropy, usable).item() if usable.any() else math.nan
+    return Observation(mean, positive.item(), negative.item())
 
 
 def polarity_weight(tokens: Tokens, lam: float, soft_sign: float = 0.0) -> Float[Tensor, "B T"]:
     """PAPO's weight 1 + λ s of every token, strictly positive for |λ| < 1.
 
     s = sign(P), or with `soft_sign` δ > 0 the smooth s = P / (|P| + δ), so that rounding noise near P = 0 does
-    not flip a weight. A token whose P is NaN has s = 0.
+    not flip a weight. A token whose P is NaN or infinite has s = 0.
     """
-    p = torch.nan_to_num(token_polarity(tokens))
+    p = token_polarity(tokens)
+    p = torch.where(p.isfinite(), p, 0.0)
     s = p.sign() if soft_sign == 0 else p / (p.abs() + soft_sign)
     return 1 + lam * s
 
@@ -129,11 +135,12 @@ def monitored(inner: Transform) -> Transform:
             "polarity/predicted_entropy_change": predicted_entropy_change(
                 token_polarity(rewritten), tokens.mask
             ).item(),
-            "polarity/nonfinite_tokens": float((~tokens.known("sensitivity").isfinite() & tokens.mask).sum()),
+            "polarity/nonfinite_tokens": float((~p.isfinite() & tokens.mask).sum()),
         }
         if state["entropy"] is not None:
             metrics["polarity/realised_entropy_change"] = observed.entropy - state["entropy"]
-        return rewritten, {"entropy": observed.entropy, "inner": inner_state}, metrics | inner_metrics
+        entropy = observed.entropy if math.isfinite(observed.entropy) else state["entropy"]
+        return rewritten, {"entropy": entropy, "inner": inner_state}, metrics | inner_metrics
 
     def local(tokens: Tokens, state: State) -> Tokens:
         assert inner.local is not None

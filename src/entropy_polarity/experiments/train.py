@@ -20,14 +20,14 @@ from transformers import (
     TrainerCallback,
 )
 
-from entropy_polarity._errors import unknown_name
-from entropy_polarity.evaluate import Evaluation, evaluate
+from entropy_polarity._errors import check_settings, unknown_name
+from entropy_polarity.evaluate import evaluate
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.recipe import Recipe
-from entropy_polarity.record import CHECKPOINTS, Run, RunWriter, checkpoint_step, last_checkpoint
+from entropy_polarity.record import CHECKPOINTS, Run, RunWriter, checkpoint_step, refuse_occupied
 from entropy_polarity.report.page import render_page
-from entropy_polarity.tasks import Task, make_task
-from entropy_polarity.trainers.recording import RunRecorder
+from entropy_polarity.tasks import Problem, Task, distinct_problems, make_task
+from entropy_polarity.trainers.recording import Judged, RunRecorder
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
 
 # Set by the run itself: a recipe that names one would be overruled silently.
@@ -39,8 +39,10 @@ def load_policy(model: str) -> tuple[Any, Any]:
     path = resolve_model(model)
     local = Path(path).is_dir()
     try:
-        policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=local)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+        policy = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=local, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, trust_remote_code=False)
     except OSError as error:
         hint = "" if local else " (not a local folder; HF_HUB_OFFLINE=0 allows a download from the hub)"
         raise FileNotFoundError(f"cannot load a model from {model!r}{hint}: {str(error).splitlines()[0]}") from None
@@ -57,47 +59,69 @@ def trainer_config(recipe: Recipe, output: Path) -> PolarityConfig:
             raise ValueError(f"recipe key 'trainer.{key}' is set by the run itself: leave it out")
         if key not in known:
             raise unknown_name("recipe key", f"trainer.{key}", [f"trainer.{name}" for name in known])
-    if not recipe.trainer.get("max_steps", 0) > 0:
+    check_settings("recipe table [trainer]", PolarityConfig, recipe.trainer)
+    if recipe.trainer.get("max_steps", 0) < 1:
         raise ValueError(f"trainer.max_steps is {recipe.trainer.get('max_steps')}; expected at least 1 (--max-steps)")
-    settings = dict(recipe.method)
-    name = settings.pop("name")
+    method = dict(recipe.method)
+    name = method.pop("name")
     defaults = {"report_to": "none", "shuffle_dataset": False, "bf16": torch.cuda.is_available()}
-    return PolarityConfig(
+    config = PolarityConfig(
         output_dir=str(output),
         seed=recipe.seed,
         method=name,
-        method_settings=settings,
+        method_settings=method,
         logging_steps=1,
         disable_tqdm=True,
         **defaults | recipe.trainer,
     )
+    assert config.steps_per_generation is not None
+    if config.steps_per_generation * config.num_iterations < config.gradient_accumulation_steps:
+        raise ValueError(
+            f"trainer.gradient_accumulation_steps={config.gradient_accumulation_steps} spans several rollouts of "
+            f"{config.steps_per_generation} micro-batches: leave trainer.steps_per_generation out"
+        )
+    return config
 
 
-def prompts_of(task: Task, config: PolarityConfig, seed: int) -> tuple[Dataset, Callable[..., list[float]]]:
-    """The prompts of the whole run in order, and the reward function that judges completions of them."""
-    assert config.generation_batch_size
-    assert config.steps_per_generation
-    rollouts = -(-config.max_steps * config.gradient_accumulation_steps // config.steps_per_generation)
-    rollouts = -(-rollouts // config.num_iterations)
-    count = rollouts * config.generation_batch_size // (config.num_generations or 1)
-    problems = [task.problem(seed, index, "train") for index in range(count)]
-    dataset = Dataset.from_dict({"prompt": [p.prompt for p in problems], "problem": list(range(count))})
+class VerifiedReward:
+    """The reward function of a task: 1 for what its verifier accepts. `judged` holds the last batch, in order."""
 
-    def verified(completions: list[str], problem: list[int], log_metric: Callable, **_: Any) -> list[float]:
-        scores = [task.score(problems[i], text) for i, text in zip(problem, completions, strict=True)]
+    __name__ = "verified"
+
+    def __init__(self, task: Task, problems: list[Problem]) -> None:
+        self.task, self.problems = task, problems
+        self.judged: list[Judged] = []
+
+    def __call__(
+        self, prompts: list[str], completions: list[str], problem: list[int], log_metric: Callable, **_: Any
+    ) -> list[float]:
+        scores = [self.task.score(self.problems[i], text) for i, text in zip(problem, completions, strict=True)]
         verdicts = Counter(score.reason for score in scores)
-        for reason in task.reasons:
+        for reason in self.task.reasons:
             log_metric(f"verdict/{reason.replace(' ', '_')}", verdicts[reason] / len(scores))
+        texts = zip(prompts, completions, scores, strict=True)
+        self.judged = [Judged(prompt, completion, score.reason) for prompt, completion, score in texts]
         return [score.reward for score in scores]
 
-    return dataset, verified
+
+def prompts_of(task: Task, config: PolarityConfig, seed: int) -> tuple[Dataset, VerifiedReward]:
+    """The prompts of the whole run in order, and the reward function that judges completions of them."""
+    assert config.generation_batch_size is not None
+    assert config.steps_per_generation is not None
+    assert config.num_generations is not None
+    rollouts = -(-config.max_steps * config.gradient_accumulation_steps // config.steps_per_generation)
+    rollouts = -(-rollouts // config.num_iterations)
+    count = rollouts * config.generation_batch_size // config.num_generations
+    problems = [task.problem(seed, index, "train") for index in range(count)]
+    dataset = Dataset.from_dict({"prompt": [p.prompt for p in problems], "problem": list(range(count))})
+    return dataset, VerifiedReward(task, problems)
 
 
 class _StopOnSignal(TrainerCallback):
-    """The first Ctrl-C (or SIGTERM) ends the run at the next rollout boundary with a checkpoint; the second at once."""
+    """The first Ctrl-C (or SIGTERM) ends training at the next rollout boundary, saved; the second at once."""
 
-    def __init__(self, trainer: PolarityTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: PolarityTrainer, say: Callable[[str], None]) -> None:
+        self.trainer, self.say = trainer, say
         self.asked = False
 
     def __enter__(self) -> "_StopOnSignal":
@@ -114,8 +138,10 @@ class _StopOnSignal(TrainerCallback):
         self.asked = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.asked and state.global_step % self.trainer.steps_per_rollout == 0:
-            control.should_save = control.should_training_stop = True
+        if self.asked:
+            self.say("stopping with a checkpoint at the end of this rollout; Ctrl-C again stops at once")
+            if self.trainer.at_rollout_boundary:
+                control.should_save = control.should_training_stop = True
 
 
 def train(
@@ -128,68 +154,65 @@ def train(
 ) -> dict[str, Any]:
     """Run `recipe` into `output`; with `resume`, go on from its last checkpoint. Returns the summary.
 
-    `watch` gets each step's metrics, `say` a line at each stage. Everything a user can get wrong raises ValueError
-    or an OSError before anything is written.
+    `watch` gets each step's metrics, `say` a line at each stage. What a user can get wrong raises ValueError or an
+    OSError before anything is written. A run stopped while it was being evaluated is only evaluated again.
     """
     quiet()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("papo train runs in one process: for several, use PolarityTrainer in a script of your own")
     task = make_task(**recipe.task)
     config = trainer_config(recipe, output / CHECKPOINTS)
+    distinct_problems(task, 0, "test", recipe.evaluation.problems)  # too few of them: now, not after training
+    summary = _summary_to_resume(output, config.max_steps) if resume else refuse_occupied(output) or {}
     model, tokenizer = load_policy(recipe.policy.model)
     dataset, reward = prompts_of(task, config, recipe.seed)
-    if resume:
-        done = last_checkpoint(output)
-        if done is not None and checkpoint_step(done) >= config.max_steps:
-            raise ValueError(f"{output} is finished at step {checkpoint_step(done)}: --max-steps can lengthen it")
-        writer, checkpoint = RunWriter.resume(output, recipe.to_dict())
-        summary = Run.read(output).summary
-    else:
-        writer, checkpoint = RunWriter.create(output, recipe.to_dict(), recipe.seed), None
-        summary = {}
-
-    def held_out() -> Evaluation:
-        say(f"evaluating on {recipe.evaluation.problems} held-out problems x {recipe.evaluation.samples} samples")
-        return evaluate(model, tokenizer, task, **asdict(recipe.evaluation))
-
-    if "before" not in summary:
-        summary["before"] = held_out().to_json()
-    summary["status"] = "running"
-    writer.write_summary(summary)
-
     trainer = PolarityTrainer(
         model=model, reward_funcs=reward, args=config, train_dataset=dataset, processing_class=tokenizer
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    judge = _judge(task, dataset, recipe.seed)
-    RunRecorder(writer, recipe.record.completions, judge, watch).attach(trainer)
-    stop = _StopOnSignal(trainer)
-    trainer.add_callback(stop)
-    where = f"from step {checkpoint.name.rpartition('-')[2]} " if checkpoint else ""
-    say(f"training {where}to step {config.max_steps} with {recipe.method['name']}, seed {recipe.seed}")
+    if resume:
+        writer, checkpoint = RunWriter.resume(output, recipe.to_dict())
+    else:
+        writer, checkpoint = RunWriter.create(output, recipe.to_dict(), recipe.seed), None
+
+    def held_out(policy: Any) -> dict[str, Any]:
+        say(f"evaluating on {recipe.evaluation.problems} held-out problems x {recipe.evaluation.samples} samples")
+        return evaluate(policy, tokenizer, task, **asdict(recipe.evaluation)).to_json()
+
     try:
-        with stop:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if "before" not in summary:
+            summary["before"] = held_out(model)
+        writer.write_summary(summary | {"status": "running"})
+        reached = checkpoint_step(checkpoint) if checkpoint else 0
+        if reached < config.max_steps:
+            RunRecorder(writer, recipe.record.completions, lambda: reward.judged, watch).attach(trainer)
+            say(f"training from step {reached} to {config.max_steps} with {config.method}, seed {recipe.seed}")
+            stop = _StopOnSignal(trainer, say)
+            trainer.add_callback(stop)
+            with stop:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            reached = trainer.state.global_step
+        else:
+            model, _ = load_policy(str(checkpoint))
+        summary |= {"status": "interrupted", "steps": reached}
+        if reached >= config.max_steps:
+            summary |= {"after": held_out(model), "status": "finished"}
     except BaseException as error:
         writer.write_summary(summary | {"status": f"stopped: {type(error).__name__}"})
         raise
-    finished = trainer.state.global_step >= config.max_steps
-    summary |= {"status": "finished" if finished else "interrupted", "steps": trainer.state.global_step}
-    if finished:
-        summary["after"] = held_out().to_json()
     writer.write_summary(summary)
     page = writer.write_report(render_page(Run.read(output)))
     say(f"report: {page}")
     return summary
 
 
-def _judge(task: Task, dataset: Dataset, seed: int) -> Callable[[str, str], str]:
-    index = {prompt: number for number, prompt in zip(dataset["problem"], dataset["prompt"], strict=True)}
-
-    def judge(prompt: str, completion: str) -> str:
-        number = index.get(prompt)
-        return "unknown" if number is None else task.score(task.problem(seed, number, "train"), completion).reason
-
-    return judge
+def _summary_to_resume(output: Path, max_steps: int) -> dict[str, Any]:
+    """What is still true of the summary of a run that goes on. Raises ValueError if there is nothing left to do."""
+    summary = Run.read(output).summary
+    if summary["status"] == "finished" and summary["steps"] >= max_steps:
+        raise ValueError(f"{output} is finished at step {summary['steps']}: a larger --max-steps lengthens it")
+    return {name: summary[name] for name in ("before",) if name in summary}
 
 
 def quiet() -> None:

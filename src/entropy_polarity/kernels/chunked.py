@@ -122,19 +122,31 @@ class _TokenStats(torch.autograd.Function):
         return grad, None, None
 
 
+def _head_dtype(hidden: Tensor) -> torch.dtype:
+    """The type in which the model's own head would make the product: autocast's, or that of the hidden states."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
 def _linear_chunks(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     tokens: Tensor,
     temperature: float,
+    dtype: torch.dtype,
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """All statistics (7, N) and the normaliser (2, N) of softcap(logit_scale · (hidden @ weight.T + bias))."""
     columns, normaliser = _empty_columns(hidden, len(hidden))
     for part in _chunks(len(hidden), len(weight), LINEAR_CHUNK_ELEMENTS):
-        logits = linear(hidden[part], weight, bias)
+        logits = _head_logits(hidden[part], weight, bias, dtype)
         if logit_scale != 1.0 or softcap is not None:
             logits = logits.to(columns.dtype) * logit_scale
         if softcap is not None:
@@ -156,20 +168,19 @@ def head_statistics(
 ) -> TokenStats:
     """`linear_token_stats` without gradient and without checks, for any Hugging Face head.
 
-    `softcap` c and `logit_scale` k: logits = c tanh(k (hidden @ weight.T + bias) / c). Under autocast the product
-    is made in the autocast type, like the model's own.
+    `softcap` c and `logit_scale` k: logits = c tanh(k (hidden @ weight.T + bias) / c). The product is made in the
+    autocast type, or in that of `hidden`, like the model's own.
     """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return TokenStats(*_linear_chunks(hidden, weight, bias, tokens, temperature, softcap, logit_scale)[0])
+    dtype = _head_dtype(hidden)
+    return TokenStats(*_linear_chunks(hidden, weight, bias, tokens, temperature, dtype, softcap, logit_scale)[0])
 
 
 class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float):
-        columns, normaliser = _linear_chunks(hidden, weight, bias, tokens, temperature)
+        # The backward recomputes the logits: in the very type of the forward, or p would not be theirs.
+        ctx.dtype = _head_dtype(hidden)
+        columns, normaliser = _linear_chunks(hidden, weight, bias, tokens, temperature, ctx.dtype)
         ctx.save_for_backward(hidden, weight, bias, tokens, normaliser)
         ctx.temperature = temperature
         logp, *statistics = columns.unbind()
@@ -186,7 +197,7 @@ class _LinearTokenStats(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and ctx.needs_input_grad[2] else None
         for part in _chunks(len(hidden), len(weight), LINEAR_CHUNK_ELEMENTS):
-            logits = linear(hidden[part], weight, bias)
+            logits = _head_logits(hidden[part], weight, bias, ctx.dtype)
             grad = _chunk_logits_gradient(logits, tokens[part], normaliser[:, part], ctx.temperature, grad_logp[part])
             if grad_hidden is not None:
                 grad_hidden[part] = (grad @ weight.to(dtype)).to(hidden.dtype)
@@ -197,7 +208,7 @@ class _LinearTokenStats(torch.autograd.Function):
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
             None,
             None,
         )

@@ -75,7 +75,11 @@ def pretrain(settings: PretrainSettings, output: Path, progress: Callable[[int, 
     task = Countdown(numbers=settings.numbers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.05
+        # torch divides by pct_start * steps - 1: a run of twenty steps must not make that 0.
+        optimizer,
+        settings.learning_rate,
+        total_steps=settings.steps,
+        pct_start=0.05 if settings.steps > 20 else 0.3,
     )
     for step in range(settings.steps):
         ids, labels = _batch(task, tokenizer, settings.seed, step * settings.batch_size, settings.batch_size)

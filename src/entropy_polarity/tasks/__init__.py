@@ -3,10 +3,10 @@
 A task is a pure function of (seed, index): the same index always gives the same problem, on every machine.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from entropy_polarity._errors import unknown_name
+from entropy_polarity._errors import check_settings, unknown_name
 
 Split = Literal["train", "test"]
 
@@ -75,14 +75,11 @@ def distinct_problems(task: Task, seed: int, split: Split, count: int) -> list[P
 
 
 def make_task(name: str, **settings: Any) -> Task:
-    """The task called `name`, with its settings. Raises ValueError for an unknown name or setting."""
+    """The task called `name`, with its settings. Raises ValueError for an unknown name or a wrong setting."""
     from entropy_polarity.tasks.countdown import Countdown
 
     tasks = {"countdown": Countdown}
     if name not in tasks:
         raise unknown_name("task", name, tasks)
-    known = [f.name for f in fields(tasks[name])]
-    for setting in settings:
-        if setting not in known:
-            raise unknown_name(f"setting of task {name!r}", setting, known)
+    check_settings(f"task {name!r}", tasks[name], settings)
     return tasks[name](**settings)

@@ -1,36 +1,46 @@
 """From a trainer's callbacks to the run directory: metrics a step, sampled rollouts with their token columns."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from transformers import TrainerCallback
 
-from entropy_polarity.record import RunWriter
+from entropy_polarity.record import TOKEN_COLUMNS, RunWriter
 from entropy_polarity.trainers.trl import PolarityTrainer, Rollout
 from entropy_polarity.transforms import token_polarity
 
-# Hugging Face's closing log line has these; they are about the whole run and go nowhere near the steps.
+# Hugging Face's closing log line has this; it is about the whole run and goes nowhere near the steps.
 _CLOSING = "train_runtime"
 
 
+class Judged(NamedTuple):
+    """The texts of a completion, and the verdict on it."""
+
+    prompt: str
+    completion: str
+    verdict: str
+
+
 class RunRecorder(TrainerCallback):
-    """Attach with `RunRecorder(writer, ...).attach(trainer)`. `watch(row)` is called with each metrics row."""
+    """Attach with `RunRecorder(writer, ...).attach(trainer)`.
+
+    `completions` of each rollout batch are kept; `judged()` gives the texts of the last one, in order of generation;
+    `watch(row)` is called with each metrics row.
+    """
 
     def __init__(
         self,
         writer: RunWriter,
         completions: int,
-        judge: Callable[[str, str], str],
+        judged: Callable[[], list[Judged]],
         watch: Callable[[dict], None],
     ) -> None:
-        self.writer, self.completions, self.judge, self.watch = writer, completions, judge, watch
+        self.writer, self.completions, self.judged, self.watch = writer, completions, judged, watch
 
     def attach(self, trainer: PolarityTrainer) -> None:
         self.trainer = trainer
         trainer.add_callback(self)
-        if trainer.accelerator.is_main_process:
-            trainer.on_rollout = self.record_rollout
+        trainer.on_rollout = self.record_rollout
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs):
         if logs and state.is_world_process_zero and _CLOSING not in logs:
@@ -40,57 +50,44 @@ class RunRecorder(TrainerCallback):
 
     def record_rollout(self, rollout: Rollout) -> None:
         """A few completions, evenly spread over the batch and moving on each step, so that all prompts get a turn."""
-        step, tokens = self.trainer.state.global_step + 1, rollout.tokens
-        count = min(self.completions, len(tokens.mask))
-        if not count:
+        step, responses = self.trainer.state.global_step + 1, len(rollout.tokens.mask)
+        count = min(self.completions, responses)
+        if count < 1:
             return
-        stride = len(tokens.mask) // count
-        picked = [i * stride + step % stride for i in range(count)]
-        decode: Callable[..., str] = self.trainer.processing_class.decode  # type: ignore[union-attr,assignment]
-        polarity = token_polarity(tokens)
-        rows: list[dict[str, Any]] = []
-        columns: dict[str, list[Any]] = {
-            name: []
-            for name in (
-                "rollout",
-                "position",
-                "token",
-                "logp",
-                "entropy",
-                "sensitivity",
-                "polarity",
-                "weight",
-            )
-        }
+        stride = responses // count
+        picked = [number * stride + step % stride for number in range(count)]
+        columns: dict[str, list[Any]] = {name: [] for name in TOKEN_COLUMNS.names}
         for number, row in enumerate(picked):
-            ids = rollout.inputs["completion_ids"][row]
-            kept = tokens.mask[row].nonzero().flatten()
-            prompt = decode(_unpadded(rollout.inputs, "prompt", row), skip_special_tokens=True)
-            completion = decode(_unpadded(rollout.inputs, "completion", row), skip_special_tokens=True)
-            rows.append(
-                {
-                    "step": step,
-                    "rollout": number,
-                    "prompt": prompt,
-                    "completion": completion,
-                    "reward": tokens.known("reward")[row].item(),
-                    "advantage": tokens.advantages[row, 0].item(),
-                    "verdict": self.judge(prompt, completion),
-                }
-            )
-            columns["rollout"] += [number] * len(kept)
-            columns["position"] += kept.tolist()
-            columns["token"] += [decode([i]) for i in ids[kept].tolist()]
-            for name, values in (
-                ("logp", tokens.known("logp")),
-                ("entropy", tokens.known("entropy")),
-                ("sensitivity", tokens.known("sensitivity")),
-                ("polarity", polarity),
-                ("weight", rollout.weight),
-            ):
-                columns[name] += values[row, kept].tolist()
+            for name, values in self._token_columns(rollout, row).items():
+                columns[name] += values
+            columns["rollout"] += [number] * (len(columns["token"]) - len(columns["rollout"]))
+        judged, tokens = self.judged(), rollout.tokens
+        rows = [
+            {
+                "step": step,
+                "rollout": number,
+                **judged[row]._asdict(),
+                "reward": tokens.known("reward")[row].item(),
+                "advantage": tokens.advantages[row, 0].item(),
+            }
+            for number, row in enumerate(picked)
+        ]
         self.writer.rollouts(rows, columns)
 
-
-def _unpadded(inputs: dict[str, Any], part: str, row: int) -> torch.Tensor:
-    return inputs[f"{part}_ids"][row][inputs[f"{part}_mask"][row].bool()]
+    def _token_columns(self, rollout: Rollout, row: int) -> dict[str, list[Any]]:
+        """The columns of one completion's model tokens."""
+        tokens = rollout.tokens
+        kept = tokens.mask[row].nonzero().flatten()
+        decode: Callable[..., str] = self.trainer.processing_class.decode  # type: ignore[union-attr,assignment]
+        values = {
+            "logp": tokens.known("logp"),
+            "entropy": tokens.known("entropy"),
+            "sensitivity": tokens.known("sensitivity"),
+            "polarity": token_polarity(tokens),
+            "weight": rollout.weight,
+        }
+        return {
+            "position": kept.tolist(),
+            "token": [decode([token]) for token in rollout.inputs["completion_ids"][row, kept].tolist()],
+            **{name: column[row, kept].tolist() for name, column in values.items()},
+        }

@@ -2,7 +2,8 @@
 
 Three seams of TRL are used, none of its logic is copied:
 
-1. the fused output head also returns the statistics (`_StatisticsHead` rides in its unused output slots);
+1. while we ask for it, the fused output head also returns the statistics, in its unused output slots
+   (`_StatisticsHead`);
 2. `_compute_loss` works on a copy of the batch, so that TRL reads the advantages we put there;
 3. `_get_per_token_logps_and_entropies`, which TRL calls just before it reads them, is where the statistics of
    the current forward pass appear and the advantages are rewritten. No second forward pass is made.
@@ -13,7 +14,6 @@ batch is generated instead. All the seams are private to TRL, hence the version 
 
 import inspect
 import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -25,7 +25,7 @@ import trl
 from packaging.version import Version
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer import utils as trl_utils
@@ -39,13 +39,12 @@ from entropy_polarity.tokens import Tokens, concatenate
 TESTED_TRL = ("1.16", "1.17")
 # Extra per-row columns that travel with TRL's batch through its shuffle and split.
 REWARD, GROUP, SAMPLE_ID = "polarity_reward", "polarity_group", "polarity_sample_id"
-_SENTINEL = "polarity"
 
 
 def check_trl() -> None:
     """Raise ImportError if the installed TRL is not one whose private seams were tested."""
     low, high = TESTED_TRL
-    if not Version(low) <= Version(trl.__version__) < Version(high):
+    if Version(trl.__version__).release[:2] != Version(low).release[:2]:
         raise ImportError(
             f"entropy-polarity hooks private methods of TRL {low}, but TRL {trl.__version__} is installed: "
             f"pip install 'trl>={low},<{high}'"
@@ -61,7 +60,6 @@ def check_trl() -> None:
             {"inputs"},
         ),
         "GRPOTrainer._calculate_rewards": (GRPOTrainer._calculate_rewards, {"inputs", "prompts"}),
-        "add_fused_lm_head": (trl_utils.add_fused_lm_head, {"model", "outputs"}),
         "ChunkedLogProbFunction": (
             trl_utils._ChunkedLogProbFunction.forward,
             {"hidden", "weight", "bias", "targets", "temperature", "outputs"},
@@ -81,19 +79,28 @@ _TRL_LOG_PROB = trl_utils._ChunkedLogProbFunction
 
 
 class _StatisticsHead:
-    """Stands where TRL's fused log-prob function does. Heads that did not ask for statistics get TRL's, untouched.
+    """Stands where TRL's fused log-prob function does, and is that function except within `requested()`.
 
-    The sentinel among the requested outputs is set per model, in `PolarityTrainer.__init__`; so other trainers of
-    the same process see no difference. log-probs and entropy are always TRL's own; Σp², T and Σp² log p ride in
-    the slots of log Σp², the mean logit and top-1. Not an autograd function itself: the statistics carry none.
+    There log-probs and entropy are still TRL's own; Σp², T and Σp² log p ride in the slots of log Σp², the mean
+    logit and top-1. Not an autograd function itself: the statistics carry no gradient.
     """
 
     forward = _TRL_LOG_PROB.forward  # what `check_trl` and TRL may inspect
+    _requested = False
+
+    @classmethod
+    @contextmanager
+    def requested(cls) -> Iterator[None]:
+        cls._requested = True
+        try:
+            yield
+        finally:
+            cls._requested = False
 
     @staticmethod
     def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap=None, logit_scale=1.0, outputs=()):
         rest = (hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale)
-        if _SENTINEL not in outputs:
+        if not _StatisticsHead._requested:
             return _TRL_LOG_PROB.apply(*rest, outputs)
         logp, entropy, *_ = _TRL_LOG_PROB.apply(*rest, ("log_probs", "entropy"))
         stats = head_statistics(
@@ -103,22 +110,6 @@ class _StatisticsHead:
 
 
 trl_utils._ChunkedLogProbFunction = _StatisticsHead  # type: ignore[assignment]
-
-
-@contextmanager
-def _statistics_requested() -> Iterator[None]:
-    """Within, heads that TRL adds to return the entropy too are asked for the statistics as well."""
-    original = grpo_trainer.add_fused_lm_head
-
-    def add(model, *args, outputs=("log_probs",), **kwargs):
-        wanted = (*outputs, _SENTINEL) if "entropy" in outputs else outputs
-        original(model, *args, outputs=wanted, **kwargs)
-
-    grpo_trainer.add_fused_lm_head = add
-    try:
-        yield
-    finally:
-        grpo_trainer.add_fused_lm_head = original
 
 
 @dataclass
@@ -175,7 +166,7 @@ class _RolloutBoundaries(TrainerCallback):
         self.waiting = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.trainer.steps_per_rollout == 0:
+        if self.trainer.at_rollout_boundary:
             control.should_save |= self.waiting
             self.waiting = False
         elif control.should_save and state.global_step < state.max_steps:
@@ -198,13 +189,12 @@ class PolarityTrainer(GRPOTrainer):
         if not isinstance(args, PolarityConfig):
             raise TypeError(f"PolarityTrainer needs args=PolarityConfig(...), got {type(args).__name__}")
         self.transform = make_transform(args.method, args.settings)
-        self.method_state = self.transform.init()
+        self.method_state = self._next_state = self.transform.init()
         self.on_rollout = None
         self._seen: list[Tokens] = []
         self._loss_inputs: dict[str, Any] | None = None
         self._rollout_inputs: dict[str, Any] = {}
-        with _statistics_requested():
-            super().__init__(model, reward_funcs, args, **kwargs)
+        super().__init__(model, reward_funcs, args, **kwargs)
         self.add_callback(_RolloutBoundaries(self))
 
     @property
@@ -217,10 +207,9 @@ class PolarityTrainer(GRPOTrainer):
         return self.args.steps_per_generation
 
     @property
-    def steps_per_rollout(self) -> int:
-        """Optimiser steps after which a rollout batch and an accumulation window end together."""
-        accumulation = self.args.gradient_accumulation_steps
-        return math.lcm(accumulation, self.micro_steps_per_rollout) // accumulation
+    def at_rollout_boundary(self) -> bool:
+        """Whether every update on the last rollout batch has been made: where a run can be resumed."""
+        return self._step % self.micro_steps_per_rollout == 0
 
     # ---- the rollout batch ------------------------------------------------------------------------------
 
@@ -243,12 +232,11 @@ class PolarityTrainer(GRPOTrainer):
         self._rollout_inputs = batch
         if self.transform.local is None:
             tokens = self._whole_batch_tokens(batch)
-            batch["advantages"] = self._end_rollout(tokens)
+            batch["advantages"] = self._run_method(tokens)
         return batch
 
     def _whole_batch_tokens(self, batch: dict[str, Any]) -> Tokens:
         """The facts of this process's rows from one pass without gradient, before any update on them."""
-        captured = dict(batch)
         keep = batch["completion_ids"].size(1)
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
@@ -260,12 +248,15 @@ class PolarityTrainer(GRPOTrainer):
         with torch.no_grad(), torch.random.fork_rng(), quiet:
             size = self.args.per_device_train_batch_size
             columns = self._statistics(self.model, ids, attention, keep, batch_size=size, **extra)
-        return self._tokens(captured, *columns)
+        return self._tokens(batch, *columns)
 
-    def _end_rollout(self, local: Tokens) -> Tensor:
-        """Run the method once on the global rollout batch; returns this process's rewritten advantages."""
+    def _run_method(self, local: Tokens) -> Tensor:
+        """Run the method once on the global rollout batch; returns this process's rewritten advantages.
+
+        The state moves on when the last update on the rollout is made, not before: λ_k is fixed for all of them.
+        """
         whole = self._gather(local)
-        rewritten, self.method_state, metrics = self.transform.update(whole, self.method_state)
+        rewritten, self._next_state, metrics = self.transform.update(whole, self.method_state)
         rows, width = local.mask.shape
         mine = slice(rows * self.accelerator.process_index, rows * (self.accelerator.process_index + 1))
         advantages = rewritten.advantages[mine, :width]
@@ -290,16 +281,22 @@ class PolarityTrainer(GRPOTrainer):
     # ---- the loss ---------------------------------------------------------------------------------------
 
     def _compute_loss(self, model, inputs):
-        if not self.model.training or self.transform.local is None:
+        if not self.model.training:
             return super()._compute_loss(model, inputs)
-        self._loss_inputs = dict(inputs)  # TRL serves the same dict again: never rewrite it in place
-        try:
-            loss = super()._compute_loss(model, self._loss_inputs)
-        finally:
-            self._loss_inputs = None
-        if self._step % self.micro_steps_per_rollout == self.micro_steps_per_rollout - 1:
-            tokens = concatenate(self._seen)
-            self._end_rollout(tokens.rows(tokens.known("sample_id").argsort()))
+        position = self._step % self.micro_steps_per_rollout
+        if self.transform.local is None:
+            loss = super()._compute_loss(model, inputs)
+        else:
+            self._loss_inputs = dict(inputs)  # TRL serves the same dict again: never rewrite it in place
+            try:
+                loss = super()._compute_loss(model, self._loss_inputs)
+            finally:
+                self._loss_inputs = None
+            if position == self._steps_per_generation - 1:  # the first pass over the rollout is complete
+                tokens = concatenate(self._seen)
+                self._run_method(tokens.rows(tokens.known("sample_id").argsort()))
+        if position == self.micro_steps_per_rollout - 1:
+            self.method_state = self._next_state
         return loss
 
     def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
@@ -326,7 +323,8 @@ class PolarityTrainer(GRPOTrainer):
             outputs.append(model(**model_inputs))
             return outputs[-1]
 
-        result = super()._get_per_token_logps_and_entropies(watched, *args, compute_entropy=True, **kwargs)
+        with _StatisticsHead.requested():
+            result = super()._get_per_token_logps_and_entropies(watched, *args, compute_entropy=True, **kwargs)
         slots = ("log_sum_sq_probs", "mean_logits", "is_top1")
         return result, tuple(torch.cat([o[slot][:, -keep:] for o in outputs]) for slot in slots)
 
@@ -351,7 +349,10 @@ class PolarityTrainer(GRPOTrainer):
         return replace(tokens, importance=self._importance(tokens, inputs.get("importance_sampling_ratio")))
 
     def _importance(self, tokens: Tokens, correction: Tensor | None) -> Tensor:
-        """w: what TRL's loss leaves of each token's policy gradient, as a factor on A grad log p."""
+        """w: what TRL's loss leaves of each token's policy gradient, as a factor on A grad log p.
+
+        Not counted: tokens that TRL masks by `top_entropy_quantile` or `off_policy_mask_threshold`.
+        """
         log_ratio, advantages = tokens.known("logp") - tokens.known("old_logp"), tokens.advantages
         ratio = log_ratio.exp()
         if self.loss_type == "vespo":  # its weight holds the correction already
@@ -375,29 +376,43 @@ class PolarityTrainer(GRPOTrainer):
     # ---- checkpoints ------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            # Written last and moved into place: a checkpoint that has this file is whole.
-            draft = folder / f"{STATE_FILE}.part"
-            draft.write_text(json.dumps({"method": self.args.method, "state": self.method_state}))
-            draft.replace(folder / STATE_FILE)
+        # Old checkpoints go only when the new one is whole: TRL's own rotation would come before our file.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        saved = {
+            "method": self.args.method,
+            "settings": self.args.settings,
+            "state": self.method_state,
+            "resumable": self.at_rollout_boundary,
+        }
+        # Written last and moved into place: a checkpoint that has this file is whole.
+        draft = folder / f"{STATE_FILE}.part"
+        draft.write_text(json.dumps(saved))
+        draft.replace(folder / STATE_FILE)
+        best = self.state.best_model_checkpoint
+        rotate_checkpoints(str(run), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        if self.state.global_step % self.steps_per_rollout:
-            raise ValueError(
-                f"{checkpoint} was saved inside a rollout (step {self.state.global_step}, "
-                f"{self.steps_per_rollout} steps a rollout): resume from an earlier checkpoint"
-            )
         path = Path(checkpoint) / STATE_FILE
         if not path.is_file():
             raise FileNotFoundError(
                 f"{checkpoint} has no {STATE_FILE}: it was not saved by PolarityTrainer, or not to the end"
             )
         saved = json.loads(path.read_text())
-        if saved["method"] != self.args.method:
-            raise ValueError(f"{checkpoint} was trained with method {saved['method']!r}, not {self.args.method!r}")
-        self.method_state = saved["state"]
+        if not saved["resumable"]:
+            raise ValueError(f"{checkpoint} was saved inside a rollout: resume from an earlier checkpoint")
+        for name, now in (("method", self.args.method), ("settings", self.args.settings)):
+            if saved[name] != now:
+                raise ValueError(f"{checkpoint} was trained with {name} {saved[name]!r}, not {now!r}")
+        self.method_state = self._next_state = saved["state"]
