@@ -6,6 +6,7 @@ from pathlib import Path
 
 import demo_seeds
 import pytest
+import trainer_step
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,8 +33,8 @@ def test_the_readmes_tables_are_the_result_files():
     results = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
     assert demo_seeds.table(results["runs"]) in README
     step = json.loads((ROOT / "benchmarks/results/trainer_step.json").read_text())
-    low, high = step["ratio_95"]
-    assert f"{step['ratio']:.3f} [{low:.3f}, {high:.3f}]" in README
+    for figure in ("papo_to_grpo", "grpo_to_grpo"):
+        assert trainer_step.shown(step[figure]) in README
 
 
 def test_the_readmes_tree_names_what_is_there():
