@@ -1,6 +1,6 @@
 """What a training step costs with PAPO, as a ratio to TRL's own GRPO step, measured side by side in one process.
 
-    OMP_NUM_THREADS=1 python benchmarks/trainer_step.py --prompts 8 --steps 100 --output benchmarks/results/trainer_step.json
+    OMP_NUM_THREADS=1 python benchmarks/trainer_step.py --prompts 8 --output benchmarks/results/trainer_step.json
 
 Steps of PolarityTrainer (all statistics, a causal controller) and of two GRPOTrainers alternate. All start each step
 from the same weights (learning rate 0) and the same random state, so that they generate the same completions and do
@@ -90,7 +90,7 @@ def shown(figure: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--group", type=int, default=16)
     parser.add_argument("--output", type=Path)
