@@ -3,7 +3,7 @@
 Three seams of TRL are used, none of its logic is copied:
 
 1. while we ask for it, the fused output head also returns the statistics, in its unused output slots
-   (`_StatisticsHead`);
+   (`trl_seam.StatisticsHead`);
 2. `_compute_loss` works on a copy of the batch, so that TRL reads the advantages we put there;
 3. `_get_per_token_logps_and_entropies`, which TRL calls just before it reads them, is where the statistics of
    the current forward pass appear and the advantages are rewritten. No second forward pass is made.
@@ -14,102 +14,26 @@ batch is generated instead. All the seams are private to TRL, hence the version 
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import trl
-from packaging.version import Version
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
-from trl.trainer import utils as trl_utils
 
-from entropy_polarity.kernels.chunked import head_statistics
 from entropy_polarity.methods import make_transform
 from entropy_polarity.polarity import surviving_ratio
 from entropy_polarity.record import CHECKPOINT_IS_WHOLE as STATE_FILE
 from entropy_polarity.tokens import Tokens, concatenate
+from entropy_polarity.trainers.trl_seam import StatisticsHead
 
-TESTED_TRL = ("1.16", "1.17")
 # Extra per-row columns that travel with TRL's batch through its shuffle and split.
 REWARD, GROUP, SAMPLE_ID = "polarity_reward", "polarity_group", "polarity_sample_id"
-
-
-def check_trl() -> None:
-    """Raise ImportError if the installed TRL is not one whose private seams were tested."""
-    low, high = TESTED_TRL
-    if Version(trl.__version__).release[:2] != Version(low).release[:2]:
-        raise ImportError(
-            f"entropy-polarity hooks private methods of TRL {low}, but TRL {trl.__version__} is installed: "
-            f"pip install 'trl>={low},<{high}'"
-        )
-    seams = {
-        "GRPOTrainer._compute_loss": (GRPOTrainer._compute_loss, {"model", "inputs"}),
-        "GRPOTrainer._get_per_token_logps_and_entropies": (
-            GRPOTrainer._get_per_token_logps_and_entropies,
-            {"model", "input_ids", "logits_to_keep", "compute_entropy"},
-        ),
-        "GRPOTrainer._generate_and_score_completions": (
-            GRPOTrainer._generate_and_score_completions,
-            {"inputs"},
-        ),
-        "GRPOTrainer._calculate_rewards": (GRPOTrainer._calculate_rewards, {"inputs", "prompts"}),
-        "ChunkedLogProbFunction": (
-            trl_utils._ChunkedLogProbFunction.forward,
-            {"hidden", "weight", "bias", "targets", "temperature", "outputs"},
-        ),
-    }
-    for name, (function, wanted) in seams.items():
-        missing = wanted - inspect.signature(function).parameters.keys()
-        if missing:
-            raise ImportError(
-                f"TRL {trl.__version__}: {name} has no parameter {', '.join(sorted(missing))}; this is not the "
-                f"TRL that entropy-polarity was tested with ({low})"
-            )
-
-
-check_trl()
-_TRL_LOG_PROB = trl_utils._ChunkedLogProbFunction
-
-
-class _StatisticsHead:
-    """Stands where TRL's fused log-prob function does, and is that function except within `requested()`.
-
-    There log-probs and entropy are still TRL's own; Σp², T and Σp² log p ride in the slots of log Σp², the mean
-    logit and top-1. Not an autograd function itself: the statistics carry no gradient.
-    """
-
-    forward = _TRL_LOG_PROB.forward  # what `check_trl` and TRL may inspect
-    _requested = False
-
-    @classmethod
-    @contextmanager
-    def requested(cls) -> Iterator[None]:
-        cls._requested = True
-        try:
-            yield
-        finally:
-            cls._requested = False
-
-    @staticmethod
-    def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap=None, logit_scale=1.0, outputs=()):
-        rest = (hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale)
-        if not _StatisticsHead._requested:
-            return _TRL_LOG_PROB.apply(*rest, outputs)
-        logp, entropy, *_ = _TRL_LOG_PROB.apply(*rest, ("log_probs", "entropy"))
-        stats = head_statistics(
-            hidden, weight, bias, targets, temperature=temperature, softcap=softcap, logit_scale=logit_scale
-        )
-        return logp, entropy, stats.sum_p2, stats.sensitivity, stats.sum_p2_logp
-
-
-trl_utils._ChunkedLogProbFunction = _StatisticsHead  # type: ignore[assignment]
 
 
 @dataclass
@@ -323,7 +247,7 @@ class PolarityTrainer(GRPOTrainer):
             outputs.append(model(**model_inputs))
             return outputs[-1]
 
-        with _StatisticsHead.requested():
+        with StatisticsHead.requested():
             result = super()._get_per_token_logps_and_entropies(watched, *args, compute_entropy=True, **kwargs)
         slots = ("log_sum_sq_probs", "mean_logits", "is_top1")
         return result, tuple(torch.cat([o[slot][:, -keep:] for o in outputs]) for slot in slots)
