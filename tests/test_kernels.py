@@ -11,12 +11,13 @@ from mpmath import mp
 from torch.profiler import ProfilerActivity, profile
 
 from entropy_polarity.kernels import chunked, linear_token_stats, token_stats
-from entropy_polarity.kernels.chunked import head_statistics
 from entropy_polarity.kernels.reference import reference_token_stats
 from entropy_polarity.tokens import TokenStats
 
 nan, inf = math.nan, math.inf
 V = 151_936
+# Of a tile, in bytes: small enough that several add to the same gradients.
+TILE = 4 * 12 * 2000
 LOGITS = st.lists(st.floats(-8, 8), min_size=1, max_size=9)
 STATISTICS = [name for name in TokenStats._fields if name != "sensitivity"]
 
@@ -174,14 +175,15 @@ def test_the_gradient_is_weighed_by_what_the_loss_makes_of_each_logp(weights):
     torch.testing.assert_close(logits.grad, expected, rtol=0, atol=1e-7)
 
 
-def test_float32_gradients_of_the_head_are_accurate(monkeypatch):
-    monkeypatch.setattr(chunked, "LINEAR_CHUNK_ELEMENTS", 12 * 2000)  # several chunks add to the same gradients
+def test_float32_gradients_of_the_head_are_accurate():
     torch.manual_seed(0)
     shapes = {"hidden": (50, 16), "weight": (2000, 16), "bias": (2000,)}
     inputs = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
     doubles = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     tokens, weights = torch.randint(2000, (50,)), torch.randn(50)
-    stats = linear_token_stats(inputs["hidden"], inputs["weight"], tokens, bias=inputs["bias"], temperature=0.7)
+    stats = linear_token_stats(
+        inputs["hidden"], inputs["weight"], tokens, bias=inputs["bias"], temperature=0.7, tile_bytes=TILE
+    )
     (stats.logp * weights).sum().backward()
     logits = doubles["hidden"] @ doubles["weight"].T + doubles["bias"]
     (reference_token_stats(logits, tokens, 0.7).logp * weights).sum().backward()
@@ -246,19 +248,18 @@ def test_16_bit_logits_give_the_float32_statistics_of_the_same_numbers(dtype):
     assert short.grad.equal(full.grad.to(dtype))
 
 
-def test_a_16_bit_head_gives_the_statistics_of_the_logits_the_model_itself_makes(monkeypatch):
-    monkeypatch.setattr(chunked, "LINEAR_CHUNK_ELEMENTS", 300 * 8)  # 8 rows a chunk
+def test_a_16_bit_head_gives_the_statistics_of_the_logits_the_model_itself_makes():
     torch.manual_seed(0)
     hidden, weight = torch.randn(512, 16).bfloat16(), torch.randn(300, 16).bfloat16()
     weight.requires_grad_()
     tokens = torch.randint(300, (512,))
     logits = torch.nn.functional.linear(hidden, weight).detach().float().requires_grad_()
-    ours, theirs = linear_token_stats(hidden, weight, tokens), token_stats(logits, tokens)
+    ours, theirs = linear_token_stats(hidden, weight, tokens, tile_bytes=600), token_stats(logits, tokens)
     for name in TokenStats._fields:
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-6, msg=name)
     ours.logp.sum().backward()
     theirs.logp.sum().backward()
-    # 64 chunks, one rounding: within a bfloat16 step of the exact sum; summed in bfloat16 it would drift.
+    # Many tiles, one rounding: within a bfloat16 step of the exact sum; summed in bfloat16 it would drift.
     torch.testing.assert_close(weight.grad.float(), logits.grad.T @ hidden.float(), rtol=2**-8, atol=1e-5)
 
 
@@ -270,13 +271,16 @@ def test_results_do_not_depend_on_the_chunk_size(monkeypatch, elements):
     tokens = torch.randint(32, (23,))
 
     def results():
-        direct, head = token_stats(logits, tokens), linear_token_stats(hidden, weight, tokens)
+        direct = token_stats(logits, tokens)
+        head = linear_token_stats(hidden, weight, tokens, tile_bytes=tile_bytes)
         gradients = torch.autograd.grad((direct.logp + head.logp).sum(), (logits, hidden, weight))
         return [*direct, *head, *gradients]
 
+    tile_bytes = None
     before = results()
-    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", elements)
-    monkeypatch.setattr(chunked, "LINEAR_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(chunked, "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(chunked, "TILE_COLUMNS", max(1, elements // 3))
+    tile_bytes = elements * 4
     for new, old in zip(results(), before, strict=True):
         torch.testing.assert_close(new, old, rtol=1e-5, atol=2e-6)
 
@@ -302,7 +306,7 @@ BYTES_A_ROW = 100
 def test_the_memory_beside_the_logits_does_not_grow_with_the_rows():
     logits, tokens = torch.randn(4096, 4096), torch.randint(4096, (4096,))
     peaks = [peak_memory(lambda n=n: token_stats(logits[:n], tokens[:n])) for n in (512, 4096)]
-    assert peaks[0] > 4 * chunked.CHUNK_ELEMENTS  # the measurement sees the chunk
+    assert peaks[0] > 4 * chunked.TILE_ELEMENTS  # the measurement sees the chunk
     assert peaks[1] - peaks[0] <= BYTES_A_ROW * (4096 - 512)
     assert peaks[1] <= 16 * 2**20  # the budget of the design
 
@@ -315,13 +319,12 @@ def test_the_memory_beside_the_logits_does_not_grow_for_the_usual_slice_of_the_l
     assert sliced - whole <= BYTES_A_ROW * 4 * 513
 
 
-def test_the_memory_of_the_head_does_not_grow_with_the_rows_forward_and_backward(monkeypatch):
-    monkeypatch.setattr(chunked, "LINEAR_CHUNK_ELEMENTS", 2**18)  # 64 rows a chunk
+def test_the_memory_of_the_head_does_not_grow_with_the_rows_forward_and_backward():
     hidden, weight = torch.randn(4096, 8, requires_grad=True), torch.randn(4096, 8, requires_grad=True)
     tokens = torch.randint(4096, (4096,))
 
     def step(rows: int) -> None:
-        linear_token_stats(hidden[:rows], weight, tokens[:rows]).logp.sum().backward()
+        linear_token_stats(hidden[:rows], weight, tokens[:rows], tile_bytes=2**20).logp.sum().backward()
 
     peaks = [peak_memory(lambda n=n: step(n)) for n in (512, 4096)]
     assert peaks[0] > 4 * 2**18
@@ -457,11 +460,11 @@ def test_head_statistics_follow_softcap_and_logit_scale(bias, softcap, scale, dt
     logits = scale * (hidden.double() @ weight.double().T + (0 if bias is None else bias.double()))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    stats = head_statistics(
+    stats = linear_token_stats(
         hidden.to(dtype),
         weight.to(dtype),
-        None if bias is None else bias.to(dtype),
         tokens,
+        bias=None if bias is None else bias.to(dtype),
         temperature=0.7,
         softcap=softcap,
         logit_scale=scale,
@@ -476,7 +479,7 @@ def test_head_statistics_under_autocast_are_those_of_the_models_own_product():
     hidden, weight, tokens = torch.randn(6, 4), torch.randn(9, 4), torch.randint(9, (6,))
     with torch.autocast("cpu", torch.bfloat16):
         logits = torch.nn.functional.linear(hidden, weight)
-        stats = head_statistics(hidden, weight, None, tokens, temperature=1.0)
+        stats = linear_token_stats(hidden, weight, tokens)
     for ours, theirs in zip(stats, token_stats(logits, tokens), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 

@@ -22,7 +22,6 @@ LOWEST = -1e4
 
 def stats_from_sums(
     d_a: Float[Tensor, "*N"],
-    is_mode: Bool[Tensor, "*N"],
     r: Float[Tensor, "*N"],
     rd: Float[Tensor, "*N"],
     q: Float[Tensor, "*N"],
@@ -35,13 +34,14 @@ def stats_from_sums(
 
         r = Σ_{v≠m} e^{d_v}    rd = Σ_{v≠m} e^{d_v} d_v    q = Σ_{v≠m} e^{2 d_v}    qd = Σ_{v≠m} e^{2 d_v} d_v
 
-    `d_a` is the sampled token's d (may be -inf: log p_a = -inf, T = C) and `is_mode` whether it is m itself.
-    With s = 1 + r and the mean d̄ = rd / s:  log p_v + H = d_v - d̄, and
+    `d_a` is the sampled token's d (may be -inf: log p_a = -inf, T = C). Where it is 0, a is taken for m itself: equal
+    modes can change places. With s = 1 + r and the mean d̄ = rd / s:  log p_v + H = d_v - d̄, and
 
         T = -p_a (1 - p_a) (d_a - d̄) + Σ_{v≠a} p_v² (d_v - d̄)
 
     which has no logarithm and no cancellation of the normaliser. Source: ours.
     """
+    is_mode = d_a == 0
     s = 1 + r
     log_s = torch.log1p(r)
     mean_d = rd / s

@@ -1,5 +1,11 @@
-"""Per-token statistics of a policy: the one entry point that picks an implementation."""
+"""Per-token statistics of a policy, from logits or from hidden states, at the speed of memory.
 
-from entropy_polarity.kernels.chunked import linear_token_stats, token_stats
+entry.py      the public functions          engine.py   what an engine does, and which one runs where
+logits.py     logits -> statistics          linear.py   hidden states -> statistics, and the three ways back
+state.py      six numbers a row             chunked.py, triton.py   the engines      reference.py   float64 oracle
+"""
 
-__all__ = ["linear_token_stats", "token_stats"]
+from entropy_polarity.kernels.engine import choose
+from entropy_polarity.kernels.entry import linear_token_loss, linear_token_stats, token_stats
+
+__all__ = ["choose", "linear_token_loss", "linear_token_stats", "token_stats"]

@@ -4,12 +4,13 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import trl
 from packaging.version import Version
 from trl import GRPOTrainer
 from trl.trainer import utils as trl_utils
 
-from entropy_polarity.kernels.chunked import head_statistics
+from entropy_polarity.kernels import linear_token_stats
 
 TESTED_TRL = ("1.16", "1.17")
 
@@ -76,9 +77,11 @@ class StatisticsHead:
         if not StatisticsHead._requested:
             return _TRL_LOG_PROB.apply(*rest, outputs)
         logp, entropy, *_ = _TRL_LOG_PROB.apply(*rest, ("log_probs", "entropy"))
-        stats = head_statistics(
-            hidden, weight, bias, targets, temperature=temperature, softcap=softcap, logit_scale=logit_scale
-        )
+        with torch.no_grad():
+            stats = linear_token_stats(
+                hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+                check=False,
+            )  # fmt: skip
         return logp, entropy, stats.sum_p2, stats.sensitivity, stats.sum_p2_logp
 
 

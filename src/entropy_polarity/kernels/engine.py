@@ -1,0 +1,129 @@
+"""What an engine does with tiles of logits, and which engine runs where."""
+
+import functools
+import importlib.util
+import os
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from entropy_polarity.kernels.state import Head
+
+VARIABLE = "PAPO_KERNEL"
+IMPLEMENTATIONS = ("chunked", "compiled", "triton")
+
+
+class Engine(ABC):
+    """Folds tiles of logits (n, W) into the states of their rows, and turns them into gradients.
+
+    In every method `tokens` (n,) are the sampled ids of the whole vocabulary, `start` is the vocabulary's index of the
+    tile's first column, `state` is (6, n) and `columns` (7, n) receives the fields of TokenStats (see `state`).
+    """
+
+    name: str
+    strided_batches = False  # whether `statistics` and `gradient` take logits (B, T, V) with any strides
+
+    @abstractmethod
+    def product_tile(self, rows: int, columns: int, itemsize: int, tile_bytes: int | None) -> tuple[int, int]:
+        """Rows and columns of the tiles in which logits are made from hidden states."""
+
+    @abstractmethod
+    def scratch(self, elements: int, tile: Tensor, state: Tensor, keep: bool) -> tuple[Tensor, ...]:
+        """Buffers that `fold` needs for tiles like `tile` of up to so many elements; `keep` the tile as it is."""
+
+    @abstractmethod
+    def statistics(
+        self, logits: Tensor, tokens: Tensor, mask: Tensor | None, head: Head, state: Tensor, columns: Tensor
+    ) -> None:
+        """Fill `state` and `columns` from whole rows of logits; `columns` is 0 where the mask is False."""
+
+    @abstractmethod
+    def fold(
+        self,
+        tile: Tensor,
+        tokens: Tensor,
+        start: int,
+        head: Head,
+        state: Tensor,
+        scratch: tuple[Tensor, ...],
+        columns: Tensor | None,
+    ) -> None:
+        """Merge a tile into `state`, the tiles of a row in order; with the last one `columns` is filled."""
+
+    @abstractmethod
+    def gradient(
+        self,
+        tile: Tensor,
+        tokens: Tensor,
+        mask: Tensor | None,
+        start: int,
+        head: Head,
+        maximum: Tensor,
+        coefficients: Tensor,
+        out: Tensor,
+    ) -> None:
+        """The gradient along a tile (`state.gradient_coefficients`) in `out`, which may be the tile; 0 where masked."""
+
+
+class Choice(NamedTuple):
+    """An implementation, by name, and why it is the one."""
+
+    name: str
+    why: str
+
+
+def triton_is_usable() -> str | None:
+    """Why the Triton engine cannot run at all, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    return None
+
+
+def choose(device: torch.device, dtype: torch.dtype, implementation: str | None = None) -> Choice:
+    """Which implementation serves tensors of this device and type.
+
+    `implementation`, or else the environment variable PAPO_KERNEL, forces one of "chunked", "compiled", "triton";
+    "auto" and nothing choose. Raises ValueError for an unknown name, and for one that cannot serve these tensors.
+    """
+    forced, by = implementation, f"implementation={implementation!r}"
+    if forced is None:
+        forced, by = os.environ.get(VARIABLE) or None, f"{VARIABLE}={os.environ.get(VARIABLE)}"
+    if forced is not None and forced != "auto":
+        if forced not in IMPLEMENTATIONS:
+            raise ValueError(f"{by}: unknown; expected auto, {', '.join(IMPLEMENTATIONS)}")
+        if forced == "triton":
+            reason = _why_not_triton(device, dtype)
+            if reason is not None:
+                raise ValueError(f"{by} cannot be had: {reason}")
+        return Choice(forced, by)
+    if device.type != "cuda":
+        return Choice("chunked", f"the tensors are on {device.type}; Triton's kernels run on CUDA")
+    reason = _why_not_triton(device, dtype)
+    if reason is not None:
+        return Choice("chunked", reason)
+    return Choice("triton", f"CUDA tensors of {dtype}")
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    reason = triton_is_usable()
+    if reason is not None:
+        return reason
+    if dtype == torch.float64:
+        return "Triton's kernels accumulate in float32, float64 needs chunked"
+    if device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+        return f"the tensors are on {device.type} (TRITON_INTERPRET=1 runs the kernels there, slowly, for tests)"
+    return None
+
+
+@functools.cache
+def engine(name: str) -> Engine:
+    """The engine of an implementation."""
+    if name == "triton":
+        from entropy_polarity.kernels.triton import Triton
+
+        return Triton()
+    from entropy_polarity.kernels.chunked import Torch, compiled_tile_state
+
+    return Torch(compiled_tile_state()) if name == "compiled" else Torch()

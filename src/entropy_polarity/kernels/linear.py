@@ -1,0 +1,288 @@
+"""Hidden states -> statistics without ever holding their logits, on any engine.
+
+Logits are made a tile at a time by one matrix product into a buffer that is used again, and folded. Three ways back:
+
+recompute   the backward makes every tile again: 4 products in all (forward, logits, two gradients);
+frozen      a head that needs no gradient: along the hidden state, ∂log p_a/∂h = W_a - E_p[W] does not depend on the
+            loss, so the forward collects it while the tile is there: 2 products;
+callback    the loss is a sum over tokens that a function of the caller gives for each chunk of rows: its derivative is
+            known while the chunk's logits are there: 3 products (`LinearLoss`).
+
+Gradients are summed in float32 (float64 for float64), whatever the type of the product.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from entropy_polarity.kernels.engine import Engine
+from entropy_polarity.kernels.state import (
+    AT_TOKEN,
+    MAXIMUM,
+    Head,
+    R,
+    accumulation_dtype,
+    empty_state,
+    gradient_coefficients,
+)
+from entropy_polarity.polarity import LOWEST
+from entropy_polarity.tokens import TokenStats
+
+
+class Plan(NamedTuple):
+    """How the logits of a head are made: on which engine, in which types, in tiles of how many bytes."""
+
+    engine: Engine
+    head: Head
+    product: torch.dtype  # of the factors
+    logits: torch.dtype  # of the tiles
+    tile_bytes: int | None
+
+
+def spans(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = hidden @ weight.T + bias, rounded only to the type of `out`."""
+    if out.dtype == hidden.dtype:
+        if bias is None:
+            torch.mm(hidden, weight.t(), out=out)
+        else:
+            torch.addmm(bias, hidden, weight.t(), out=out)
+        return
+    if hidden.device.type == "cuda":
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(hidden.to(out.dtype), weight.to(out.dtype).t(), out=out)
+    if bias is not None:
+        out += bias
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b without rounding the product to the type of its factors first."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b.to(a.dtype))
+    elif total.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+class _Factors:
+    """Hidden states and head in the product's type, cast a piece at a time, and a buffer for the tiles they make."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, height: int, width: int):
+        self.hidden, self.weight, self.bias, self.plan = hidden, weight, bias, plan
+        self.buffer = torch.empty(height * width, dtype=plan.logits, device=hidden.device)
+
+    def rows(self, part: slice) -> Tensor:
+        return self.hidden[part].to(self.plan.product)
+
+    def columns(self, piece: slice) -> Tensor:
+        return self.weight[piece].to(self.plan.product)
+
+    def tile(self, part: slice, piece: slice) -> Tensor:
+        shape = part.stop - part.start, piece.stop - piece.start
+        tile = self.buffer[: shape[0] * shape[1]].view(shape)
+        bias = None if self.bias is None else self.bias[piece].to(self.plan.product)
+        _multiply(self.rows(part), self.columns(piece), bias, tile)
+        return tile
+
+
+class LinearStats(torch.autograd.Function):
+    """(hidden (N, D), weight (V, D), bias (V,) or None, tokens (N,)) -> log p_a, H and the rest of TokenStats."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        plan: Plan,
+        entropy: bool,
+        frozen: bool,
+    ):
+        ctx.set_materialize_grads(False)
+        engine, head = plan.engine, plan.head
+        rows, vocabulary = len(hidden), len(weight)
+        state = empty_state(rows, accumulation_dtype(plan.logits), hidden.device)
+        columns = torch.empty(len(TokenStats._fields), rows, dtype=state.dtype, device=state.device)
+        height, width = engine.product_tile(rows, vocabulary, plan.logits.itemsize, plan.tile_bytes)
+        factors = _Factors(hidden, weight, bias, plan, height, width)
+        scratch = engine.scratch(height * width, factors.buffer, state, keep=frozen)
+        pull = torch.zeros(hidden.shape, dtype=state.dtype, device=hidden.device) if frozen else None
+        for part in spans(rows, height):
+            for piece in spans(vocabulary, width):
+                tile = factors.tile(part, piece)
+                before = state[MAXIMUM, part].clone() if frozen else None
+                last = columns[:, part] if piece.stop == vocabulary else None
+                engine.fold(tile, tokens[part], piece.start, head, state[:, part], scratch, last)
+                if pull is not None and before is not None:
+                    _collect(pull[part], tile, tokens[part], piece.start, plan, before, state[MAXIMUM, part], factors)
+        if pull is not None:
+            pull = _pull_on_logp(pull, state, weight, tokens, plan)
+            ctx.save_for_backward(pull)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, tokens, state)
+        ctx.plan, ctx.frozen, ctx.hidden_dtype = plan, frozen, hidden.dtype
+        fields = columns.unbind()
+        ctx.mark_non_differentiable(*fields[2 if entropy else 1 :])
+        return fields
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logp, grad_entropy, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.frozen:
+            (pull,) = ctx.saved_tensors
+            return (pull * grad_logp[:, None]).to(ctx.hidden_dtype), *[None] * 6
+        hidden, weight, bias, tokens, state = ctx.saved_tensors
+        coefficients = gradient_coefficients(state, ctx.plan.head, grad_logp, grad_entropy)
+        needs = ctx.needs_input_grad[:3]
+        return *_recompute(hidden, weight, bias, tokens, state[MAXIMUM], coefficients, ctx.plan, needs), *[None] * 4
+
+
+def _collect(pull, tile, tokens, start, plan: Plan, before, maximum, factors: _Factors) -> None:
+    """Σ_{v≠a} e^{d_v} W_v over one more tile, measured from a maximum that may have risen since."""
+    shift = ((before - maximum) * plan.head.bits).masked_fill_(before == -torch.inf, LOWEST)
+    pull *= shift.clamp_(min=LOWEST).exp2_()[:, None]
+    one_zero_zero = torch.zeros(3, len(pull), dtype=pull.dtype, device=pull.device)
+    one_zero_zero[0] = 1
+    exponentials = _gradient_of(tile, tokens, start, plan, maximum, one_zero_zero)
+    _add_product(pull, exponentials, factors.columns(slice(start, start + tile.shape[1])))
+
+
+def _pull_on_logp(pull: Tensor, state: Tensor, weight: Tensor, tokens: Tensor, plan: Plan) -> Tensor:
+    """∂log p_a/∂h = slope [(1 - p_a) bend_a W_a - Σ_{v≠a} p_v bend_v W_v], with no cancellation where p_a is near 1."""
+    head = plan.head
+    ones = torch.ones_like(state[R])
+    _, _, not_p = gradient_coefficients(state, head, ones, None)  # slope (1 - p_a)
+    if head.softcap is not None:
+        not_p = not_p * (1 - (state[AT_TOKEN] / head.softcap).square())
+    pull *= (-head.slope / (1 + state[R]))[:, None]
+    for part in spans(len(tokens), 4096):
+        pull[part] += not_p[part, None] * weight[tokens[part]].to(pull.dtype)
+    return pull
+
+
+def _gradient_of(tile, tokens, start, plan: Plan, maximum, coefficients) -> Tensor:
+    """The gradient along a tile: in its place, but in float32 on a CPU, whose 16-bit products gain nothing."""
+    in_place = tile.device.type == "cuda" or tile.dtype == maximum.dtype
+    out = tile if in_place else torch.empty_like(tile, dtype=maximum.dtype)
+    plan.engine.gradient(tile, tokens, None, start, plan.head, maximum, coefficients, out)
+    return out
+
+
+def _recompute(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    maximum: Tensor,
+    coefficients: Tensor,
+    plan: Plan,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients by tiles made again: columns outside, so that one tile's float32 sum is all that dW needs."""
+    rows, vocabulary = len(hidden), len(weight)
+    height, width = plan.engine.product_tile(rows, vocabulary, plan.logits.itemsize, plan.tile_bytes)
+    factors = _Factors(hidden, weight, bias, plan, height, width)
+    grad_hidden = torch.zeros(hidden.shape, dtype=maximum.dtype, device=hidden.device) if needs[0] else None
+    grad_weight = torch.zeros_like(weight) if needs[1] else None
+    grad_bias = torch.zeros_like(bias) if bias is not None and needs[2] else None
+    for piece in spans(vocabulary, width):
+        of_columns = torch.zeros(weight[piece].shape, dtype=maximum.dtype, device=weight.device) if needs[1] else None
+        of_bias = torch.zeros(weight[piece].shape[0], dtype=maximum.dtype, device=weight.device)
+        for part in spans(rows, height):
+            tile = factors.tile(part, piece)
+            gradient = _gradient_of(tile, tokens[part], piece.start, plan, maximum[part], coefficients[:, part])
+            if grad_hidden is not None:
+                _add_product(grad_hidden[part], gradient, factors.columns(piece))
+            if of_columns is not None:
+                _add_product(of_columns, gradient.t(), factors.rows(part))
+            if grad_bias is not None:
+                of_bias += gradient.sum(0, dtype=maximum.dtype)
+        if grad_weight is not None and of_columns is not None:
+            grad_weight[piece] = of_columns
+        if grad_bias is not None:
+            grad_bias[piece] = of_bias
+    return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+
+
+class LinearLoss(torch.autograd.Function):
+    """(hidden, weight, bias, tokens) -> the summed loss, and TokenStats without gradient.
+
+    Every gradient is made in the forward, a chunk of whole rows at a time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        plan: Plan,
+        loss: Callable[[TokenStats, slice], Tensor],
+        chunk_rows: int,
+    ):
+        engine, head, needs = plan.engine, plan.head, ctx.needs_input_grad[:3]
+        rows, vocabulary = len(hidden), len(weight)
+        state = empty_state(rows, accumulation_dtype(plan.logits), hidden.device)
+        columns = torch.empty(len(TokenStats._fields), rows, dtype=state.dtype, device=state.device)
+        factors = _Factors(hidden, weight, bias, plan, min(rows, chunk_rows), vocabulary)
+        total = torch.zeros((), dtype=state.dtype, device=state.device)
+
+        def sums_like(tensor: Tensor | None, needed: bool) -> Tensor | None:
+            return torch.zeros_like(tensor, dtype=state.dtype) if tensor is not None and needed else None
+
+        grad_hidden = torch.empty_like(hidden) if needs[0] else None
+        grad_weight, grad_bias = sums_like(weight, needs[1]), sums_like(bias, needs[2])
+        whole = slice(0, vocabulary)
+        for part in spans(rows, chunk_rows):
+            tile = factors.tile(part, whole)
+            engine.statistics(tile, tokens[part], None, head, state[:, part], columns[:, part])
+            with torch.enable_grad():
+                live = columns[:2, part].detach().clone().requires_grad_()
+                stats = TokenStats(*live.unbind(), *columns[2:, part].unbind())
+                value = loss(stats, part)
+                if value.dim() != 0 or not value.requires_grad:
+                    raise ValueError(
+                        f"linear_token_loss: the loss of rows {part.start}:{part.stop} has shape {tuple(value.shape)}"
+                        f"{'' if value.requires_grad else ' and no gradient'}; expected one number made from stats.logp"
+                    )
+                (grad,) = torch.autograd.grad(value, live)
+            total += value.detach()
+            if not any(needs):
+                continue
+            coefficients = gradient_coefficients(state[:, part], head, *grad)
+            gradient = _gradient_of(tile, tokens[part], 0, plan, state[MAXIMUM, part], coefficients)
+            if grad_hidden is not None:
+                product = torch.zeros(grad_hidden[part].shape, dtype=state.dtype, device=state.device)
+                _add_product(product, gradient, factors.columns(whole))
+                grad_hidden[part] = product
+            if grad_weight is not None:
+                _add_product(grad_weight, gradient.t(), factors.rows(part))
+            if grad_bias is not None:
+                grad_bias += gradient.sum(0, dtype=state.dtype)
+        ctx.gradients = grad_hidden, grad_weight, grad_bias
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        fields = columns.unbind()
+        ctx.mark_non_differentiable(*fields)
+        return total, *fields
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.gradients is None:
+            raise RuntimeError("linear_token_loss: its gradients were used by an earlier backward; call it again")
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = (
+            None if gradient is None else gradient.mul_(grad_total).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return *scaled, None, None, None, None
