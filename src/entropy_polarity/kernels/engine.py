@@ -30,10 +30,6 @@ class Engine(ABC):
         """Rows and columns of the tiles in which logits are made from hidden states."""
 
     @abstractmethod
-    def scratch(self, elements: int, tile: Tensor, state: Tensor, keep: bool) -> tuple[Tensor, ...]:
-        """Buffers that `fold` needs for tiles like `tile` of up to so many elements; `keep` the tile as it is."""
-
-    @abstractmethod
     def statistics(
         self, logits: Tensor, tokens: Tensor, mask: Tensor | None, head: Head, state: Tensor, columns: Tensor
     ) -> None:
@@ -47,10 +43,13 @@ class Engine(ABC):
         start: int,
         head: Head,
         state: Tensor,
-        scratch: tuple[Tensor, ...],
         columns: Tensor | None,
+        keep: bool,
     ) -> None:
-        """Merge a tile into `state`, the tiles of a row in order; with the last one `columns` is filled."""
+        """Merge a tile into `state`, the tiles of a row in order; with the last one `columns` is filled.
+
+        The tile may be overwritten unless told to `keep` it.
+        """
 
     @abstractmethod
     def gradient(
@@ -124,6 +123,6 @@ def engine(name: str) -> Engine:
         from entropy_polarity.kernels.triton import Triton
 
         return Triton()
-    from entropy_polarity.kernels.chunked import Torch, compiled_tile_state
+    from entropy_polarity.kernels.chunked import Chunked
 
-    return Torch(compiled_tile_state()) if name == "compiled" else Torch()
+    return Chunked(compiled=name == "compiled")

@@ -114,14 +114,13 @@ class LinearStats(torch.autograd.Function):
         columns = torch.empty(len(TokenStats._fields), rows, dtype=state.dtype, device=state.device)
         height, width = engine.product_tile(rows, vocabulary, plan.logits.itemsize, plan.tile_bytes)
         factors = _Factors(hidden, weight, bias, plan, height, width)
-        scratch = engine.scratch(height * width, factors.buffer, state, keep=frozen)
         pull = torch.zeros(hidden.shape, dtype=state.dtype, device=hidden.device) if frozen else None
         for part in spans(rows, height):
             for piece in spans(vocabulary, width):
                 tile = factors.tile(part, piece)
                 before = state[MAXIMUM, part].clone() if frozen else None
                 last = columns[:, part] if piece.stop == vocabulary else None
-                engine.fold(tile, tokens[part], piece.start, head, state[:, part], scratch, last)
+                engine.fold(tile, tokens[part], piece.start, head, state[:, part], last, keep=frozen)
                 if pull is not None and before is not None:
                     _collect(pull[part], tile, tokens[part], piece.start, plan, before, state[MAXIMUM, part], factors)
         if pull is not None:
@@ -148,8 +147,8 @@ class LinearStats(torch.autograd.Function):
 
 def _collect(pull, tile, tokens, start, plan: Plan, before, maximum, factors: _Factors) -> None:
     """Σ_{v≠a} e^{d_v} W_v over one more tile, measured from a maximum that may have risen since."""
-    shift = ((before - maximum) * plan.head.bits).masked_fill_(before == -torch.inf, LOWEST)
-    pull *= shift.clamp_(min=LOWEST).exp2_()[:, None]
+    shift = ((before - maximum) * plan.head.scale).masked_fill_(before == -torch.inf, LOWEST)
+    pull *= shift.clamp_(min=LOWEST).exp_()[:, None]
     one_zero_zero = torch.zeros(3, len(pull), dtype=pull.dtype, device=pull.device)
     one_zero_zero[0] = 1
     exponentials = _gradient_of(tile, tokens, start, plan, maximum, one_zero_zero)

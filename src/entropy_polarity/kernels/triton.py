@@ -1,4 +1,4 @@
-# pyright: reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 """The Triton engine: the same six numbers a row, and the same gradient, at the speed of the GPU's memory.
 
 One program reads one row of logits, 16 or 32 bit, once. Every lane keeps its own four sums, so that nothing is reduced
@@ -28,8 +28,6 @@ AGAIN = 128
 
 # A tile of logits made from hidden states: 256 MiB, and as many rows as fit one chunk of most training steps.
 PRODUCT_BYTES, PRODUCT_ROWS = 2**28, 8192
-
-INTERPRETED = triton.knobs.runtime.interpret
 
 _LOWEST = tl.constexpr(-1e4)  # as polarity.LOWEST
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -109,7 +107,7 @@ def _fold_kernel(
     if HAS_MASK:
         if tl.load(mask_ptr + row * mask_stride) == 0:
             if IS_LAST:
-                for i in tl.static_range(7):
+                for i in tl.static_range(7):  # pyright: ignore
                     tl.store(stats_ptr + i * stats_stride, 0.0)
             return
     logits_ptr += (row // rows_a_batch) * batch_stride + (row % rows_a_batch) * row_stride
@@ -123,9 +121,9 @@ def _fold_kernel(
     else:
         maximum = tl.load(state_ptr)
         r0 = tl.load(state_ptr + state_stride)
-        rd0 = tl.load(state_ptr + 2 * state_stride)
+        rd0 = tl.load(state_ptr + 2 * state_stride) / _LN2  # distances are in bits here
         q0 = tl.load(state_ptr + 3 * state_stride)
-        qd0 = tl.load(state_ptr + 4 * state_stride)
+        qd0 = tl.load(state_ptr + 4 * state_stride) / _LN2
         z_a = tl.load(state_ptr + 5 * state_stride)
     mode_block = -1  # where the maximum was found, if in these columns
     lanes = tl.arange(0, BLOCK)
@@ -173,6 +171,8 @@ def _fold_kernel(
     q0 += tl.sum(q, axis=0)
     qd0 += tl.sum(qd, axis=0)
 
+    rd0 *= _LN2
+    qd0 *= _LN2
     token = tl.load(tokens_ptr + row) - start
     if (token >= 0) & (token < n_cols):
         z_a = _capped(tl.load(logits_ptr + token).to(tl.float32), cap_in, cap_out, HAS_CAP)
@@ -188,13 +188,12 @@ def _fold_kernel(
         r0 += maximum - maximum
         s = 1.0 + r0
         log_s = _log1p(r0)
-        mean = rd0 * _LN2 / s
+        mean = rd0 / s
         d_a = (z_a - maximum) * (bits * _LN2)
         d = tl.maximum(d_a, _LOWEST, propagate_nan=_NAN_STAYS)
         e = tl.exp(d)
         p = e / s
         ss = s * s
-        qd0 *= _LN2
         is_mode = d_a == 0.0
         other_q = tl.where(is_mode, q0, 1.0 + q0 - e * e)
         other_qd = tl.where(is_mode, qd0, qd0 - e * e * d)
@@ -228,7 +227,7 @@ def _gradient_kernel(
     logits_ptr += (row // rows_a_batch) * batch_stride + (row % rows_a_batch) * row_stride
     maximum = tl.load(maximum_ptr + row)
     alpha = tl.load(coefficients_ptr + row)
-    beta = tl.load(coefficients_ptr + row + coefficients_stride)
+    beta = tl.load(coefficients_ptr + row + coefficients_stride) * _LN2
     gamma = tl.load(coefficients_ptr + row + 2 * coefficients_stride)
     token = tl.load(tokens_ptr + row) - start
     z = _load(logits_ptr, columns, inside, cap_in, cap_out, HAS_CAP)
@@ -245,7 +244,7 @@ def _cap(head: Head) -> dict[str, float | bool]:
     """The kernels' arguments for a head: what turns distances into bits, and its soft cap."""
     c = 1.0 if head.softcap is None else head.softcap
     cap_in = 2 * head.logit_scale / (c * math.log(2))
-    return {"bits": head.bits, "cap_in": cap_in, "cap_out": c, "HAS_CAP": head.softcap is not None}
+    return {"bits": head.scale / math.log(2), "cap_in": cap_in, "cap_out": c, "HAS_CAP": head.softcap is not None}
 
 
 def _layout(logits: Tensor) -> tuple[Tensor, dict[str, int]]:
@@ -275,14 +274,11 @@ class Triton(Engine):
         width = max(1, min(columns, elements // height))
         return height, width if width == columns else max(BLOCK, width // BLOCK * BLOCK)
 
-    def scratch(self, elements: int, tile: Tensor, state: Tensor, keep: bool) -> tuple[Tensor, ...]:
-        return ()
-
     def statistics(self, logits, tokens, mask, head, state, columns) -> None:
         logits, layout = _layout(logits)
         self._fold(logits, layout, tokens, mask, 0, head, state, columns)
 
-    def fold(self, tile, tokens, start, head, state, scratch, columns) -> None:
+    def fold(self, tile, tokens, start, head, state, columns, keep) -> None:
         self._fold(*_layout(tile), tokens, None, start, head, state, columns)
 
     @staticmethod
