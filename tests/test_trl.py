@@ -24,7 +24,7 @@ from entropy_polarity import token_stats
 from entropy_polarity.policy.tokenizer import character_tokenizer
 from entropy_polarity.tasks.countdown import Countdown
 from entropy_polarity.trainers.trl import STATE_FILE, PolarityConfig, PolarityTrainer
-from entropy_polarity.trainers.trl_seam import check_trl
+from entropy_polarity.trainers.trl_seam import StatisticsHead, check_trl
 from entropy_polarity.transforms import token_polarity
 
 TASK = Countdown(numbers=(3,))
@@ -92,16 +92,104 @@ def recorded(trainer) -> list:
     ids=["plain", "accumulated", "reused"],
 )
 def test_neutral_equals_grpo(tmp_path, method, settings):
-    """With λ = 0: losses, gradient norms and the weights after five steps are equal to the last bit."""
+    """With λ = 0 and TRL's head: losses, gradient norms and the weights after five steps are equal to the last bit."""
     theirs = make_trainer(GRPOTrainer, tmp_path / "grpo", **settings)
     theirs.train()
-    ours = make_trainer(PolarityTrainer, tmp_path / "ours", method=method, **settings)
+    ours = make_trainer(PolarityTrainer, tmp_path / "ours", method=method, statistics_head="trl", **settings)
     ours.train()
     names = ("loss", "grad_norm", "entropy", "clip_ratio/region_mean")
     assert history(ours, *names) == history(theirs, *names)
     for (name, a), b in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert any(row.get("polarity/positive_flow", 0) > 0 for row in ours.state.log_history)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_iterations": 2, "beta": 0.0, "entropy_coef": 0.01}], ids=["plain", "bonus"]
+)
+def test_neutral_is_grpo_up_to_rounding_with_our_head(tmp_path, settings):
+    """With λ = 0 and our head: the same samples, losses and gradient norms to the digits that TRL logs, four; and the
+    weights after five steps within 1e-3 of the way they went (Adam makes whole steps of gradients near rounding)."""
+    theirs = make_trainer(GRPOTrainer, tmp_path / "grpo", **settings)
+    start = {name: p.detach().clone() for name, p in theirs.model.named_parameters()}
+    theirs.train()
+    ours = make_trainer(PolarityTrainer, tmp_path / "ours", method=NEUTRAL["constant"], **settings)
+    ours.train()
+    names = ("loss", "grad_norm", "entropy")
+    for a, b in zip(history(ours, *names), history(theirs, *names), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    way = sum((p - start[name]).square().sum() for name, p in theirs.model.named_parameters())
+    apart = sum((p - theirs.model.get_parameter(name)).square().sum() for name, p in ours.model.named_parameters())
+    assert way > 0
+    assert (apart / way).sqrt() <= 1e-3
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("bonus", [0.0, 0.01], ids=["", "entropy bonus"])
+def test_both_heads_give_the_same_gradients(tmp_path, frozen, bonus):
+    """A frozen head has a backward of its own, and none of it serves a loss that holds the entropy."""
+    gradients = {}
+    for head in ("trl", "fused"):
+        trainer = make_trainer(
+            PolarityTrainer, tmp_path / head, statistics_head=head, max_steps=1, entropy_coef=bonus,
+            method=("papo", {"controller": "constant", "lambda_": 0.5}),
+        )  # fmt: skip
+        trainer.model.get_output_embeddings().weight.requires_grad_(not frozen)
+        step = trainer.training_step
+
+        def keep(model, *args, step=step, head=head):
+            loss = step(model, *args)
+            gradients[head] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            return loss
+
+        trainer.training_step = keep
+        trainer.train()
+    assert gradients["trl"].keys() == gradients["fused"].keys()
+    for name, theirs in gradients["trl"].items():
+        torch.testing.assert_close(gradients["fused"][name], theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
+
+
+def products_with_the_head(trainer) -> int:
+    """How often a training step multiplies with the output head's weights."""
+    shape = trainer.model.get_output_embeddings().weight.shape
+    count = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal count
+            factors = [x for x in args if isinstance(x, torch.Tensor) and x.dim() == 2]
+            if "mm" in func.__name__ and any(x.shape in (shape, shape[::-1]) for x in factors):
+                count += 1
+            return func(*args, **kwargs or {})
+
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.create_optimizer_and_scheduler(num_training_steps=10)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    inputs = trainer._prepare_inputs(batch)
+    with Watch():
+        trainer._compute_loss(trainer.model, inputs)
+    return count
+
+
+def test_the_loss_multiplies_with_the_head_once(tmp_path):
+    counts = {
+        head: products_with_the_head(make_trainer(PolarityTrainer, tmp_path / head, statistics_head=head))
+        for head in ("fused", "trl")
+    }
+    assert counts == {"fused": 1, "trl": 2}
+
+
+def test_a_sharded_head_falls_back_to_trls_and_says_so_once(tmp_path, caplog):
+    trainer = make_trainer(PolarityTrainer, tmp_path, max_steps=2)
+    trainer.model.get_output_embeddings().weight.ds_id = 0  # what DeepSpeed's ZeRO-3 marks its shards with
+    StatisticsHead._told.clear()
+    trainer.train()
+    told = [record.message for record in caplog.records if record.name == "entropy_polarity"]
+    assert len(told) == 1
+    assert "ZeRO-3" in told[0]
+    assert "TRL's own output head" in told[0]
+    assert any(row.get("polarity/positive_flow", 0) > 0 for row in trainer.state.log_history)
 
 
 def test_other_trainers_of_the_process_keep_their_head(tmp_path):
@@ -314,6 +402,7 @@ def test_the_plain_loop_and_the_trainer_agree(tmp_path):
         ({"method": "pappo"}, "did you mean 'papo'"),
         ({"method_settings": {"gian": 1}}, "did you mean 'gain'"),
         ({"method_settings": {"lambda_max": 1.0}}, "lambda_max"),
+        ({"statistics_head": "liger"}, "expected 'fused' or 'trl'"),
     ],
 )
 def test_refused_settings_say_what_to_do(tmp_path, settings, said):

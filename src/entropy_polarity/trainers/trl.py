@@ -2,8 +2,8 @@
 
 Three seams of TRL are used, none of its logic is copied:
 
-1. while we ask for it, the fused output head also returns the statistics, in its unused output slots
-   (`trl_seam.StatisticsHead`);
+1. while we ask for it, TRL's fused output head is ours, which makes log-probs, entropy and all statistics from one
+   product, the statistics in unused output slots (`trl_seam.StatisticsHead`);
 2. `_compute_loss` works on a copy of the batch, so that TRL reads the advantages we put there;
 3. `_get_per_token_logps_and_entropies`, which TRL calls just before it reads them, is where the statistics of
    the current forward pass appear and the advantages are rewritten. No second forward pass is made.
@@ -30,7 +30,7 @@ from entropy_polarity.methods import make_transform
 from entropy_polarity.polarity import surviving_ratio
 from entropy_polarity.record import CHECKPOINT_IS_WHOLE as STATE_FILE
 from entropy_polarity.tokens import Tokens, concatenate
-from entropy_polarity.trainers.trl_seam import StatisticsHead
+from entropy_polarity.trainers.trl_seam import HEADS, Request, StatisticsHead
 
 # Extra per-row columns that travel with TRL's batch through its shuffle and split.
 REWARD, GROUP, SAMPLE_ID = "polarity_reward", "polarity_group", "polarity_sample_id"
@@ -53,6 +53,13 @@ class PolarityConfig(GRPOConfig):
         default=None,
         metadata={"help": 'Settings of the method, e.g. \'{"controller": "trend", "gain": 5}\'.'},
     )
+    statistics_head: str = field(
+        default="fused",
+        metadata={
+            "help": "'fused': log-probs, entropy and statistics from one product with the output head. 'trl': TRL's "
+            "own head, with which λ = 0 is GRPOTrainer to the last bit, and a second product for the statistics."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,6 +73,8 @@ class PolarityConfig(GRPOConfig):
                 "loss_type='luspo' weighs whole sequences, which cancels token weights: use 'dapo', 'grpo', "
                 "'bnpo', 'dr_grpo', 'cispo', 'sapo' or 'vespo'"
             )
+        if self.statistics_head not in HEADS:
+            raise ValueError(f"statistics_head={self.statistics_head!r}: expected {' or '.join(map(repr, HEADS))}")
         make_transform(self.method, self.settings)  # unknown names fail here, before a model is loaded
 
     @property
@@ -100,7 +109,8 @@ class _RolloutBoundaries(TrainerCallback):
 class PolarityTrainer(GRPOTrainer):
     """GRPOTrainer whose advantages go through a method of `entropy_polarity.methods`.
 
-    Takes GRPOTrainer's arguments, with a PolarityConfig. With λ = 0 it is GRPOTrainer to the last bit. The state
+    Takes GRPOTrainer's arguments, with a PolarityConfig. With λ = 0 and `statistics_head="trl"` it is GRPOTrainer to
+    the last bit; with our head, whose sums are more exact, to the rounding of float32. The state
     of the method is in every checkpoint (`polarity_state.json`); metrics appear under `polarity/`.
     `on_rollout`, if set, is called with each finished `Rollout`.
     """
@@ -225,7 +235,11 @@ class PolarityTrainer(GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
         if self._loss_inputs is None or not compute_entropy:
-            return super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **kwargs)
+            # The same head in every pass: old and new log-probs of one policy are equal then, and their ratio 1.
+            with StatisticsHead.serving(self._request(statistics=False)):
+                return super()._get_per_token_logps_and_entropies(
+                    model, *args, compute_entropy=compute_entropy, **kwargs
+                )
         logits_to_keep = args[2] if len(args) > 2 else kwargs["logits_to_keep"]
         result, captured = self._capture(model, logits_to_keep, *args, **kwargs)
         tokens = self._tokens(self._loss_inputs, result[0].detach(), result[1].detach(), *captured)
@@ -240,17 +254,20 @@ class PolarityTrainer(GRPOTrainer):
         return result[0], result[1], *captured
 
     def _capture(self, model, keep: int, *args, **kwargs) -> tuple[tuple, tuple[Tensor, ...]]:
-        """TRL's own log-probs and entropies, and beside them Σp², T, Σp² log p of the completion tokens."""
+        """TRL's log-probs and entropies, and beside them Σp², T, Σp² log p of the completion tokens."""
         outputs = []
 
         def watched(**model_inputs):
             outputs.append(model(**model_inputs))
             return outputs[-1]
 
-        with StatisticsHead.requested():
+        with StatisticsHead.serving(self._request(statistics=True)):
             result = super()._get_per_token_logps_and_entropies(watched, *args, compute_entropy=True, **kwargs)
         slots = ("log_sum_sq_probs", "mean_logits", "is_top1")
         return result, tuple(torch.cat([o[slot][:, -keep:] for o in outputs]) for slot in slots)
+
+    def _request(self, statistics: bool) -> Request:
+        return Request(self.args.statistics_head, statistics, self._entropy_bonus_enabled)
 
     def _tokens(self, inputs, logp, entropy, sum_p2, sensitivity, sum_p2_logp) -> Tokens:
         mask = inputs["completion_mask"].bool()

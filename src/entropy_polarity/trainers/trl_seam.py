@@ -1,29 +1,28 @@
-"""Where TRL's private parts are checked, and where its fused output head learns to return our statistics."""
+"""Where TRL's private parts are checked, and where its fused output head becomes ours."""
 
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import trl
 from packaging.version import Version
+from torch import Tensor
 from trl import GRPOTrainer
 from trl.trainer import utils as trl_utils
 
 from entropy_polarity.kernels import linear_token_stats
 
+logger = logging.getLogger("entropy_polarity")
+
 TESTED_TRL = ("1.16", "1.17")
 
 
-def check_trl() -> None:
-    """Raise ImportError if the installed TRL is not one whose private seams were tested."""
-    low, high = TESTED_TRL
-    if Version(trl.__version__).release[:2] != Version(low).release[:2]:
-        raise ImportError(
-            f"entropy-polarity hooks private methods of TRL {low}, but TRL {trl.__version__} is installed: "
-            f"pip install 'trl>={low},<{high}'"
-        )
-    seams = {
+def seams() -> dict[str, set[str]]:
+    """What is hooked in TRL, and the parameters that each part should have but does not."""
+    wanted = {
         "GRPOTrainer._compute_loss": (GRPOTrainer._compute_loss, {"model", "inputs"}),
         "GRPOTrainer._get_per_token_logps_and_entropies": (
             GRPOTrainer._get_per_token_logps_and_entropies,
@@ -39,8 +38,18 @@ def check_trl() -> None:
             {"hidden", "weight", "bias", "targets", "temperature", "outputs"},
         ),
     }
-    for name, (function, wanted) in seams.items():
-        missing = wanted - inspect.signature(function).parameters.keys()
+    return {name: names - inspect.signature(hooked).parameters.keys() for name, (hooked, names) in wanted.items()}
+
+
+def check_trl() -> None:
+    """Raise ImportError if the installed TRL is not one whose private seams were tested."""
+    low, high = TESTED_TRL
+    if Version(trl.__version__).release[:2] != Version(low).release[:2]:
+        raise ImportError(
+            f"entropy-polarity hooks private methods of TRL {low}, but TRL {trl.__version__} is installed: "
+            f"pip install 'trl>={low},<{high}'"
+        )
+    for name, missing in seams().items():
         if missing:
             raise ImportError(
                 f"TRL {trl.__version__}: {name} has no parameter {', '.join(sorted(missing))}; this is not the "
@@ -51,38 +60,71 @@ def check_trl() -> None:
 check_trl()
 _TRL_LOG_PROB = trl_utils._ChunkedLogProbFunction
 
+HEADS = ("fused", "trl")
+
+
+class Request(NamedTuple):
+    """What a trainer wants of the output head: whose it is, and what it returns."""
+
+    head: str  # "fused": ours; "trl": TRL's, and a second product for the statistics
+    statistics: bool  # Σp², T and Σp² log p ride in the slots of log Σp², the mean logit and top-1
+    entropy_grad: bool  # whether the loss uses the entropy
+
 
 class StatisticsHead:
-    """Stands where TRL's fused log-prob function does, and is that function except within `requested()`.
-
-    There log-probs and entropy are still TRL's own; Σp², T and Σp² log p ride in the slots of log Σp², the mean
-    logit and top-1. Not an autograd function itself: the statistics carry no gradient.
-    """
+    """Stands where TRL's fused log-prob function does, and is that function unless a `Request` is being served."""
 
     forward = _TRL_LOG_PROB.forward  # what `check_trl` and TRL may inspect
-    _requested = False
+    _request: Request | None = None
+    _told: set[str] = set()  # noqa: RUF012
 
     @classmethod
     @contextmanager
-    def requested(cls) -> Iterator[None]:
-        cls._requested = True
+    def serving(cls, request: Request) -> Iterator[None]:
+        before, cls._request = cls._request, request
         try:
             yield
         finally:
-            cls._requested = False
+            cls._request = before
 
     @staticmethod
+    @torch.compiler.disable
     def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap=None, logit_scale=1.0, outputs=()):
-        rest = (hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale)
-        if not StatisticsHead._requested:
-            return _TRL_LOG_PROB.apply(*rest, outputs)
-        logp, entropy, *_ = _TRL_LOG_PROB.apply(*rest, ("log_probs", "entropy"))
-        with torch.no_grad():
-            stats = linear_token_stats(
-                hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-                check=False,
-            )  # fmt: skip
-        return logp, entropy, stats.sum_p2, stats.sensitivity, stats.sum_p2_logp
+        trl_arguments = (hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale)
+        request = StatisticsHead._request
+        if request is None:
+            return _TRL_LOG_PROB.apply(*trl_arguments, outputs)
+        head = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+        reason = why_not_fused(weight, softcap, logit_scale)
+        if request.head == "fused" and reason is None:
+            stats = linear_token_stats(hidden, weight, targets, **head, entropy_grad=request.entropy_grad, check=False)
+            logp, entropy = stats.logp, stats.entropy
+        else:
+            if reason is not None and request.head == "fused":
+                StatisticsHead._tell(f"TRL's own output head is used, and a second product: {reason}")
+            logp, entropy, *rest = _TRL_LOG_PROB.apply(*trl_arguments, ("log_probs", "entropy"))
+            if not request.statistics:
+                return logp, entropy, *rest
+            with torch.no_grad():
+                stats = linear_token_stats(hidden, weight, targets, **head, check=False)
+        if request.statistics:
+            return logp, entropy, stats.sum_p2, stats.sensitivity, stats.sum_p2_logp
+        return logp, entropy, None, None, None
+
+    @classmethod
+    def _tell(cls, message: str) -> None:
+        if message not in cls._told:
+            cls._told.add(message)
+            logger.warning(message)
+
+
+def why_not_fused(weight: Tensor, softcap: float | None, logit_scale: float) -> str | None:
+    """Why our head cannot serve a model, or None."""
+    if hasattr(weight, "ds_id"):
+        return "DeepSpeed ZeRO-3 shards the head, and only TRL's gathers it again in the backward"
+    if logit_scale <= 0 or (softcap is not None and softcap <= 0):
+        return f"logit_scale={logit_scale} and softcap={softcap}, expected positive numbers"
+    return None
 
 
 trl_utils._ChunkedLogProbFunction = StatisticsHead  # type: ignore[assignment]
