@@ -16,6 +16,7 @@ ALLOWED = {
     "__init__": ROOMS,  # lazily
     "cli": ROOMS,
     "experiments": ROOMS - {"cli"},
+    "doctor": {"kernels", "trainers"},
     "trainers": TRAINERS,
     "methods": {"transforms", "phase", "polarity"},
     "transforms": {"phase", "polarity", "tokens"},
@@ -70,3 +71,18 @@ assert names() == before
 assert not [name for name, value in before.items() if type(value).__name__ == "module"]
 """
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
+def test_the_kernels_need_neither_a_trainer_nor_a_model_library_nor_triton():
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(["trl", "transformers", "triton", "datasets", "accelerate"]))
+import torch
+from entropy_polarity.kernels import choose, linear_token_stats, token_stats
+hidden, weight, tokens = torch.randn(3, 2, requires_grad=True), torch.randn(5, 2), torch.tensor([0, 1, 2])
+linear_token_stats(hidden, weight, tokens).logp.sum().backward()
+assert token_stats(hidden @ weight.t(), tokens).entropy.isfinite().all()
+print(choose(torch.device("cuda"), torch.bfloat16).name)
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "chunked"

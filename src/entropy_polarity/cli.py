@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
@@ -171,6 +172,24 @@ def pretrain(output: Path, seed: int = 0, steps: int = 1200, as_json: Json = Fal
     print(f"policy written to {output}")
 
 
+def doctor(as_json: Json = False) -> None:
+    """Say which kernels run here and why, and check versions, hooks and accuracy. Exit code 1 if something is wrong."""
+    from entropy_polarity.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print_json([finding._asdict() for finding in findings])
+    else:
+        colours = {"ok": "green", "note": "yellow", "problem": "red"}
+        table = Table("what", "", "found")
+        for finding in findings:
+            mark = f"[{colours[finding.status]}]{finding.status}[/]"
+            table.add_row(escape(finding.part), mark, escape(finding.detail))
+        Console().print(table)
+    if any(finding.status == "problem" for finding in findings):
+        sys.exit(1)
+
+
 def _print_json(document: Any) -> None:
     print(json.dumps(document, indent=2))
 
@@ -191,6 +210,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "methods": methods,
     "pretrain": pretrain,
+    "doctor": doctor,
 }
 
 

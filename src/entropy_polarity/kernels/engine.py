@@ -73,13 +73,6 @@ class Choice(NamedTuple):
     why: str
 
 
-def triton_is_usable() -> str | None:
-    """Why the Triton engine cannot run at all, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    return None
-
-
 def choose(device: torch.device, dtype: torch.dtype, implementation: str | None = None) -> Choice:
     """Which implementation serves tensors of this device and type.
 
@@ -93,22 +86,22 @@ def choose(device: torch.device, dtype: torch.dtype, implementation: str | None 
         if forced not in IMPLEMENTATIONS:
             raise ValueError(f"{by}: unknown; expected auto, {', '.join(IMPLEMENTATIONS)}")
         if forced == "triton":
-            reason = _why_not_triton(device, dtype)
+            reason = why_not_triton(device, dtype)
             if reason is not None:
                 raise ValueError(f"{by} cannot be had: {reason}")
         return Choice(forced, by)
     if device.type != "cuda":
         return Choice("chunked", f"the tensors are on {device.type}; Triton's kernels run on CUDA")
-    reason = _why_not_triton(device, dtype)
+    reason = why_not_triton(device, dtype)
     if reason is not None:
         return Choice("chunked", reason)
     return Choice("triton", f"CUDA tensors of {dtype}")
 
 
-def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    reason = triton_is_usable()
-    if reason is not None:
-        return reason
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton engine cannot serve tensors of this device and type, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
     if dtype == torch.float64:
         return "Triton's kernels accumulate in float32, float64 needs chunked"
     if device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):

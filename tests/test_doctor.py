@@ -1,0 +1,73 @@
+"""`papo doctor`: what it finds when all is well, and what it says when it is not."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from entropy_polarity import doctor
+from entropy_polarity.doctor import examine
+
+BREAK_TRL = """
+import trl, sys
+trl.__version__ = "1.17.0"
+from entropy_polarity.cli import main
+sys.argv = ["papo", "doctor", "--json"]
+main()
+"""
+
+
+def papo(*arguments: str, code: str | None = None, **variables: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "entropy_polarity.cli", *arguments]
+    environment = os.environ | {"COLUMNS": "200"} | variables
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_all_is_well_here():
+    findings = {finding.part: finding for finding in examine()}
+    assert not [finding for finding in findings.values() if finding.status == "problem"]
+    assert "chunked" in findings["statistics on cpu, float32"].detail
+    assert findings["GRPOTrainer._compute_loss"].status == "ok"
+
+
+def test_a_forced_kernel_that_cannot_run_is_a_problem_and_the_exit_code_says_so():
+    result = papo("doctor", PAPO_KERNEL="triton", TRITON_INTERPRET="")
+    assert result.returncode == 1
+    assert "TRITON_INTERPRET=1" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_a_trl_that_was_not_tested_is_a_problem_in_words():
+    result = papo(code=BREAK_TRL)
+    findings = {finding["part"]: finding for finding in json.loads(result.stdout)}
+    assert result.returncode == 1
+    assert findings["PolarityTrainer"]["status"] == "problem"
+    assert "pip install 'trl>=1.16,<1.17'" in findings["PolarityTrainer"]["detail"]
+
+
+def test_a_kernel_that_computes_wrongly_is_a_problem(monkeypatch):
+    right = doctor.token_stats
+
+    def wrong(*arguments, **settings):
+        stats = right(*arguments, **settings)
+        return stats._replace(entropy=stats.entropy + 1e-4)
+
+    monkeypatch.setattr(doctor, "token_stats", wrong)
+    found = [f for f in examine() if f.part.startswith("statistics on cpu")]
+    assert [f.status for f in found] == ["problem", "problem"]
+    assert "1e-05 allowed" in found[0].detail
+
+
+@pytest.mark.parametrize(("installed", "status"), [(None, "note"), ("3.5.1", "problem"), ("3.9.0", "ok")])
+def test_versions_are_compared_with_the_oldest_that_is_supported(monkeypatch, installed, status):
+    monkeypatch.setattr(doctor, "_installed", lambda package: installed if package == "triton" else "99")
+    assert {f.part: f.status for f in doctor._versions()}["triton"] == status
+
+
+def test_the_check_sees_an_error_in_the_head_too(monkeypatch):
+    right = doctor.linear_token_stats
+    monkeypatch.setattr(doctor, "linear_token_stats", lambda *a, **k: right(*a, **k, temperature=1.01))
+    assert doctor._error(torch.device("cpu"), torch.float32) > doctor.TOLERANCE
