@@ -11,6 +11,8 @@ import torch
 from hypothesis import settings
 from small import SMALL
 
+if not torch.cuda.is_available():  # read when triton is first imported: its kernels then run on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # two threads on matrices this small cost more than they give
 settings.register_profile("project", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("project")

@@ -1,145 +1,41 @@
-"""The fast statistics against their definitions: values, gradients, memory, and what they refuse."""
+"""What the public functions of the kernels promise: gradients, products, memory, engines, and what they refuse.
 
+Their numerics are in tests/test_engines.py.
+"""
+
+import importlib.util
 import math
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from mpmath import mp
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from entropy_polarity.kernels import chunked, linear_token_stats, token_stats
+from entropy_polarity.kernels import choose, chunked, linear_token_loss, linear_token_stats, token_stats
 from entropy_polarity.kernels.reference import reference_token_stats
 from entropy_polarity.tokens import TokenStats
 
 nan, inf = math.nan, math.inf
-V = 151_936
-# Of a tile, in bytes: small enough that several add to the same gradients.
-TILE = 4 * 12 * 2000
-LOGITS = st.lists(st.floats(-8, 8), min_size=1, max_size=9)
-STATISTICS = [name for name in TokenStats._fields if name != "sensitivity"]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+MODES = ["recompute", "frozen", "callback"]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-class Definition:
-    """One state in 80-bit floats: its statistics, the natural scale of T, and the gradient of log p_a.
-
-    1 - p_a and T are summed over the other tokens: at a gap of 30 nats and temperature 0.7, 1 - p_a is 1e-19,
-    the last bit of these floats. That T = C - S_a is the same number is checked in 200 digits below.
-    """
-
-    def __init__(self, logits: torch.Tensor, token: int, temperature: float) -> None:
-        z = np.asarray(logits.numpy(), dtype=np.longdouble) / np.longdouble(temperature)
-        d = z - z.max()
-        log_s = np.log1p(np.exp(np.delete(d, d.argmax())).sum())
-        p = np.exp(d - log_s)
-        distance = d - (p * d).sum()  # log p_v + H
-        others = np.arange(len(p)) != token
-        not_p = p[others].sum()
-        self.logp, self.entropy = d[token] - log_s, log_s - (p * d).sum()
-        self.sum_p2, self.sum_p2_logp = (p**2).sum(), (p**2 * (d - log_s)).sum()
-        self.sampled, self.correction = p[token] * distance[token], (p**2 * distance).sum()
-        self.sensitivity = (p**2 * distance)[others].sum() - p[token] * not_p * distance[token]
-        self.scale = (p**2 * abs(distance))[others].sum() + p[token] * not_p * abs(distance[token])
-        self.gradient = np.where(others, -p, not_p) / np.longdouble(temperature)
+def minus_logp(stats: TokenStats, rows: slice) -> torch.Tensor:
+    return -stats.logp.sum()
 
 
-def assert_accurate(stats: TokenStats, logits: torch.Tensor, tokens: torch.Tensor, temperature=1.0) -> None:
-    for row, token in enumerate(tokens.tolist()):
-        state = Definition(logits[row], token, temperature)
-        for name in STATISTICS:
-            assert abs(getattr(stats, name)[row].item() - getattr(state, name)) <= 1e-5, (row, name)
-        error = abs(stats.sensitivity[row].item() - state.sensitivity)
-        assert error <= 1e-5 * state.scale, (row, float(error / state.scale))
-
-
-def second_best(logits: torch.Tensor) -> torch.Tensor:
-    return logits.topk(2).indices[:, 1]
-
-
-@pytest.fixture(scope="module")
-def large() -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows over a real vocabulary: spread out, confident by 12 and by 30 nats; each sampled in three ways."""
-    torch.manual_seed(0)
-    states = torch.stack([torch.randn(V) * 3, torch.randn(V), torch.randn(V)])
-    for state, gap in zip(states[1:], (12, 30), strict=True):
-        state[torch.randint(V, ())] = state.max() + gap
-    logits = states.repeat(3, 1)
-    tokens = torch.cat([states.argmax(-1), second_best(states), torch.randint(V, (3,))])
-    return logits, tokens
-
-
-@pytest.fixture(scope="module")
-def large_head() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A head of the same size whose products are exact in float32: small multiples of 1/8.
-
-    The last two hidden units raise one token each: by 24 in the rows 2-3 and by 42 in the rows 4-5.
-    """
-    torch.manual_seed(0)
-    hidden = torch.randint(-12, 13, (6, 10)) / 8
-    weight = torch.randint(-12, 13, (V, 10)) / 8
-    hidden[:, 8:] = torch.tensor([[0.0, 0], [0, 0], [24, 0], [24, 0], [0, 42], [0, 42]])
-    weight[:, 8:] = 0
-    weight[7, 8] = weight[V - 2, 9] = 1
-    logits = hidden @ weight.T
-    tokens = torch.where(torch.arange(6) % 2 == 0, logits.argmax(-1), second_best(logits))
-    return hidden, weight, tokens
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_float32_statistics_of_a_real_vocabulary_are_accurate(large, temperature):
-    logits, tokens = large
-    stats = token_stats(logits, tokens, temperature=temperature)
-    assert_accurate(stats, logits, tokens, temperature)
-
-
-def test_float32_statistics_of_a_real_head_are_accurate(large_head):
-    hidden, weight, tokens = large_head
-    logits = hidden @ weight.T
-    assert logits.equal((hidden.double() @ weight.T.double()).float())  # the products are exact
-    assert_accurate(linear_token_stats(hidden, weight, tokens), logits, tokens)
-
-
-@given(
-    st.lists(st.floats(-80, 0, width=32), min_size=1, max_size=8),
-    st.integers(0, 8),
-    st.sampled_from([0.25, 1.0, 4.0]),
-)
-def test_float32_sensitivity_is_accurate_however_confident_the_state(below_mode, token, temperature):
-    logits, token = torch.tensor([[*below_mode, 0.0]]), token % (len(below_mode) + 1)
-    mp.dps = 200  # exp(-320) is 1e-139: the definition T = C - S needs that many digits
-    e = [mp.exp(mp.mpf(z) / mp.mpf(temperature)) for z in logits[0].tolist()]
-    p = [x / sum(e) for x in e]
-    distance = [mp.log(x) - sum(y * mp.log(y) for y in p) for x in p]  # log p_v + H = d_v - d̄
-    T = sum(x**2 * far for x, far in zip(p, distance, strict=True)) - p[token] * distance[token]
-    scale = p[token] * (1 - p[token]) * abs(distance[token]) + sum(
-        x**2 * abs(far) for v, (x, far) in enumerate(zip(p, distance, strict=True)) if v != token
-    )
-    stats = token_stats(logits, torch.tensor([token]), temperature=temperature)
-    # 1e-44: below the smallest float32, where T itself cannot be held.
-    assert abs(stats.sensitivity.item() - T) <= 1e-5 * scale + 1e-44
-
-
-@given(
-    st.lists(st.floats(-8, 8), min_size=1, max_size=9),
-    st.data(),
-    st.sampled_from([0.5, 1.0, 2.0]),
-    st.booleans(),
-)
-def test_float64_statistics_and_gradient_are_those_of_the_reference(z, data, temperature, mask_one):
-    if mask_one:
-        z[0] = -inf if len(z) > 1 else z[0]
-    tokens = torch.tensor([data.draw(st.integers(0, len(z) - 1))])
-    ours = torch.tensor([z], dtype=torch.float64, requires_grad=True)
-    theirs = ours.detach().clone().requires_grad_()
-    stats = token_stats(ours, tokens, temperature=temperature)
-    reference = reference_token_stats(theirs, tokens, temperature)
-    for name in TokenStats._fields:
-        torch.testing.assert_close(getattr(stats, name), getattr(reference, name), rtol=1e-11, atol=1e-13, msg=name)
-    stats.logp.sum().backward()
-    reference.logp.sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-13)
+def backward_through_the_head(mode: str, hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, **settings):
+    """One step of -Σ log p_a, in one of the three ways back; the gradients are left on the tensors."""
+    hidden.requires_grad_()
+    weight.requires_grad_(mode != "frozen")
+    if mode == "callback":
+        total, stats = linear_token_loss(hidden, weight, tokens, minus_logp, **settings)
+    else:
+        stats = linear_token_stats(hidden, weight, tokens, **settings)
+        total = minus_logp(stats, slice(None))
+    total.backward()
+    return stats
 
 
 def test_linear_statistics_are_those_of_the_logits_it_never_holds():
@@ -153,19 +49,6 @@ def test_linear_statistics_are_those_of_the_logits_it_never_holds():
             torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_float32_gradient_of_a_real_vocabulary_is_accurate(large, temperature):
-    logits, tokens = large[0].clone().requires_grad_(), large[1]
-    token_stats(logits, tokens, temperature=temperature).logp.sum().backward()
-    for row, token in enumerate(tokens.tolist()):
-        expected = Definition(large[0][row], token, temperature).gradient
-        error = abs(logits.grad[row].numpy() - expected).max()
-        assert error <= 1e-6 / temperature, row  # the largest of all rows is near 1 / temperature
-        # A confident row that sampled its mode has a gradient of 1 - p_a: that too is right, to the digits
-        # that float32 has at a distance of 49 (2^-19 = 2e-6, and as much again for the division).
-        assert error <= 5e-6 * abs(expected).max(), row
-
-
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (-2.0, 0.0, 0.5)])
 def test_the_gradient_is_weighed_by_what_the_loss_makes_of_each_logp(weights):
     # p = (3/4, 1/4): e_a - p = (1/4, -1/4) for the first token, (-3/4, 3/4) for the second.
@@ -173,42 +56,6 @@ def test_the_gradient_is_weighed_by_what_the_loss_makes_of_each_logp(weights):
     (token_stats(logits, torch.tensor([0, 1, 1])).logp * torch.tensor(weights)).sum().backward()
     expected = torch.tensor([[0.25, -0.25], [-0.75, 0.75], [-0.75, 0.75]]) * torch.tensor(weights)[:, None]
     torch.testing.assert_close(logits.grad, expected, rtol=0, atol=1e-7)
-
-
-def test_float32_gradients_of_the_head_are_accurate():
-    torch.manual_seed(0)
-    shapes = {"hidden": (50, 16), "weight": (2000, 16), "bias": (2000,)}
-    inputs = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
-    doubles = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
-    tokens, weights = torch.randint(2000, (50,)), torch.randn(50)
-    stats = linear_token_stats(
-        inputs["hidden"], inputs["weight"], tokens, bias=inputs["bias"], temperature=0.7, tile_bytes=TILE
-    )
-    (stats.logp * weights).sum().backward()
-    logits = doubles["hidden"] @ doubles["weight"].T + doubles["bias"]
-    (reference_token_stats(logits, tokens, 0.7).logp * weights).sum().backward()
-    for name, x in inputs.items():
-        expected = doubles[name].grad
-        assert (x.grad - expected).abs().max() <= 1e-6 * expected.abs().max(), name
-
-
-def test_the_numerical_derivative_confirms_the_gradient_of_the_logits():
-    torch.manual_seed(0)
-    logits = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    tokens = torch.randint(6, (4,))
-    assert torch.autograd.gradcheck(lambda z: token_stats(z, tokens, temperature=0.7).logp, logits)
-
-
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_the_numerical_derivative_confirms_the_gradients_of_the_head(with_bias):
-    torch.manual_seed(0)
-    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 3), (6, 3), (6,))]
-    tokens = torch.randint(6, (4,))
-
-    def logp(hidden, weight, bias=None):
-        return linear_token_stats(hidden, weight, tokens, bias=bias, temperature=0.7).logp
-
-    assert torch.autograd.gradcheck(logp, tuple(inputs if with_bias else inputs[:2]))
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
@@ -223,66 +70,6 @@ def test_a_frozen_part_of_the_head_gets_no_gradient_and_changes_no_other(frozen)
         grads.append({name: x.grad for name, x in inputs.items()})
     assert grads[1].pop(frozen) is None
     assert all(grad.equal(grads[0][name]) for name, grad in grads[1].items())
-
-
-def test_statistics_carry_no_gradient():
-    logits = torch.randn(3, 5, requires_grad=True)
-    stats = token_stats(logits, torch.tensor([0, 1, 2]))
-    assert [name for name in TokenStats._fields if getattr(stats, name).requires_grad] == ["logp"]
-    head = linear_token_stats(logits, torch.randn(4, 5), torch.tensor([0, 1, 2]))
-    assert [name for name in TokenStats._fields if getattr(head, name).requires_grad] == ["logp"]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_logits_give_the_float32_statistics_of_the_same_numbers(dtype):
-    torch.manual_seed(0)
-    short = (torch.randn(6, 500) * 4).to(dtype).requires_grad_()
-    full = short.detach().float().requires_grad_()
-    tokens = torch.randint(500, (6,))
-    ours, theirs = token_stats(short, tokens, temperature=0.8), token_stats(full, tokens, temperature=0.8)
-    for name in TokenStats._fields:
-        assert getattr(ours, name).dtype == torch.float32
-        assert getattr(ours, name).equal(getattr(theirs, name)), name
-    ours.logp.sum().backward()
-    theirs.logp.sum().backward()
-    assert short.grad.equal(full.grad.to(dtype))
-
-
-def test_a_16_bit_head_gives_the_statistics_of_the_logits_the_model_itself_makes():
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(512, 16).bfloat16(), torch.randn(300, 16).bfloat16()
-    weight.requires_grad_()
-    tokens = torch.randint(300, (512,))
-    logits = torch.nn.functional.linear(hidden, weight).detach().float().requires_grad_()
-    ours, theirs = linear_token_stats(hidden, weight, tokens, tile_bytes=600), token_stats(logits, tokens)
-    for name in TokenStats._fields:
-        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-6, msg=name)
-    ours.logp.sum().backward()
-    theirs.logp.sum().backward()
-    # Many tiles, one rounding: within a bfloat16 step of the exact sum; summed in bfloat16 it would drift.
-    torch.testing.assert_close(weight.grad.float(), logits.grad.T @ hidden.float(), rtol=2**-8, atol=1e-5)
-
-
-@pytest.mark.parametrize("elements", [1, 37, 64, 10**9])
-def test_results_do_not_depend_on_the_chunk_size(monkeypatch, elements):
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(23, 8, requires_grad=True), torch.randn(32, 8, requires_grad=True)
-    logits = torch.randn(23, 32, requires_grad=True)
-    tokens = torch.randint(32, (23,))
-
-    def results():
-        direct = token_stats(logits, tokens)
-        head = linear_token_stats(hidden, weight, tokens, tile_bytes=tile_bytes)
-        gradients = torch.autograd.grad((direct.logp + head.logp).sum(), (logits, hidden, weight))
-        return [*direct, *head, *gradients]
-
-    tile_bytes = None
-    before = results()
-    monkeypatch.setattr(chunked, "TILE_ELEMENTS", elements)
-    monkeypatch.setattr(chunked, "TILE_COLUMNS", max(1, elements // 3))
-    tile_bytes = elements * 4
-    for new, old in zip(results(), before, strict=True):
-        torch.testing.assert_close(new, old, rtol=1e-5, atol=2e-6)
 
 
 def peak_memory(function) -> int:
@@ -319,17 +106,140 @@ def test_the_memory_beside_the_logits_does_not_grow_for_the_usual_slice_of_the_l
     assert sliced - whole <= BYTES_A_ROW * 4 * 513
 
 
-def test_the_memory_of_the_head_does_not_grow_with_the_rows_forward_and_backward():
-    hidden, weight = torch.randn(4096, 8, requires_grad=True), torch.randn(4096, 8, requires_grad=True)
-    tokens = torch.randint(4096, (4096,))
+@pytest.mark.parametrize("mode", MODES)
+def test_the_memory_of_the_head_does_not_grow_with_the_rows_forward_and_backward(mode):
+    weight, tokens = torch.randn(4096, 8), torch.randint(4096, (4096,))
+    sizes = {"chunk_bytes": 2**20} if mode == "callback" else {"tile_bytes": 2**20}
 
     def step(rows: int) -> None:
-        linear_token_stats(hidden[:rows], weight, tokens[:rows], tile_bytes=2**20).logp.sum().backward()
+        backward_through_the_head(mode, torch.randn(rows, 8), weight, tokens[:rows], **sizes)
+        weight.grad = None
 
+    step(64)
     peaks = [peak_memory(lambda n=n: step(n)) for n in (512, 4096)]
-    assert peaks[0] > 4 * 2**18
-    # The gradients of `hidden` and of its slice are 8 float32 numbers a row each.
-    assert peaks[1] - peaks[0] <= (BYTES_A_ROW + 2 * 8 * 4) * (4096 - 512)
+    assert peaks[0] > 2**20  # the measurement sees the tile
+    # The hidden states, their gradient, and its sum: 8 float32 numbers a row each.
+    assert peaks[1] - peaks[0] <= (BYTES_A_ROW + 4 * 8 * 4) * (4096 - 512)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products, in units of N V D multiplications: tiles of one product are one together."""
+
+    MADE_BY = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm)
+
+    def __init__(self, unit: int) -> None:
+        super().__init__()
+        self.unit, self.multiplications = unit, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in self.MADE_BY:
+            a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.multiplications += a.numel() * b.shape[-1]
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def count(self) -> float:
+        return self.multiplications / self.unit
+
+
+@pytest.mark.parametrize("bytes_", [None, 4 * 7 * 5])
+@pytest.mark.parametrize(("mode", "expected"), [("recompute", 4), ("frozen", 2), ("callback", 3)])
+def test_each_way_back_makes_the_products_it_is_named_for(mode, expected, bytes_):
+    hidden, weight, tokens = torch.randn(23, 6), torch.randn(11, 6), torch.randint(11, (23,))
+    with Products(23 * 11 * 6) as products:
+        sizes = {"chunk_bytes": bytes_} if mode == "callback" else {"tile_bytes": bytes_}
+        backward_through_the_head(mode, hidden, weight, tokens, **sizes)
+    assert products.count == expected
+    assert (weight.grad is None) == (mode == "frozen")
+
+
+def test_a_frozen_head_makes_no_product_in_the_backward_and_keeps_no_logits():
+    hidden, weight, tokens = torch.randn(23, 6, requires_grad=True), torch.randn(11, 6), torch.randint(11, (23,))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        stats = linear_token_stats(hidden, weight, tokens)
+    with Products(23 * 11 * 6) as products:
+        stats.logp.sum().backward()
+    assert products.count == 0
+    assert saved == [hidden.shape]
+
+
+def test_a_frozen_head_whose_entropy_is_in_the_loss_is_recomputed():
+    hidden, weight, tokens = torch.randn(23, 6, requires_grad=True), torch.randn(11, 6), torch.randint(11, (23,))
+    with Products(23 * 11 * 6) as products:
+        linear_token_stats(hidden, weight, tokens, entropy_grad=True).entropy.sum().backward()
+    assert products.count == 3  # logits, logits again, hidden states
+    with Products(23 * 11 * 6) as products, torch.no_grad():
+        linear_token_stats(hidden, weight, tokens, entropy_grad=True)
+    assert products.count == 1
+
+
+def test_a_loss_by_chunks_without_autograd_makes_one_product():
+    hidden, weight = torch.randn(23, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
+    with Products(23 * 11 * 6) as products, torch.no_grad():
+        linear_token_loss(hidden, weight, torch.randint(11, (23,)), minus_logp)
+    assert products.count == 1
+
+
+@pytest.mark.parametrize("entropy_grad", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_only_logp_and_on_demand_the_entropy_carry_a_gradient(entropy_grad, frozen):
+    hidden, weight, tokens = torch.randn(3, 5, requires_grad=True), torch.randn(4, 5), torch.tensor([0, 1, 2])
+    weight.requires_grad_(not frozen)
+    expected = ["logp", "entropy"] if entropy_grad else ["logp"]
+    for stats in (
+        token_stats(hidden, tokens, entropy_grad=entropy_grad),
+        linear_token_stats(hidden, weight, tokens, entropy_grad=entropy_grad),
+        linear_token_stats(hidden, weight, tokens, entropy_grad=entropy_grad, mask=tokens > 0),
+    ):
+        assert [field for field in TokenStats._fields if getattr(stats, field).requires_grad] == expected
+    with torch.no_grad():
+        assert not any(field.requires_grad for field in linear_token_stats(hidden, weight, tokens))
+
+
+def test_a_loss_by_chunks_sees_every_row_once_and_in_order():
+    torch.manual_seed(0)
+    hidden, weight, tokens = torch.randn(7, 3), torch.randn(5, 3), torch.randint(5, (7,))
+    seen = []
+
+    def loss(stats, rows):
+        seen.append((rows.start, rows.stop))
+        assert [field for field in TokenStats._fields if getattr(stats, field).requires_grad] == ["logp", "entropy"]
+        return stats.logp.sum() + 3 * (stats.entropy * stats.sensitivity).sum()
+
+    total, stats = linear_token_loss(hidden.requires_grad_(), weight, tokens, loss, chunk_bytes=3 * 4 * 5)
+    assert seen == [(0, 3), (3, 6), (6, 7)]
+    assert not any(field.requires_grad for field in stats)
+    expected = linear_token_stats(hidden.detach(), weight, tokens)
+    for field, ours, theirs in zip(TokenStats._fields, stats, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7, msg=field)
+    torch.testing.assert_close(
+        total.detach(),
+        loss(
+            expected._replace(logp=expected.logp.requires_grad_(), entropy=expected.entropy.requires_grad_()),
+            slice(0, 7),
+        ).detach(),
+    )
+
+
+def test_a_loss_by_chunks_goes_backward_once_and_says_so():
+    hidden, weight = torch.randn(2, 3, requires_grad=True), torch.randn(5, 3)
+    total, _ = linear_token_loss(hidden, weight, torch.tensor([0, 1]), minus_logp)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="linear_token_loss: its gradients were used by an earlier backward"):
+        total.backward()
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        (lambda stats, rows: -stats.logp, r"the loss of rows 0:2 has shape \(2,\); expected one number"),
+        (lambda stats, rows: stats.sensitivity.sum(), r"has shape \(\) and no gradient; expected one number"),
+    ],
+)
+def test_a_loss_by_chunks_must_be_one_number_with_a_gradient(loss, told):
+    with pytest.raises(ValueError, match=told):
+        linear_token_loss(torch.randn(2, 3, requires_grad=True), torch.randn(5, 3), torch.tensor([0, 1]), loss)
 
 
 def test_a_sampled_token_at_minus_infinity_has_the_correction_as_its_sensitivity():
@@ -344,20 +254,6 @@ def test_a_sampled_token_at_minus_infinity_has_the_correction_as_its_sensitivity
     assert stats.sensitivity.equal(stats.correction)
     (gradient,) = torch.autograd.grad(stats.logp.sum(), logits)
     torch.testing.assert_close(gradient, torch.tensor([[-1 / 2, -1 / 2, 1], [-2 / 3, -1 / 3, 1]]))
-
-
-def test_a_masked_vocabulary_gives_finite_statistics_and_no_gradient_to_what_is_masked():
-    torch.manual_seed(0)
-    logits = torch.randn(5, 50)
-    logits[:, 20:] = -inf
-    logits[4, 1:] = -inf  # one token left
-    logits.requires_grad_()
-    stats = token_stats(logits, torch.tensor([0, 1, 2, 3, 0]))
-    assert all(field.isfinite().all() for field in stats)
-    assert [stats.entropy[4].item(), stats.sensitivity[4].item(), stats.logp[4].item()] == [0, 0, 0]
-    stats.logp.sum().backward()
-    assert (logits.grad[:, 20:] == 0).all()
-    assert (logits.grad[4] == 0).all()
 
 
 ROWS = torch.zeros(2, 3)
@@ -433,45 +329,148 @@ def test_linear_token_stats_says_what_is_wrong_and_where(changed, told):
     assert str(error.value).startswith("linear_token_stats: ")
 
 
-@pytest.mark.parametrize("broken", [(nan, 0.0, 1.0), (-inf, -inf, -inf), (inf, 0.0, 1.0)])
-@pytest.mark.parametrize("token", [0, 1])
-def test_unchecked_broken_rows_are_nan_in_every_field_and_leave_the_others_alone(broken, token):
-    logits = torch.tensor([[0.3, -1.0, 0.0], broken, [1.0, 2.0, 3.0]])
-    tokens = torch.tensor([0, token, 1])
-    stats = token_stats(logits, tokens, check=False)
-    clean = token_stats(logits[[0, 2]], tokens[[0, 2]])
-    for name in TokenStats._fields:
-        assert getattr(stats, name).isnan().tolist() == [False, True, False], name
-        assert getattr(stats, name)[[0, 2]].equal(getattr(clean, name)), name
+def by_logits(**settings):
+    return token_stats(torch.zeros(2, 5), **settings)
 
 
-def test_unchecked_broken_hidden_states_are_nan_alone():
-    hidden, weight = torch.tensor([[1.0, 2.0], [nan, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    stats = linear_token_stats(hidden, weight, torch.tensor([0, 1]), check=False)
-    assert all(field.isnan().tolist() == [False, True] for field in stats)
+def by_head(**settings):
+    return linear_token_stats(torch.zeros(2, 3), torch.zeros(5, 3), **settings)
 
 
-@pytest.mark.parametrize("bias", [None, torch.linspace(-2, 2, 9)])
-@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (None, 0.25), (3.0, 1.0), (3.0, 0.25)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_head_statistics_follow_softcap_and_logit_scale(bias, softcap, scale, dtype):
-    torch.manual_seed(0)
-    hidden, weight, tokens = torch.randn(6, 4) * 3, torch.randn(9, 4), torch.randint(9, (6,))
-    logits = scale * (hidden.double() @ weight.double().T + (0 if bias is None else bias.double()))
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    stats = linear_token_stats(
-        hidden.to(dtype),
-        weight.to(dtype),
-        tokens,
-        bias=None if bias is None else bias.to(dtype),
-        temperature=0.7,
-        softcap=softcap,
-        logit_scale=scale,
-    )
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
-    for ours, theirs in zip(stats, reference_token_stats(logits, tokens, 0.7), strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+def by_loss(**settings):
+    return linear_token_loss(torch.zeros(2, 3), torch.zeros(5, 3), loss=minus_logp, **settings)
+
+
+@pytest.mark.parametrize(
+    ("functions", "settings", "told"),
+    [
+        ("LH", {"mask": torch.ones(2)}, r"the mask is torch.float32 of shape \(2,\); expected torch.bool"),
+        ("LH", {"mask": torch.ones(3) == 1}, r"the mask is torch.bool of shape \(3,\); .* of shape \(2,\)"),
+        ("LH", {"mask": torch.tensor([True, False]), "tokens": torch.tensor([5, 0])}, r"token id 5 at index \(0,\)"),
+        ("LHC", {"vocab_size": 0}, "vocab_size is 0; expected 1 to 5"),
+        ("LHC", {"vocab_size": 6}, "vocab_size is 6; expected 1 to 5"),
+        ("LHC", {"vocab_size": -1}, "vocab_size is -1"),
+        ("LHC", {"vocab_size": 4, "tokens": torch.tensor([0, 4])}, r"token id 4 .* the vocabulary \[0, 4\)"),
+        ("C", {"tokens": torch.tensor([0, -100])}, r"token id -100 at index \(1,\)"),
+        ("HC", {"softcap": 0.0}, "softcap is 0.0; expected a positive number"),
+        ("HC", {"softcap": inf}, "softcap is inf"),
+        ("HC", {"logit_scale": -1.0}, "logit_scale is -1.0; expected a positive number"),
+        ("HC", {"logit_scale": nan}, "logit_scale is nan"),
+        ("LHC", {"implementation": "cuda"}, "implementation='cuda': unknown; expected auto, chunked, compiled, triton"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_settings_that_cannot_be_are_refused_by_every_function_that_has_them(functions, settings, told):
+    for letter in functions:
+        function = {"L": by_logits, "H": by_head, "C": by_loss}[letter]
+        with pytest.raises(ValueError, match=told):
+            function(**{"tokens": torch.tensor([0, 1])} | settings)
+
+
+# Which engine serves
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "variable", "argument", "expected"),
+    [
+        (CPU, torch.float32, None, None, "chunked"),
+        (CPU, torch.bfloat16, None, None, "chunked"),
+        (CPU, torch.float32, "compiled", None, "compiled"),
+        (CPU, torch.float32, "compiled", "chunked", "chunked"),
+        (CPU, torch.float32, "compiled", "auto", "chunked"),
+        (CPU, torch.float32, "auto", None, "chunked"),
+        (CPU, torch.float32, "", None, "chunked"),
+        pytest.param(CUDA, torch.bfloat16, None, None, "triton", marks=needs_triton),
+        (CUDA, torch.float32, "chunked", None, "chunked"),
+        (CUDA, torch.float64, None, None, "chunked"),
+        pytest.param(CPU, torch.float32, "triton", None, "triton", marks=needs_triton),
+        pytest.param(CPU, torch.bfloat16, None, "triton", "triton", marks=needs_triton),
+    ],
+)
+def test_the_engine_is_the_forced_one_or_what_suits_the_tensors(
+    monkeypatch, device, dtype, variable, argument, expected
+):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv("PAPO_KERNEL", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("PAPO_KERNEL", variable)
+    choice = choose(device, dtype, argument)
+    assert choice.name == expected
+    assert choice.why
+
+
+def test_without_triton_cuda_tensors_are_served_by_torch_and_the_reason_is_told(monkeypatch):
+    monkeypatch.delenv("PAPO_KERNEL", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose(CUDA, torch.bfloat16) == ("chunked", "triton is not installed (pip install triton)")
+    with pytest.raises(ValueError, match=r"implementation='triton' cannot be had: triton is not installed"):
+        choose(CUDA, torch.bfloat16, "triton")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "told"),
+    [
+        (torch.float32, "PAPO_KERNEL=triton cannot be had: the tensors are on cpu"),
+        (torch.float64, "PAPO_KERNEL=triton cannot be had: .* float64 needs chunked"),
+    ],
+)
+@needs_triton
+def test_an_engine_that_cannot_serve_the_tensors_is_refused_with_the_reason(monkeypatch, dtype, told):
+    monkeypatch.setenv("PAPO_KERNEL", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    hidden, weight, tokens = torch.zeros(2, 3, dtype=dtype), torch.zeros(5, 3, dtype=dtype), torch.tensor([0, 1])
+    for call in (
+        lambda: token_stats(hidden, tokens),
+        lambda: linear_token_stats(hidden, weight, tokens),
+        lambda: linear_token_loss(hidden, weight, tokens, minus_logp),
+    ):
+        with pytest.raises(ValueError, match=told):
+            call()
+
+
+def test_an_unknown_engine_in_the_environment_is_told_with_the_name_of_the_variable(monkeypatch):
+    monkeypatch.setenv("PAPO_KERNEL", "Triton")
+    with pytest.raises(ValueError, match="PAPO_KERNEL=Triton: unknown; expected auto, chunked, compiled, triton"):
+        token_stats(torch.zeros(1, 3), torch.tensor([0]))
+
+
+@needs_triton
+def test_an_interpreter_that_is_turned_off_does_not_serve_cpu_tensors(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1 runs the kernels there"):
+        choose(CPU, torch.float32, "triton")
+
+
+@needs_triton
+def test_the_engine_of_the_environment_does_all_the_work(monkeypatch):
+    from entropy_polarity.kernels.triton import Triton
+
+    calls = []
+
+    def spy(owner: type, name: str) -> None:
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(name) or method(*args, **kwargs))
+
+    for name in ("statistics", "fold", "gradient"):
+        spy(Triton, name)
+        monkeypatch.setattr(chunked.Chunked, name, None)  # not callable: nobody falls back to it
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setenv("PAPO_KERNEL", "triton")
+    hidden, weight, tokens = torch.randn(2, 3).to(device), torch.randn(5, 3).to(device), torch.tensor([0, 1]).to(device)
+    logits = hidden.clone().requires_grad_()
+    token_stats(logits, tokens).logp.sum().backward()
+    assert calls == ["statistics", "gradient"]
+    for mode, expected in {
+        "recompute": ["fold", "gradient"],
+        "frozen": ["fold", "gradient"],
+        "callback": ["statistics", "gradient"],
+    }.items():
+        calls.clear()
+        backward_through_the_head(mode, hidden.clone(), weight.clone(), tokens)
+        assert calls == expected, mode
+
+
+# Types and shapes
 
 
 def test_head_statistics_under_autocast_are_those_of_the_models_own_product():
@@ -493,22 +492,6 @@ def test_a_state_may_have_any_leading_dimensions():
         value = getattr(stats, name)
         torch.testing.assert_close(value.double(), getattr(expected, name), rtol=1e-5, atol=1e-6, msg=name)
         torch.testing.assert_close(value[1, 2, 3], getattr(single, name), rtol=1e-6, atol=1e-7, msg=name)
-
-
-def test_a_transposed_view_of_logits_gives_the_same_statistics():
-    torch.manual_seed(0)
-    logits, tokens = torch.randn(3, 2, 7), torch.randint(7, (2, 3))
-    view = logits.transpose(0, 1)
-    for ours, theirs in zip(token_stats(view, tokens), token_stats(view.contiguous(), tokens), strict=True):
-        assert ours.equal(theirs)
-
-
-def test_no_states_give_empty_statistics_and_zero_gradients():
-    empty = torch.zeros(2, 0, dtype=torch.long)
-    assert [field.shape for field in token_stats(torch.randn(2, 0, 5), empty)] == [(2, 0)] * 7
-    weight = torch.randn(5, 3, requires_grad=True)
-    linear_token_stats(torch.randn(0, 3), weight, empty[0]).logp.sum().backward()
-    assert weight.grad.tolist() == torch.zeros(5, 3).tolist()
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from entropy_polarity.kernels import linear_token_stats, token_stats
+    from entropy_polarity.kernels import linear_token_loss, linear_token_stats, token_stats
     from entropy_polarity.methods import METHODS, make_transform
     from entropy_polarity.polarity import branch_flows, polarity, predicted_entropy_change
     from entropy_polarity.tokens import Tokens, TokenStats
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _HOME = {
     "token_stats": "kernels",
     "linear_token_stats": "kernels",
+    "linear_token_loss": "kernels",
     "branch_flows": "polarity",
     "predicted_entropy_change": "polarity",
     "polarity": "polarity",
@@ -38,6 +39,7 @@ __all__ = [
     "Transform",
     "branch_flows",
     "chain",
+    "linear_token_loss",
     "linear_token_stats",
     "make_transform",
     "polarity",

@@ -13,6 +13,7 @@ from entropy_polarity.kernels.logits import LogitsStats
 from entropy_polarity.kernels.state import Head
 from entropy_polarity.tokens import TokenStats
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Logits of a chunk of whole rows, for losses known chunk by chunk: 512 MiB on a GPU, 64 MiB on a CPU.
 CHUNK_BYTES = {"cuda": 2**29}
 CHUNK_BYTES_ELSEWHERE = 2**26
@@ -31,7 +32,7 @@ def token_stats(
 ) -> TokenStats:
     """log p_a, entropy, Σp², Σp² log p and the sensitivity T of each sampled token, from logits.
 
-    `logits` (..., V) raw, in any float type; `tokens` (...) the sampled ids; p = softmax(logits / temperature).
+    `logits` (..., V) raw, of 16, 32 or 64 bits; `tokens` (...) the sampled ids; p = softmax(logits / temperature).
     Returns fields of shape (...), in nats, float32 (float64 for float64 logits). `logp` carries a gradient, and so
     does `entropy` with `entropy_grad=True`. Logits of -inf are exact (p = 0); a sampled token at -inf has logp = -inf
     and T = C. Where `mask` is False every field is 0, without gradient, whatever the logits and the id are.
@@ -41,7 +42,8 @@ def token_stats(
     suits the device and type (`papo doctor` tells).
 
     Raises ValueError (`check=True`) for shapes that do not match, an id outside [0, V), a temperature that is
-    not positive, logits that hold NaN or +inf, or a row of all -inf. With `check=False` such rows give NaN.
+    not positive, logits that hold NaN or +inf, or a row of all -inf. With `check=False` such rows give NaN, and an id
+    outside the vocabulary anything.
     Source: arXiv 2605.11775 for T; one pass and the numerics are ours.
 
     >>> stats = token_stats(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0]))
@@ -49,8 +51,11 @@ def token_stats(
     (0.8324, -0.1418)
     """
     who = "token_stats"
-    if check and (logits.dim() == 0 or not logits.is_floating_point()):
-        raise ValueError(f"{who}: logits are {logits.dtype} of shape {tuple(logits.shape)}; expected floats (..., V)")
+    if check and (logits.dim() == 0 or logits.dtype not in DTYPES):
+        raise ValueError(
+            f"{who}: logits are {logits.dtype} of shape {tuple(logits.shape)}; expected floats (..., V) of 16, 32 or "
+            "64 bits"
+        )
     width = logits.shape[-1] if vocab_size is None else vocab_size
     if check:
         _check_arguments(who, logits.shape[:-1], logits.shape[-1], width, tokens, temperature, mask)
@@ -146,7 +151,7 @@ def linear_token_loss(
     >>> total, stats = linear_token_loss(hidden, weight, tokens, lambda stats, rows: -stats.logp.sum() / 2)
     >>> total.backward()
     >>> [round(x, 4) for x in hidden.grad[0].tolist()]
-    [-0.2123, 0.0]
+    [-0.2124, 0.0]
     """
     who = "linear_token_loss"
     head = Head(temperature, softcap, logit_scale)
@@ -157,7 +162,9 @@ def linear_token_loss(
         chunk_bytes = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES_ELSEWHERE)
     plan = _plan(hidden, head, logits_dtype, None, implementation)
     chunk_rows = max(1, chunk_bytes // (plan.logits.itemsize * len(weight)))
-    total, *fields = LinearLoss.apply(hidden, weight, bias, tokens.long(), plan, loss, chunk_rows)  # pyright: ignore
+    total, *fields = LinearLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        hidden, weight, bias, tokens.long(), plan, loss, chunk_rows, torch.is_grad_enabled()
+    )
     stats = TokenStats(*fields)
     if check:
         _check_rows(who, stats)

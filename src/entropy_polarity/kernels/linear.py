@@ -138,6 +138,8 @@ class LinearStats(torch.autograd.Function):
     def backward(ctx, grad_logp, grad_entropy, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.frozen:
             (pull,) = ctx.saved_tensors
+            if grad_logp is None:
+                return (None,) * 7
             return (pull * grad_logp[:, None]).to(ctx.hidden_dtype), *[None] * 6
         hidden, weight, bias, tokens, state = ctx.saved_tensors
         coefficients = gradient_coefficients(state, ctx.plan.head, grad_logp, grad_entropy)
@@ -151,7 +153,8 @@ def _collect(pull, tile, tokens, start, plan: Plan, before, maximum, factors: _F
     pull *= shift.clamp_(min=LOWEST).exp_()[:, None]
     one_zero_zero = torch.zeros(3, len(pull), dtype=pull.dtype, device=pull.device)
     one_zero_zero[0] = 1
-    exponentials = _gradient_of(tile, tokens, start, plan, maximum, one_zero_zero)
+    finite = maximum.clamp(min=torch.finfo(maximum.dtype).min)  # as long as a row is all -inf: e = 0, not NaN
+    exponentials = _gradient_of(tile, tokens, start, plan, finite, one_zero_zero)
     _add_product(pull, exponentials, factors.columns(slice(start, start + tile.shape[1])))
 
 
@@ -164,7 +167,7 @@ def _pull_on_logp(pull: Tensor, state: Tensor, weight: Tensor, tokens: Tensor, p
         not_p = not_p * (1 - (state[AT_TOKEN] / head.softcap).square())
     pull *= (-head.slope / (1 + state[R]))[:, None]
     for part in spans(len(tokens), 4096):
-        pull[part] += not_p[part, None] * weight[tokens[part]].to(pull.dtype)
+        pull[part] += not_p[part, None] * weight[tokens[part]].to(plan.product).to(pull.dtype)
     return pull
 
 
@@ -228,8 +231,10 @@ class LinearLoss(torch.autograd.Function):
         plan: Plan,
         loss: Callable[[TokenStats, slice], Tensor],
         chunk_rows: int,
+        grad_enabled: bool,
     ):
-        engine, head, needs = plan.engine, plan.head, ctx.needs_input_grad[:3]
+        engine, head = plan.engine, plan.head
+        needs = tuple(grad_enabled and needed for needed in ctx.needs_input_grad[:3])
         rows, vocabulary = len(hidden), len(weight)
         state = empty_state(rows, accumulation_dtype(plan.logits), hidden.device)
         columns = torch.empty(len(TokenStats._fields), rows, dtype=state.dtype, device=state.device)
@@ -245,19 +250,19 @@ class LinearLoss(torch.autograd.Function):
         for part in spans(rows, chunk_rows):
             tile = factors.tile(part, whole)
             engine.statistics(tile, tokens[part], None, head, state[:, part], columns[:, part])
-            with torch.enable_grad():
-                live = columns[:2, part].detach().clone().requires_grad_()
+            with torch.enable_grad() if any(needs) else torch.no_grad():
+                live = columns[:2, part].detach().clone().requires_grad_(any(needs))
                 stats = TokenStats(*live.unbind(), *columns[2:, part].unbind())
                 value = loss(stats, part)
-                if value.dim() != 0 or not value.requires_grad:
+                if value.dim() != 0 or value.requires_grad != any(needs):
                     raise ValueError(
                         f"linear_token_loss: the loss of rows {part.start}:{part.stop} has shape {tuple(value.shape)}"
                         f"{'' if value.requires_grad else ' and no gradient'}; expected one number made from stats.logp"
                     )
-                (grad,) = torch.autograd.grad(value, live)
             total += value.detach()
             if not any(needs):
                 continue
+            (grad,) = torch.autograd.grad(value, live)
             coefficients = gradient_coefficients(state[:, part], head, *grad)
             gradient = _gradient_of(tile, tokens[part], 0, plan, state[MAXIMUM, part], coefficients)
             if grad_hidden is not None:
@@ -284,4 +289,4 @@ class LinearLoss(torch.autograd.Function):
             None if gradient is None else gradient.mul_(grad_total).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return *scaled, None, None, None, None
+        return *scaled, *[None] * 5

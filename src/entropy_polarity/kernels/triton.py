@@ -10,6 +10,7 @@ Measured before it was written, in instructions of the inner loop: see docs/perf
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,9 +37,9 @@ _NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
 
 @triton.jit
 def _capped(x, cap_in, cap_out, HAS_CAP: tl.constexpr):
-    """c tanh(k x / c), with cap_in = 2 k log2(e) / c and cap_out = c."""
+    """c tanh(k x / c) = c - 2 c / (e^{2 k x / c} + 1), with cap_in = 2 k log2(e) / c and cap_out = c."""
     if HAS_CAP:
-        return cap_out * (1.0 - 2.0 / (tl.exp2(x * cap_in) + 1.0))
+        return cap_out - (2.0 * cap_out) / (tl.exp2(x * cap_in) + 1.0)
     else:
         return x
 
@@ -235,7 +236,7 @@ def _gradient_kernel(
     gradient = tl.exp2(d) * tl.fma(beta, d, alpha)
     gradient = tl.where(columns == token, gamma, gradient)
     if HAS_CAP:
-        t = z / cap_out
+        t = z * (1.0 / cap_out)
         gradient *= 1.0 - t * t
     tl.store(out_ptr + columns, gradient.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -256,6 +257,11 @@ def _layout(logits: Tensor) -> tuple[Tensor, dict[str, int]]:
     return logits, {"batch_stride": batch_stride, "row_stride": logits.stride(-2), "rows_a_batch": max(1, rows)}
 
 
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 def _mask(mask: Tensor | None, otherwise: Tensor) -> dict[str, Any]:
     if mask is None:
         return {"mask_ptr": otherwise, "mask_stride": 0, "HAS_MASK": False}
@@ -269,10 +275,10 @@ class Triton(Engine):
     strided_batches = True
 
     def product_tile(self, rows: int, columns: int, itemsize: int, tile_bytes: int | None) -> tuple[int, int]:
-        elements = (PRODUCT_BYTES if tile_bytes is None else tile_bytes) // itemsize
-        height = max(1, min(rows, PRODUCT_ROWS))
+        elements = max(1, (PRODUCT_BYTES if tile_bytes is None else tile_bytes) // itemsize)
+        height = max(1, min(rows, PRODUCT_ROWS, elements // min(columns, BLOCK)))
         width = max(1, min(columns, elements // height))
-        return height, width if width == columns else max(BLOCK, width // BLOCK * BLOCK)
+        return height, width if width == columns else width // BLOCK * BLOCK or width
 
     def statistics(self, logits, tokens, mask, head, state, columns) -> None:
         logits, layout = _layout(logits)
@@ -286,7 +292,8 @@ class Triton(Engine):
         if state.shape[1] == 0:
             return
         stats = state if columns is None else columns
-        _fold_kernel[(state.shape[1],)](
+        with _on(state):
+            _fold_kernel[(state.shape[1],)](
             logits_ptr=logits, tokens_ptr=tokens, state_ptr=state, stats_ptr=stats,
             state_stride=state.stride(0), stats_stride=stats.stride(0), start=start, n_cols=logits.shape[-1],
             IS_FIRST=start == 0, IS_LAST=columns is not None, BLOCK=BLOCK, AGAIN=AGAIN, num_warps=WARPS,
@@ -299,7 +306,8 @@ class Triton(Engine):
             return
         tile, layout = _layout(tile)
         blocks = triton.cdiv(width, GRADIENT_BLOCK)
-        _gradient_kernel[(rows * blocks,)](
+        with _on(maximum):
+            _gradient_kernel[(rows * blocks,)](
             logits_ptr=tile, out_ptr=out, tokens_ptr=tokens, maximum_ptr=maximum, coefficients_ptr=coefficients,
             out_stride=out.stride(0), coefficients_stride=coefficients.stride(0), start=start, n_cols=width,
             blocks=blocks, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS,
