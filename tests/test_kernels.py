@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from entropy_polarity.kernels import choose, chunked, linear_token_loss, linear_token_stats, token_stats
+from entropy_polarity.kernels import choose, cpu, linear_token_loss, linear_token_stats, token_stats
 from entropy_polarity.kernels.reference import reference_token_stats
 from entropy_polarity.tokens import TokenStats
 
@@ -93,7 +93,7 @@ BYTES_A_ROW = 100
 def test_the_memory_beside_the_logits_does_not_grow_with_the_rows():
     logits, tokens = torch.randn(4096, 4096), torch.randint(4096, (4096,))
     peaks = [peak_memory(lambda n=n: token_stats(logits[:n], tokens[:n])) for n in (512, 4096)]
-    assert peaks[0] > 4 * chunked.TILE_ELEMENTS  # the measurement sees the chunk
+    assert peaks[0] > 4 * cpu.TILE_ELEMENTS  # the measurement sees the chunk
     assert peaks[1] - peaks[0] <= BYTES_A_ROW * (4096 - 512)
     assert peaks[1] <= 16 * 2**20  # the budget of the design
 
@@ -453,7 +453,7 @@ def test_the_engine_of_the_environment_does_all_the_work(monkeypatch):
 
     for name in ("statistics", "fold", "gradient"):
         spy(Triton, name)
-        monkeypatch.setattr(chunked.Chunked, name, None)  # not callable: nobody falls back to it
+        monkeypatch.setattr(cpu.Cpu, name, None)  # not callable: nobody falls back to it
     device = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setenv("PAPO_KERNEL", "triton")
     hidden, weight, tokens = torch.randn(2, 3).to(device), torch.randn(5, 3).to(device), torch.tensor([0, 1]).to(device)

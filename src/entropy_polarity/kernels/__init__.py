@@ -2,7 +2,8 @@
 
 entry.py      the public functions          engine.py   what an engine does, and which one runs where
 logits.py     logits -> statistics          linear.py   hidden states -> statistics, and the three ways back
-state.py      six numbers a row             chunked.py, triton.py   the engines      reference.py   float64 oracle
+state.py      six numbers a row           cpu.py, chunked.py, triton.py   the engines
+reference.py  the float64 oracle
 """
 
 from entropy_polarity.kernels.engine import choose

@@ -116,12 +116,15 @@ def _interpreted() -> bool:
 
 
 @functools.cache
-def engine(name: str) -> Engine:
-    """The engine of an implementation."""
+def engine(name: str, device: str) -> Engine:
+    """The engine of an implementation on a type of device."""
     if name == "triton":
         from entropy_polarity.kernels.triton import Triton
 
         return Triton()
-    from entropy_polarity.kernels.chunked import Chunked
+    from entropy_polarity.kernels.chunked import Chunked, compiled_sums, torch_sums
+    from entropy_polarity.kernels.cpu import Cpu
 
-    return Chunked(compiled=name == "compiled")
+    if name == "compiled":
+        return Chunked(name, compiled_sums())
+    return Cpu() if device == "cpu" else Chunked(name, torch_sums)

@@ -62,7 +62,13 @@ def token_stats(
     kept = None if mask is None else mask.reshape(-1)
     choice = choose(logits.device, logits.dtype, implementation)
     fields = LogitsStats.apply(
-        logits, _flat_ids(tokens, mask), kept, width, Head(temperature), engine(choice.name), entropy_grad
+        logits,
+        _flat_ids(tokens, mask),
+        kept,
+        width,
+        Head(temperature),
+        engine(choice.name, logits.device.type),
+        entropy_grad,
     )
     stats = TokenStats(*(field.reshape(tokens.shape) for field in fields))  # pyright: ignore[reportGeneralTypeIssues]
     if check:
@@ -177,7 +183,7 @@ def _plan(
     device = hidden.device.type
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     logits = product if logits is None else logits
-    return Plan(engine(choose(hidden.device, logits, implementation).name), head, product, logits, tile_bytes)
+    return Plan(engine(choose(hidden.device, logits, implementation).name, device), head, product, logits, tile_bytes)
 
 
 def _limited(weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> tuple[Tensor, Tensor | None]:
