@@ -167,7 +167,8 @@ def linear_token_loss(
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES_ELSEWHERE)
     plan = _plan(hidden, head, logits_dtype, None, implementation)
-    chunk_rows = max(1, chunk_bytes // (plan.logits.itemsize * len(weight)))
+    most = max(1, chunk_bytes // (plan.logits.itemsize * len(weight)))
+    chunk_rows = -(-len(hidden) // -(-len(hidden) // most)) if len(hidden) else 1  # chunks of equal size
     total, *fields = LinearLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
         hidden, weight, bias, tokens.long(), plan, loss, chunk_rows, torch.is_grad_enabled()
     )

@@ -12,7 +12,7 @@ Gradients are summed in float32 (float64 for float64), whatever the type of the 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,14 +62,16 @@ def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) 
         out += bias
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b without rounding the product to the type of its factors first."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b.to(a.dtype))
-    elif total.device.type == "cuda":
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
+    """total += a @ b without rounding the product to the type of its factors; total = a @ b where it is the `first`."""
+    if a.dtype != total.dtype and total.device.type != "cuda":
+        a = a.to(total.dtype)
+    b = b.to(a.dtype)
+    kwargs: Any = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
+    if first:
+        torch.mm(a, b, **kwargs, out=total)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        torch.addmm(total, a, b, **kwargs, out=total)
 
 
 class _Factors:
@@ -193,22 +195,27 @@ def _recompute(
     rows, vocabulary = len(hidden), len(weight)
     height, width = plan.engine.product_tile(rows, vocabulary, plan.logits.itemsize, plan.tile_bytes)
     factors = _Factors(hidden, weight, bias, plan, height, width)
+    chunks, pieces = spans(rows, height), spans(vocabulary, width)
     grad_hidden = torch.zeros(hidden.shape, dtype=maximum.dtype, device=hidden.device) if needs[0] else None
-    grad_weight = torch.zeros_like(weight) if needs[1] else None
-    grad_bias = torch.zeros_like(bias) if bias is not None and needs[2] else None
-    for piece in spans(vocabulary, width):
-        of_columns = torch.zeros(weight[piece].shape, dtype=maximum.dtype, device=weight.device) if needs[1] else None
-        of_bias = torch.zeros(weight[piece].shape[0], dtype=maximum.dtype, device=weight.device)
-        for part in spans(rows, height):
+    new = torch.empty_like if chunks else torch.zeros_like
+    grad_weight = new(weight) if needs[1] else None
+    grad_bias = new(bias) if bias is not None and needs[2] else None
+    for piece in pieces:
+        of_columns, of_bias = None, torch.zeros((), device=hidden.device)
+        if grad_weight is not None:
+            # One product rounds once; a sum of several is kept in float32 until it is whole.
+            exact = weight.dtype == maximum.dtype or (len(chunks) == 1 and weight.dtype == plan.product)
+            of_columns = grad_weight[piece] if exact else torch.empty_like(weight[piece], dtype=maximum.dtype)
+        for part in chunks:
             tile = factors.tile(part, piece)
             gradient = _gradient_of(tile, tokens[part], piece.start, plan, maximum[part], coefficients[:, part])
             if grad_hidden is not None:
                 _add_product(grad_hidden[part], gradient, factors.columns(piece))
             if of_columns is not None:
-                _add_product(of_columns, gradient.t(), factors.rows(part))
+                _add_product(of_columns, gradient.t(), factors.rows(part), first=part.start == 0)
             if grad_bias is not None:
-                of_bias += gradient.sum(0, dtype=maximum.dtype)
-        if grad_weight is not None and of_columns is not None:
+                of_bias = of_bias + gradient.sum(0, dtype=maximum.dtype)
+        if grad_weight is not None and of_columns is not None and of_columns.dtype != weight.dtype:
             grad_weight[piece] = of_columns
         if grad_bias is not None:
             grad_bias[piece] = of_bias
@@ -242,11 +249,14 @@ class LinearLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=state.dtype, device=state.device)
 
         def sums_like(tensor: Tensor | None, needed: bool) -> Tensor | None:
-            return torch.zeros_like(tensor, dtype=state.dtype) if tensor is not None and needed else None
+            return torch.empty_like(tensor, dtype=state.dtype) if tensor is not None and needed else None
 
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
         grad_weight, grad_bias = sums_like(weight, needs[1]), sums_like(bias, needs[2])
         whole = slice(0, vocabulary)
+        for gradient in (grad_weight, grad_bias) if rows == 0 else ():
+            if gradient is not None:
+                gradient.zero_()
         for part in spans(rows, chunk_rows):
             tile = factors.tile(part, whole)
             engine.statistics(tile, tokens[part], None, head, state[:, part], columns[:, part])
@@ -265,14 +275,16 @@ class LinearLoss(torch.autograd.Function):
             (grad,) = torch.autograd.grad(value, live)
             coefficients = gradient_coefficients(state[:, part], head, *grad)
             gradient = _gradient_of(tile, tokens[part], 0, plan, state[MAXIMUM, part], coefficients)
+            first = part.start == 0
             if grad_hidden is not None:
-                product = torch.zeros(grad_hidden[part].shape, dtype=state.dtype, device=state.device)
-                _add_product(product, gradient, factors.columns(whole))
+                product = torch.empty(grad_hidden[part].shape, dtype=state.dtype, device=state.device)
+                _add_product(product, gradient, factors.columns(whole), first=True)
                 grad_hidden[part] = product
             if grad_weight is not None:
-                _add_product(grad_weight, gradient.t(), factors.rows(part))
+                _add_product(grad_weight, gradient.t(), factors.rows(part), first)
             if grad_bias is not None:
-                grad_bias += gradient.sum(0, dtype=state.dtype)
+                column_sums = gradient.sum(0, dtype=state.dtype)
+                grad_bias.copy_(column_sums if first else grad_bias + column_sums)
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         fields = columns.unbind()
