@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import demo_seeds
+import kernel_tables
 import pytest
 import trainer_step
 
@@ -35,6 +36,17 @@ def test_the_readmes_tables_are_the_result_files():
     step = json.loads((ROOT / "benchmarks/results/trainer_step.json").read_text())
     for figure in ("papo_to_grpo", "grpo_to_grpo"):
         assert trainer_step.shown(step[figure]) in README
+    kernels = json.loads((ROOT / "benchmarks/results/kernels_cpu.json").read_text())
+    for measured, _ in (kernel_tables.logits_budget(kernels), kernel_tables.head_budget(kernels)):
+        assert measured in README
+
+
+def test_the_page_on_performance_is_the_result_files():
+    results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))]
+    text = kernel_tables.PAGE.read_text()
+    assert kernel_tables.page(text, results) == text
+    (cpu,) = (result for result in results if result["benchmark"] == "kernels" and result["device"] == "cpu")
+    assert kernel_tables.figure(cpu) == kernel_tables.FIGURE.read_text()
 
 
 def test_the_readmes_tree_names_what_is_there():
@@ -48,7 +60,7 @@ def test_the_readmes_tree_names_what_is_there():
         assert path.exists() or list(path.parent.glob(path.name)), f"{name} is in the README's tree but not there"
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/performance.md"])
 def test_links_to_files_of_the_repository_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text()):
-        assert (ROOT / target).exists(), target
+        assert (ROOT / document).parent.joinpath(target).exists(), target

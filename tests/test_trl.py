@@ -13,10 +13,16 @@ from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
 )
 from trl import GRPOConfig, GRPOTrainer
 
@@ -295,6 +301,10 @@ def tiny_models():
         head_dim=16, final_logit_softcapping=2.0, **size,
     )  # fmt: skip
     yield "gemma2 with soft-capping", Gemma2ForCausalLM(gemma)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, **size}
+    yield "cohere with a logit scale", CohereForCausalLM(CohereConfig(logit_scale=0.25, **shape))
+    yield "granite with logits divided", GraniteForCausalLM(GraniteConfig(logits_scaling=3.0, **shape))
+    yield "phi with a bias in its head", PhiForCausalLM(PhiConfig(**shape))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from entropy_polarity.kernels.engine import Engine
+from entropy_polarity.kernels.engine import Engine, spans
 from entropy_polarity.kernels.state import AT_TOKEN, Head, finish, merge
 from entropy_polarity.polarity import LOWEST
 
 # Elements of a tile: enough to fill a device.
 TILE_ELEMENTS = 2**23
-# A tile that is also a matrix product wants more rows; its buffer is the product's: 8 MiB in float32.
-PRODUCT_ELEMENTS = 2**21
+# A tile that is also a matrix product wants more rows; its buffer is the product's: 12 MiB in float32.
+PRODUCT_ELEMENTS = 3 * 2**20
 PRODUCT_ROWS = 256
 # Rows whose statistics are made from their sums at once.
 FINISH_ROWS = 2**12
@@ -122,10 +122,6 @@ def at_token(logits: Tensor, tokens: Tensor, head: Head, dtype: torch.dtype) -> 
     inside = (tokens >= 0) & (tokens < logits.shape[1])
     z = logits.gather(-1, tokens.clamp(0, logits.shape[1] - 1)[:, None])[:, 0].to(dtype)
     return torch.where(inside, z if head.softcap is None else capped(z, head), -torch.inf)
-
-
-def spans(length: int, step: int, start: int = 0) -> list[slice]:
-    return [slice(i, min(i + step, length)) for i in range(start, length, step)]
 
 
 def row_chunks(mask: Tensor | None, rows: int, columns: int, elements: int) -> Iterator[slice]:

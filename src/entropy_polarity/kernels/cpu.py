@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entropy_polarity.kernels.chunked import Chunked, row_chunks, spans, torch_sums
+from entropy_polarity.kernels.chunked import Chunked, row_chunks, torch_sums
+from entropy_polarity.kernels.engine import spans
 from entropy_polarity.kernels.state import Head, merge_sums
 from entropy_polarity.polarity import LOWEST
 
@@ -32,28 +33,14 @@ Array = np.ndarray
 
 
 class Buffer:
-    """Room for a tile (n, W), and the blocks of columns that BLAS sums."""
+    """Room for a tile (n, W), in blocks of columns that BLAS sums, (n, k, DOT), zero beyond the last column."""
 
-    def __init__(self, array: Array, blocks: list[Array]) -> None:
-        self.array, self.blocks = array, blocks
-
-    @classmethod
-    def over(cls, array: Array) -> "Buffer":
-        """On numbers that are there: blocks (n, k, DOT) and the rest (n, 1, W - k DOT)."""
-        rows, columns = array.shape
-        whole = columns // DOT * DOT
-        row, column = array.strides
-        main = np.lib.stride_tricks.as_strided(array, (rows, whole // DOT, DOT), (row, DOT * column, column))
-        return cls(array, [block for block in (main, array[:, None, whole:]) if block.size])
-
-    @classmethod
-    def padded(cls, room: Array, rows: int, columns: int) -> "Buffer":
-        """In free room: one block (n, k, DOT), zero beyond the columns."""
+    def __init__(self, room: Array, rows: int, columns: int) -> None:
         width = min(columns, DOT)
-        height = rows, -(-columns // width), width
-        blocks = room[: height[0] * height[1] * width].reshape(height)
-        blocks.reshape(rows, -1)[:, columns:] = 0
-        return cls(blocks.reshape(rows, -1)[:, :columns], [blocks])
+        count = -(-columns // width)
+        self.blocks = room[: rows * count * width].reshape(rows, count, width)
+        self.blocks.reshape(rows, -1)[:, columns:] = 0
+        self.array = self.blocks.reshape(rows, -1)[:, :columns]
 
 
 class Cpu(Chunked):
@@ -74,9 +61,8 @@ class Cpu(Chunked):
             for part, piece in zip(parts, pieces, strict=True):
                 tile = z[rows, piece]
                 d, e = buffers(*tile.shape)
-                if in_place:
-                    d = Buffer.over(tile)
-                    e = Buffer.over(e.array)
+                if in_place and tile.flags.c_contiguous and tile.shape[1] % DOT == 0:
+                    d = Buffer(tile.reshape(-1), *tile.shape)  # a buffer less to go through
                 _tile_sums(_folded(tile, head, d.array), head, d, e, part)
             if len(pieces) > 1:
                 out[:, rows] = merge_sums(torch.from_numpy(parts), head)
@@ -178,9 +164,8 @@ def _exp(d: Array, out: Array) -> None:
 
 def _dot(a: Buffer, b: Buffer | None = None) -> Array:
     """Σ a b along the rows, or Σ a."""
-    others = [_ones(x.shape[2], x.dtype) for x in a.blocks] if b is None else b.blocks
-    total = [np.add.reduce(np.vecdot(x, y), -1) for x, y in zip(a.blocks, others, strict=True)]
-    return total[0] if len(total) == 1 else np.add(*total)
+    other = _ones(a.blocks.shape[2], a.blocks.dtype) if b is None else b.blocks
+    return np.add.reduce(np.vecdot(a.blocks, other), -1)
 
 
 @functools.cache
@@ -206,7 +191,7 @@ def _in_threads(
         @functools.lru_cache(maxsize=2)
         def buffers(rows: int, columns: int) -> tuple[Buffer, Buffer]:
             room = torch.empty(2, rows * (columns + DOT), dtype=dtype).numpy()
-            return Buffer.padded(room[0], rows, columns), Buffer.padded(room[1], rows, columns)
+            return Buffer(room[0], rows, columns), Buffer(room[1], rows, columns)
 
         with np.errstate(all="ignore"):  # infinities and NaN go through
             while left:

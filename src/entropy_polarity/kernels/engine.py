@@ -66,6 +66,11 @@ class Engine(ABC):
         """The gradient along a tile (`state.gradient_coefficients`) in `out`, which may be the tile; 0 where masked."""
 
 
+def spans(length: int, step: int, start: int = 0) -> list[slice]:
+    """Slices of `step` that cover start to length."""
+    return [slice(i, min(i + step, length)) for i in range(start, length, step)]
+
+
 class Choice(NamedTuple):
     """An implementation, by name, and why it is the one."""
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from entropy_polarity.kernels.engine import Engine
+from entropy_polarity.kernels.engine import Engine, spans
 from entropy_polarity.kernels.state import (
     AT_TOKEN,
     MAXIMUM,
@@ -40,10 +40,6 @@ class Plan(NamedTuple):
     product: torch.dtype  # of the factors
     logits: torch.dtype  # of the tiles
     tile_bytes: int | None
-
-
-def spans(length: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -174,9 +170,12 @@ def _pull_on_logp(pull: Tensor, state: Tensor, weight: Tensor, tokens: Tensor, p
 
 
 def _gradient_of(tile, tokens, start, plan: Plan, maximum, coefficients) -> Tensor:
-    """The gradient along a tile: in its place, but in float32 on a CPU, whose 16-bit products gain nothing."""
-    in_place = tile.device.type == "cuda" or tile.dtype == maximum.dtype
-    out = tile if in_place else torch.empty_like(tile, dtype=maximum.dtype)
+    """The gradient along a tile, in its place if it can be: as a factor of the next products.
+
+    On a GPU that is the type of the first product, on a CPU float32: 16-bit products gain nothing there.
+    """
+    dtype = plan.product if tile.device.type == "cuda" else maximum.dtype
+    out = tile if tile.dtype == dtype else torch.empty_like(tile, dtype=dtype)
     plan.engine.gradient(tile, tokens, None, start, plan.head, maximum, coefficients, out)
     return out
 
@@ -203,8 +202,9 @@ def _recompute(
     for piece in pieces:
         of_columns, of_bias = None, torch.zeros((), device=hidden.device)
         if grad_weight is not None:
-            # One product rounds once; a sum of several is kept in float32 until it is whole.
-            exact = weight.dtype == maximum.dtype or (len(chunks) == 1 and weight.dtype == plan.product)
+            # One product of a GPU rounds once; a sum of several is kept in float32 until it is whole.
+            alone = len(chunks) == 1 and weight.dtype == plan.product and weight.device.type == "cuda"
+            exact = alone or weight.dtype == maximum.dtype
             of_columns = grad_weight[piece] if exact else torch.empty_like(weight[piece], dtype=maximum.dtype)
         for part in chunks:
             tile = factors.tile(part, piece)
