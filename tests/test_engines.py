@@ -433,8 +433,8 @@ def test_two_runs_are_equal_to_the_last_bit_and_so_are_rows_in_another_order(run
 
 
 @small
-def test_how_many_threads_share_the_tiles_changes_no_bit(monkeypatch):
-    """One thread alone has another exponential function, equal to rounding."""
+def test_how_many_threads_share_the_tiles_changes_nothing_beyond_rounding(monkeypatch):
+    """Among several not a bit; one thread alone has another exponential function."""
     torch.manual_seed(0)
     logits, tokens, weights = torch.randn(50, WIDTH), torch.randint(WIDTH, (50,)), torch.randn(2, 50)
     results = []
@@ -911,6 +911,25 @@ def test_results_do_not_depend_on_how_the_logits_lie_in_memory(run, layout):
         results.append([*stats, *torch.autograd.grad((stats.logp + stats.entropy).sum(), z)])
     for ours, theirs in zip(*results, strict=True):
         assert ours.equal(theirs)
+
+
+@on_every_engine
+@small
+def test_results_do_not_depend_on_how_the_ids_lie_in_memory(run):
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 4).to(run.device) for n in (4, WIDTH))
+    for tokens in (torch.randint(WIDTH, (4, 3))[:, 1], torch.tensor(2).expand(4), torch.randint(WIDTH, (8,))[::2]):
+        results = []
+        for ids in (tokens.to(run.device), tokens.contiguous().to(run.device)):
+            direct = token_stats(hidden @ weight.T, ids, implementation=run.name)
+            head = linear_token_stats(hidden, weight, ids, implementation=run.name)
+            _, chunked = linear_token_loss(hidden, weight, ids, minus_logp, implementation=run.name)
+            results.append([*direct, *head, *chunked])
+        assert all(a.equal(b) for a, b in zip(*results, strict=True))
+
+
+def minus_logp(stats, rows):
+    return -stats.logp.sum()
 
 
 @on_every_engine

@@ -58,7 +58,8 @@ class Chunked(Engine):
             out[~mask] = 0
 
     def _sums(self, logits: Tensor, mask: Tensor | None, head: Head, out: Tensor, in_place: bool) -> None:
-        """The state (5, N) of logits (N, V), but for the sampled token; they may be overwritten if `in_place`."""
+        """The state (5, N) of logits (N, V), but for the sampled token; `in_place` allows to overwrite them, which only
+        a subclass makes use of."""
         for rows in row_chunks(mask, len(logits), logits.shape[1], TILE_ELEMENTS):
             out[:, rows] = self._sums_of(logits[rows].to(out.dtype), head)
 

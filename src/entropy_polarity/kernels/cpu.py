@@ -65,7 +65,7 @@ class Cpu(Chunked):
                     d = Buffer(tile.reshape(-1), *tile.shape)  # a buffer less to go through
                 _tile_sums(_folded(tile, head, d.array), head, d, e, part)
             if len(pieces) > 1:
-                out[:, rows] = merge_sums(torch.from_numpy(parts), head)
+                sums[:, rows] = merge_sums(torch.from_numpy(parts), head).numpy()
 
         _in_threads(work, row_chunks(mask, len(z), z.shape[1], TILE_ELEMENTS), out.dtype)
 
@@ -80,7 +80,7 @@ class Cpu(Chunked):
                 d = out[rows, piece].numpy() if in_place else d
                 _tile_gradient(_folded(logits, head, d), ids[rows] - piece.start, head, top[rows], rates[:, rows], d, e)
                 if not in_place:
-                    _serially(lambda source, out: out.copy_(source), torch.from_numpy(d), out[rows, piece])
+                    _copy_serially(torch.from_numpy(d), out[rows, piece])
 
         _in_threads(work, row_chunks(mask, len(z), z.shape[1], TILE_ELEMENTS), maximum.dtype)
         if mask is not None:
@@ -173,10 +173,10 @@ def _ones(columns: int, dtype: np.dtype) -> Array:
     return np.ones(columns, dtype)
 
 
-def _serially(function: Callable[[Tensor, Tensor], object], source: Tensor, out: Tensor) -> None:
-    """`function(source, out)` in pieces too small for torch to share between threads."""
+def _copy_serially(source: Tensor, out: Tensor) -> None:
+    """Copy and round in pieces too small for torch to share between threads."""
     for columns in spans(out.shape[1], max(1, SERIAL // len(out))):
-        function(source[:, columns], out[:, columns])
+        out[:, columns] = source[:, columns]
 
 
 def _in_threads(

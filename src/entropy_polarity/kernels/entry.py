@@ -36,7 +36,8 @@ def token_stats(
     Returns fields of shape (...), in nats, float32 (float64 for float64 logits). `logp` carries a gradient, and so
     does `entropy` with `entropy_grad=True`. Logits of -inf are exact (p = 0); a sampled token at -inf has logp = -inf
     and T = C. Where `mask` is False every field is 0, without gradient, whatever the logits and the id are.
-    `vocab_size` leaves columns beyond it out (padding of the head). Extra memory: one tile.
+    `vocab_size` leaves columns beyond it out (padding of the head). Extra memory: one tile (on a GPU none; logits
+    whose vocabulary is not their last stride are copied).
 
     `implementation`: "chunked", "compiled" or "triton"; by default the environment variable PAPO_KERNEL, or what
     suits the device and type (`papo doctor` tells).
@@ -149,8 +150,9 @@ def linear_token_loss(
     `loss` is called once for each chunk: `stats` are those of the rows `rows` (a slice of N), and `stats.logp` and
     `stats.entropy` carry gradients; it returns their share of the loss, one number. So the loss must be a sum over
     tokens whose normaliser is known before. Gradients are made at once, while the chunk's logits are in memory, and
-    given out by one `backward` of the result. `chunk_bytes` sets the memory of a chunk's logits. Everything else as
-    in `linear_token_stats`. Source: ours; gradients in the forward are common practice for cross-entropy.
+    given out by one `backward` of the result: a loss scale comes too late for them, so float16 is refused.
+    `chunk_bytes` sets the memory of a chunk's logits. Everything else as in `linear_token_stats`. Source: ours;
+    gradients in the forward are common practice for cross-entropy.
 
     >>> hidden = torch.eye(2, requires_grad=True)
     >>> weight, tokens = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 0])
@@ -164,13 +166,18 @@ def linear_token_loss(
     if check:
         _check_head(who, hidden, weight, bias, head, vocab_size, tokens, None)
     weight, bias = _limited(weight, bias, vocab_size)
+    if _product_dtype(hidden) == torch.float16:
+        raise ValueError(
+            f"{who}: a product of float16, whose small gradients would be lost before a loss scale reaches them; "
+            "use bfloat16, or linear_token_stats"
+        )
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES_ELSEWHERE)
     plan = _plan(hidden, head, logits_dtype, None, implementation)
     most = max(1, chunk_bytes // (plan.logits.itemsize * len(weight)))
     chunk_rows = -(-len(hidden) // -(-len(hidden) // most)) if len(hidden) else 1  # chunks of equal size
     total, *fields = LinearLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, weight, bias, tokens.long(), plan, loss, chunk_rows, torch.is_grad_enabled()
+        hidden, weight, bias, _flat_ids(tokens, None), plan, loss, chunk_rows, torch.is_grad_enabled()
     )
     stats = TokenStats(*fields)
     if check:
@@ -178,12 +185,21 @@ def linear_token_loss(
     return total, stats
 
 
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
 def _plan(
     hidden: Tensor, head: Head, logits: torch.dtype | None, tile_bytes: int | None, implementation: str | None
 ) -> Plan:
-    device = hidden.device.type
-    product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    device, product = hidden.device.type, _product_dtype(hidden)
     logits = product if logits is None else logits
+    if logits != product and not (logits == torch.float32 and product.itemsize == 2):
+        raise ValueError(
+            f"logits_dtype is {logits} for a product of {product}; expected None, {product}, or torch.float32 with a "
+            "product of 16 bits"
+        )
     return Plan(engine(choose(hidden.device, logits, implementation).name, device), head, product, logits, tile_bytes)
 
 
@@ -195,7 +211,7 @@ def _limited(weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> tup
 
 def _flat_ids(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Token ids in one row; where the mask is False any id may stand, -100 for example."""
-    return (tokens if mask is None else tokens.where(mask, 0)).reshape(-1).long()
+    return (tokens if mask is None else tokens.where(mask, 0)).reshape(-1).long().contiguous()
 
 
 def _check_head(

@@ -71,17 +71,21 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> No
 
 
 class _Factors:
-    """Hidden states and head in the product's type, cast a piece at a time, and a buffer for the tiles they make."""
+    """Hidden states and head in the product's type, and a buffer for the tiles they make. The last piece of the head
+    that was cast is kept."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, height: int, width: int):
         self.hidden, self.weight, self.bias, self.plan = hidden, weight, bias, plan
         self.buffer = torch.empty(height * width, dtype=plan.logits, device=hidden.device)
+        self._piece, self._columns = slice(0, 0), weight
 
     def rows(self, part: slice) -> Tensor:
         return self.hidden[part].to(self.plan.product)
 
     def columns(self, piece: slice) -> Tensor:
-        return self.weight[piece].to(self.plan.product)
+        if self._piece != piece:
+            self._piece, self._columns = piece, self.weight[piece].to(self.plan.product)
+        return self._columns
 
     def tile(self, part: slice, piece: slice) -> Tensor:
         shape = part.stop - part.start, piece.stop - piece.start
@@ -127,7 +131,7 @@ class LinearStats(torch.autograd.Function):
         else:
             ctx.save_for_backward(hidden, weight, bias, tokens, state)
         ctx.plan, ctx.frozen, ctx.hidden_dtype = plan, frozen, hidden.dtype
-        fields = columns.unbind()
+        fields = tuple(column.clone() for column in columns)
         ctx.mark_non_differentiable(*fields[2 if entropy else 1 :])
         return fields
 
@@ -225,7 +229,7 @@ def _recompute(
 class LinearLoss(torch.autograd.Function):
     """(hidden, weight, bias, tokens) -> the summed loss, and TokenStats without gradient.
 
-    Every gradient is made in the forward, a chunk of whole rows at a time.
+    Every gradient is made in the forward, a chunk of whole rows at a time, from the whole head in the product's type.
     """
 
     @staticmethod
@@ -264,7 +268,7 @@ class LinearLoss(torch.autograd.Function):
                 live = columns[:2, part].detach().clone().requires_grad_(any(needs))
                 stats = TokenStats(*live.unbind(), *columns[2:, part].unbind())
                 value = loss(stats, part)
-                if value.dim() != 0 or value.requires_grad != any(needs):
+                if value.dim() != 0 or (any(needs) and not value.requires_grad):
                     raise ValueError(
                         f"linear_token_loss: the loss of rows {part.start}:{part.stop} has shape {tuple(value.shape)}"
                         f"{'' if value.requires_grad else ' and no gradient'}; expected one number made from stats.logp"
@@ -287,7 +291,7 @@ class LinearLoss(torch.autograd.Function):
                 grad_bias.copy_(column_sums if first else grad_bias + column_sums)
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        fields = columns.unbind()
+        fields = tuple(column.clone() for column in columns)
         ctx.mark_non_differentiable(*fields)
         return total, *fields
 

@@ -50,7 +50,7 @@ class LogitsStats(torch.autograd.Function):
             engine.statistics(block, tokens[rows], kept, head, state[:, rows], columns[:, rows])
         ctx.save_for_backward(logits, tokens, mask, state)
         ctx.width, ctx.head, ctx.engine = width, head, engine
-        fields = columns.unbind()
+        fields = tuple(column.clone() for column in columns)  # views of one tensor could not be changed in place
         ctx.mark_non_differentiable(*fields[2 if entropy else 1 :])
         return fields
 

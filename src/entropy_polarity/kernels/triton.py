@@ -294,11 +294,11 @@ class Triton(Engine):
         stats = state if columns is None else columns
         with _on(state):
             _fold_kernel[(state.shape[1],)](
-            logits_ptr=logits, tokens_ptr=tokens, state_ptr=state, stats_ptr=stats,
-            state_stride=state.stride(0), stats_stride=stats.stride(0), start=start, n_cols=logits.shape[-1],
-            IS_FIRST=start == 0, IS_LAST=columns is not None, BLOCK=BLOCK, AGAIN=AGAIN, num_warps=WARPS,
-            **layout, **_mask(mask, tokens), **_cap(head),
-        )  # fmt: skip
+                logits_ptr=logits, tokens_ptr=tokens, state_ptr=state, stats_ptr=stats,
+                state_stride=state.stride(0), stats_stride=stats.stride(0), start=start, n_cols=logits.shape[-1],
+                IS_FIRST=start == 0, IS_LAST=columns is not None, BLOCK=BLOCK, AGAIN=AGAIN, num_warps=WARPS,
+                **layout, **_mask(mask, tokens), **_cap(head),
+            )  # fmt: skip
 
     def gradient(self, tile, tokens, mask, start, head, maximum, coefficients, out) -> None:
         rows, width = maximum.shape[0], tile.shape[-1]
@@ -308,8 +308,8 @@ class Triton(Engine):
         blocks = triton.cdiv(width, GRADIENT_BLOCK)
         with _on(maximum):
             _gradient_kernel[(rows * blocks,)](
-            logits_ptr=tile, out_ptr=out, tokens_ptr=tokens, maximum_ptr=maximum, coefficients_ptr=coefficients,
-            out_stride=out.stride(0), coefficients_stride=coefficients.stride(0), start=start, n_cols=width,
-            blocks=blocks, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS,
-            **layout, **_mask(mask, tokens), **_cap(head),
-        )  # fmt: skip
+                logits_ptr=tile, out_ptr=out, tokens_ptr=tokens, maximum_ptr=maximum, coefficients_ptr=coefficients,
+                out_stride=out.stride(0), coefficients_stride=coefficients.stride(0), start=start, n_cols=width,
+                blocks=blocks, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS,
+                **layout, **_mask(mask, tokens), **_cap(head),
+            )  # fmt: skip
