@@ -78,7 +78,8 @@ def launches(dtype: torch.dtype, masked: bool, softcap: float | None) -> list[La
             stats = entry.linear_token_stats(hidden, weight, tokens, softcap=softcap, check=False)
             torch.autograd.grad(stats.logp.sum(), [hidden, weight])
             settings = {"softcap": softcap, "check": False}
-            entry.linear_token_loss(hidden, weight, tokens, lambda stats, _: stats.logp.sum(), **settings)
+            if dtype != torch.float16:  # refused
+                entry.linear_token_loss(hidden, weight, tokens, lambda stats, _: stats.logp.sum(), **settings)
     for launch in found:
         if "out_ptr" in launch.arguments:  # only on CUDA gradients always have the logits' type
             launch.arguments["out_ptr"] = launch.arguments["logits_ptr"]
