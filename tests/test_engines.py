@@ -180,7 +180,7 @@ def by_logits(run, logits, tokens, on_logp, on_entropy, temperature=1.0) -> Resu
 def by_tiles(run, logits, tokens, on_logp, on_entropy, temperature=1.0, width=BLOCK + 3) -> Result:
     """`Engine.fold`, tile by tile: how the linear functions call it, for rows that no product can make."""
     z, tokens, kernel, head = logits.to(run.device), tokens.to(run.device), engine_of(run), Head(temperature)
-    state = empty_state(len(z), torch.float32, z.device)
+    state, _ = empty_state(len(z), torch.float32, z.device)
     columns = torch.full((len(TokenStats._fields), len(z)), 7.0, device=z.device)
     for start in range(0, z.shape[1], width):
         tile = z[:, start : start + width].clone()
@@ -997,7 +997,7 @@ def test_a_broken_part_makes_its_row_nan_and_no_other(broken, order):
     for z in rows:
         parts = []
         for start, stop in ((0, 1), (1, 2), (2, 4)):
-            state = empty_state(1, torch.float64, z.device)
+            state, _ = empty_state(1, torch.float64, z.device)
             engine("chunked", "cpu").fold(z[:, start:stop], torch.tensor([3]), start, Head(), state, None, keep=True)
             parts.append(state)
         states.append(torch.stack([parts[i] for i in order]))
@@ -1015,7 +1015,7 @@ def test_a_vocabulary_split_over_ranks_gives_the_statistics_of_the_whole(run):
     states = []
     for start, stop in ((21, WIDTH), (0, BLOCK + 4), (BLOCK + 4, 21)):
         tile = logits[:, start:stop].to(run.device, copy=True)
-        state = empty_state(len(logits), torch.float32, tile.device)
+        state, _ = empty_state(len(logits), torch.float32, tile.device)
         engine_of(run).fold(tile, tokens.to(run.device), start, Head(), state, None, keep=False)
         states.append(state)
     stats = TokenStats(*finish(merge(torch.stack(states), Head()), Head()))

@@ -1,7 +1,7 @@
 """The engine for every device: statistics and gradients of logits in torch, some rows at a time, in one pass over them.
 
-A tile is a few rows by all columns of the vocabulary. Two buffers of a tile are all the memory it needs; 16-bit logits
-are accumulated in float32. On a CPU `cpu.py` does the same work with NumPy.
+A tile is a few rows by all columns of the vocabulary, and a few tensors of its size are all the memory it needs; 16-bit
+logits are accumulated in float32. On a CPU `cpu.py` does the same work with NumPy.
 """
 
 import functools
@@ -89,9 +89,8 @@ def compiled_sums() -> Callable[[Tensor, Head], Tensor]:
         d = ((z - maximum.clamp(min=torch.finfo(z.dtype).min)) * head.scale).clamp(min=LOWEST)
         e = d.exp().masked_fill(is_mode, 0.0)
         ee = e * e
-        others = (
-            is_mode.to(z.dtype).sum(-1) - 1
-        )  # modes beside the one that is left out: cheaper than to find its column
+        # Modes beside the one that is left out are counted: cheaper than to find its column.
+        others = is_mode.to(z.dtype).sum(-1) - 1
         return torch.stack([maximum[:, 0], e.sum(-1) + others, (e * d).sum(-1), ee.sum(-1) + others, (ee * d).sum(-1)])
 
     return torch.compile(one_pass, dynamic=True)

@@ -155,7 +155,7 @@ def _distances(z: Array, maximum: Array, head: Head, out: Array) -> None:
 
 
 def _exp(d: Array, out: Array) -> None:
-    """Torch's is three times as fast, but one of several threads must not use it: it would share its work."""
+    """Torch's is faster, but one of several threads must not use it: it would share its work."""
     if torch.get_num_threads() == 1:
         torch.exp(torch.from_numpy(d), out=torch.from_numpy(out))
     else:

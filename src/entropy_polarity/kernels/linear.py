@@ -24,7 +24,6 @@ from entropy_polarity.kernels.state import (
     MAXIMUM,
     Head,
     R,
-    accumulation_dtype,
     empty_state,
     gradient_coefficients,
 )
@@ -112,8 +111,7 @@ class LinearStats(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         engine, head = plan.engine, plan.head
         rows, vocabulary = len(hidden), len(weight)
-        state = empty_state(rows, accumulation_dtype(plan.logits), hidden.device)
-        columns = torch.empty(len(TokenStats._fields), rows, dtype=state.dtype, device=state.device)
+        state, columns = empty_state(rows, plan.logits, hidden.device)
         height, width = engine.product_tile(rows, vocabulary, plan.logits.itemsize, plan.tile_bytes)
         factors = _Factors(hidden, weight, bias, plan, height, width)
         pull = torch.zeros(hidden.shape, dtype=state.dtype, device=hidden.device) if frozen else None
@@ -226,6 +224,21 @@ def _recompute(
     return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 
+def _value_and_gradient(
+    loss: Callable[[TokenStats, slice], Tensor], columns: Tensor, part: slice, needed: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A chunk's share of the loss, and its derivatives (2, n) along log p_a and H, if needed."""
+    with torch.enable_grad() if needed else torch.no_grad():
+        live = columns[:2, part].detach().clone().requires_grad_(needed)
+        value = loss(TokenStats(*live.unbind(), *columns[2:, part].unbind()), part)
+        if value.dim() != 0 or (needed and not value.requires_grad):
+            raise ValueError(
+                f"linear_token_loss: the loss of rows {part.start}:{part.stop} has shape {tuple(value.shape)}"
+                f"{'' if value.requires_grad else ' and no gradient'}; expected one number made from stats.logp"
+            )
+    return value.detach(), torch.autograd.grad(value, live)[0] if needed else None
+
+
 class LinearLoss(torch.autograd.Function):
     """(hidden, weight, bias, tokens) -> the summed loss, and TokenStats without gradient.
 
@@ -247,36 +260,22 @@ class LinearLoss(torch.autograd.Function):
         engine, head = plan.engine, plan.head
         needs = tuple(grad_enabled and needed for needed in ctx.needs_input_grad[:3])
         rows, vocabulary = len(hidden), len(weight)
-        state = empty_state(rows, accumulation_dtype(plan.logits), hidden.device)
-        columns = torch.empty(len(TokenStats._fields), rows, dtype=state.dtype, device=state.device)
+        state, columns = empty_state(rows, plan.logits, hidden.device)
         factors = _Factors(hidden, weight, bias, plan, min(rows, chunk_rows), vocabulary)
         total = torch.zeros((), dtype=state.dtype, device=state.device)
 
-        def sums_like(tensor: Tensor | None, needed: bool) -> Tensor | None:
-            return torch.empty_like(tensor, dtype=state.dtype) if tensor is not None and needed else None
-
-        grad_hidden = torch.empty_like(hidden) if needs[0] else None
-        grad_weight, grad_bias = sums_like(weight, needs[1]), sums_like(bias, needs[2])
+        new = torch.empty_like if rows else torch.zeros_like
+        grad_hidden = new(hidden) if needs[0] else None
+        grad_weight = new(weight, dtype=state.dtype) if needs[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=state.dtype) if bias is not None and needs[2] else None
         whole = slice(0, vocabulary)
-        for gradient in (grad_weight, grad_bias) if rows == 0 else ():
-            if gradient is not None:
-                gradient.zero_()
         for part in spans(rows, chunk_rows):
             tile = factors.tile(part, whole)
             engine.statistics(tile, tokens[part], None, head, state[:, part], columns[:, part])
-            with torch.enable_grad() if any(needs) else torch.no_grad():
-                live = columns[:2, part].detach().clone().requires_grad_(any(needs))
-                stats = TokenStats(*live.unbind(), *columns[2:, part].unbind())
-                value = loss(stats, part)
-                if value.dim() != 0 or (any(needs) and not value.requires_grad):
-                    raise ValueError(
-                        f"linear_token_loss: the loss of rows {part.start}:{part.stop} has shape {tuple(value.shape)}"
-                        f"{'' if value.requires_grad else ' and no gradient'}; expected one number made from stats.logp"
-                    )
-            total += value.detach()
-            if not any(needs):
+            value, grad = _value_and_gradient(loss, columns, part, any(needs))
+            total += value
+            if grad is None:
                 continue
-            (grad,) = torch.autograd.grad(value, live)
             coefficients = gradient_coefficients(state[:, part], head, *grad)
             gradient = _gradient_of(tile, tokens[part], 0, plan, state[MAXIMUM, part], coefficients)
             first = part.start == 0
@@ -287,8 +286,7 @@ class LinearLoss(torch.autograd.Function):
             if grad_weight is not None:
                 _add_product(grad_weight, gradient.t(), factors.rows(part), first)
             if grad_bias is not None:
-                column_sums = gradient.sum(0, dtype=state.dtype)
-                grad_bias.copy_(column_sums if first else grad_bias + column_sums)
+                grad_bias += gradient.sum(0, dtype=state.dtype)
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         fields = tuple(column.clone() for column in columns)

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from entropy_polarity.kernels.engine import Engine
-from entropy_polarity.kernels.state import Head, accumulation_dtype, empty_state, gradient_coefficients
-from entropy_polarity.tokens import TokenStats
+from entropy_polarity.kernels.state import MAXIMUM, Head, empty_state, gradient_coefficients
 
 
 def blocks(logits: Tensor, batches: bool) -> Iterator[tuple[slice, Tensor]]:
@@ -43,8 +42,7 @@ class LogitsStats(torch.autograd.Function):
         ctx, logits: Tensor, tokens: Tensor, mask: Tensor | None, width: int, head: Head, engine: Engine, entropy: bool
     ):
         ctx.set_materialize_grads(False)
-        state = empty_state(len(tokens), accumulation_dtype(logits.dtype), logits.device)
-        columns = torch.empty(len(TokenStats._fields), len(tokens), dtype=state.dtype, device=state.device)
+        state, columns = empty_state(len(tokens), logits.dtype, logits.device)
         for rows, block in blocks(logits[..., :width], engine.strided_batches):
             kept = None if mask is None else mask[rows]
             engine.statistics(block, tokens[rows], kept, head, state[:, rows], columns[:, rows])
@@ -69,7 +67,7 @@ class LogitsStats(torch.autograd.Function):
                 None if mask is None else mask[rows],
                 0,
                 ctx.head,
-                state[0, rows],
+                state[MAXIMUM, rows],
                 coefficients[:, rows],
                 rows_of_grad[rows],
             )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from entropy_polarity.polarity import LOWEST, stats_from_sums
+from entropy_polarity.tokens import TokenStats
 
 # Rows of a state (6, N): the maximum of z; Σ e^d, Σ e^d d, Σ e^2d, Σ e^2d d without the mode; z of the sampled token,
 # -inf as long as it was not met. What is not finite stays so: a row with NaN ends as NaN.
@@ -39,15 +40,12 @@ class Head(NamedTuple):
         return self.logit_scale / self.temperature
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def empty_state(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The state (6, N) of rows of which nothing was seen yet."""
+def empty_state(rows: int, logits: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The state (6, N) of rows of logits of which nothing was seen yet, and room (7, N) for their statistics."""
+    dtype = torch.float64 if logits == torch.float64 else torch.float32
     state = torch.zeros(FIELDS, rows, dtype=dtype, device=device)
     state[MAXIMUM] = state[AT_TOKEN] = -torch.inf
-    return state
+    return state, torch.empty(len(TokenStats._fields), rows, dtype=dtype, device=device)
 
 
 def merge(parts: Tensor, head: Head) -> Tensor:

@@ -6,7 +6,7 @@ inside the loop but the block's maximum; sums are rescaled only when that maximu
 until the end, when that one lane (1 / BLOCK of the row) is read again without it: no cost for each element, and no tail
 is ever added to 1 and rounded away.
 
-Measured before it was written, in instructions of the inner loop: see docs/performance.md.
+The instructions of its inner loop are counted in docs/performance.md.
 """
 
 import math
