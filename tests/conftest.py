@@ -1,6 +1,7 @@
 """Settings that every test needs: no network, one thread for the tiny models, short and repeatable searches."""
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -46,3 +47,13 @@ def untyped():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> list[str]:
+    """The command of a browser without network or window."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return [path, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND",
+                    "--window-size=1180,2400", "--virtual-time-budget=5000"]  # fmt: skip
+    pytest.skip("no Chromium here: apt-get install chromium")

@@ -7,6 +7,7 @@ import pytest
 from small import SMALL
 
 from entropy_polarity import cli
+from entropy_polarity.phase import CONTROLLERS
 
 
 def papo(monkeypatch, capfd, *arguments: str) -> tuple[int, str, str]:
@@ -131,10 +132,13 @@ def test_methods_lists_every_method_and_controller(run_papo):
     assert code == 0
     rows = {row["name"]: row for row in json.loads(out)}
     assert {"grpo", "papo"} <= set(rows)
-    assert set(rows["papo"]["controllers"]) == {"trend", "reference", "balance", "constant"}
+    assert set(rows["papo"]["controllers"]) == set(CONTROLLERS)
+    assert rows["kl_cov"]["decides"] == "whole batch"
+    assert rows["entropy_advantage"]["settings"]["kappa"] == "required"
     code, out, _ = run_papo("methods")
     assert code == 0
     assert "reconstruction" in out
+    assert "kappa=?" in out
 
 
 def test_pretrain_makes_a_policy_that_loads_and_says_how_good_it_is(run_papo, tmp_path):

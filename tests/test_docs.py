@@ -7,7 +7,11 @@ from pathlib import Path
 import demo_seeds
 import kernel_tables
 import pytest
+import torch
 import trainer_step
+
+from entropy_polarity.methods import METHODS, make_transform
+from entropy_polarity.tokens import Tokens
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -23,9 +27,24 @@ def test_the_readmes_trl_script_runs_as_written(tmp_path, monkeypatch):
     assert any("polarity/lambda" in row for row in names["trainer"].state.log_history)
 
 
+def metrics_of(method) -> set[str]:
+    """What a method logs of a batch, with each of its controllers."""
+    rows = torch.rand(4, 3)
+    tokens = Tokens(
+        mask=rows > -1, advantages=rows - 0.5, logp=-rows, old_logp=-rows, entropy=rows, sensitivity=rows - 0.4,
+        reward=torch.ones(4), group=torch.tensor([0, 0, 1, 1]), sample_id=torch.arange(4),
+    )  # fmt: skip
+    transforms = [make_transform(method.name, {"controller": name}) for name in method.controllers]
+    names: set[str] = set()
+    for transform in transforms or [make_transform(method.name, method.example)]:
+        names |= transform.update(tokens, transform.init())[2].keys()
+    return names
+
+
 def test_every_metric_of_a_run_has_one_line_and_no_line_is_idle(small_runs):
     documented = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
     logged = {name for run in small_runs for row in run.metrics for name in row}
+    logged |= {name for method in METHODS.values() for name in metrics_of(method)}
     assert len(documented) == len(set(documented))
     assert set(documented) == logged
 

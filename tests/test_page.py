@@ -1,7 +1,6 @@
 """The page: self-contained, safe with any model text, and really drawn by a browser."""
 
 import re
-import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -54,15 +53,6 @@ def test_colours_follow_the_polarity(run):
 def test_a_run_without_rollouts_or_evaluation_still_has_a_page(run):
     bare = replace(run, rollouts=[], metrics=[], summary={"status": "running"})
     assert "No rollouts were recorded" in render_page(bare)
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if path := shutil.which(name):
-            return [path, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND",
-                    "--window-size=1180,2400", "--virtual-time-budget=5000"]  # fmt: skip
-    pytest.skip("no Chromium here: apt-get install chromium")
 
 
 @pytest.mark.browser

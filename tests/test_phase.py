@@ -116,10 +116,11 @@ def test_balance_within_its_clip_makes_both_flows_equal(positive, negative):
         assert positive * (1 + lam) == pytest.approx(negative * (1 - lam), rel=1e-9)
 
 
-def test_only_balance_needs_the_batch_it_weighs():
+def test_which_controllers_need_the_batch_they_weigh():
     assert {name: build().causal for name, build in CONTROLLERS.items()} == {
         "trend": True,
         "reference": True,
+        "thermostat": False,
         "constant": True,
         "balance": False,
     }

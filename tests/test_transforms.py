@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entropy_polarity import phase
-from entropy_polarity.methods import METHODS, describe_methods, make_transform
+from entropy_polarity.methods import describe_methods, make_transform
 from entropy_polarity.tokens import Tokens, concatenate, masked_mean
 from entropy_polarity.transforms import (
     Transform,
@@ -19,10 +19,10 @@ from entropy_polarity.transforms import (
     identity,
     monitored,
     observe,
-    polarity_weight,
     polarity_weights,
     token_polarity,
 )
+from entropy_polarity.transforms.weights import polarity_sign
 
 nan, inf = math.nan, math.inf
 CAUSAL_SETTINGS = {
@@ -97,6 +97,11 @@ def test_a_split_into_micro_batches_changes_no_bit(controller, soft_sign, parts)
     split = torch.cat([transform.local(part, state).advantages for part in micro_batches])
     assert split.equal(whole.advantages)
     assert not split.equal(batch.advantages)
+
+
+def polarity_weight(batch, lam, soft_sign=0.0):
+    """What A = 1 would become with the signs of this batch."""
+    return 1 + lam * polarity_sign(batch, soft_sign)
 
 
 def test_weights_by_hand():
@@ -235,6 +240,7 @@ def test_metrics_of_two_rollouts_by_hand():
         "polarity/positive_flow": 0.2 / 3,
         "polarity/negative_flow": 0.1 / 3,
         "polarity/positive_fraction": 1 / 3,
+        "polarity/changed_fraction": 0,
         "polarity/predicted_entropy_change": 0.1 / 3,
         "polarity/nonfinite_tokens": 1,
     }
@@ -245,7 +251,11 @@ def test_metrics_of_two_rollouts_by_hand():
     assert metrics == pytest.approx(expected | changed)
     # λ = -0.5: expansion is halved and contraction 1.5-fold, the flows are those before: 0.1 - 0.15.
     _, _, metrics = reweighted.update(batch, reweighted.init())
-    changed = {"polarity/lambda": -0.5, "polarity/predicted_entropy_change": -0.05 / 3}
+    changed = {
+        "polarity/lambda": -0.5,
+        "polarity/changed_fraction": 2 / 3,
+        "polarity/predicted_entropy_change": -0.05 / 3,
+    }
     assert metrics == pytest.approx(expected | changed)
 
 
@@ -301,7 +311,7 @@ def test_an_update_leaves_the_batch_it_was_given_alone(name, settings):
 @pytest.mark.parametrize(
     ("name", "settings", "told"),
     [
-        ("pappo", {}, "unknown method 'pappo': did you mean 'papo'[?] Known: grpo, papo"),
+        ("pappo", {}, "unknown method 'pappo': did you mean 'papo'[?] Known: adaptive_coefficient, clip_b"),
         ("grpo", {"gain": 1}, "unknown setting of method 'grpo' 'gain'"),
         ("papo", {"controller": "trand"}, "unknown controller 'trand': did you mean 'trend'"),
         ("papo", {"gian": 1}, "unknown setting .*'trend' 'gian': did you mean 'gain'"),
@@ -327,17 +337,8 @@ def test_make_transform_names_what_was_meant(name, settings, told):
 def test_a_method_lists_its_settings_with_their_defaults():
     rows = {row["name"]: row for row in describe_methods()}
     assert rows["papo"]["settings"] == {"controller": "trend", "soft_sign": 0.0, "conserve": False}
-    assert rows["papo"]["controllers"]["balance"] == {"lambda_max": 0.8}
+    assert rows["papo"]["controllers"]["balance"] == {"decides": "whole batch", "settings": {"lambda_max": 0.8}}
     assert rows["grpo"]["settings"] == rows["grpo"]["controllers"] == {}
-
-
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_what_the_table_says_of_the_whole_batch_is_what_is_built(method):
-    """ "every token" first: the default needs no pass of its own."""
-    assert (method.build().local is not None) == method.decides.startswith("every token")
-    for name in method.controllers:
-        whole = method.build(controller=name).local is None
-        assert whole == (name in method.decides), name
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, load_recipe, with_flags
+from entropy_polarity.report.terminal import print_comparison, print_estimates, print_search
 
 Json = Annotated[
     FlagCreatePairsOff[bool],
@@ -58,7 +59,7 @@ def train(
     if as_json:
         _print_json({"run": str(directory), **summary})
     else:
-        _print_estimates({name: summary[name]["pass_at"] for name in ("before", "after") if name in summary})
+        print_estimates({name: summary[name] for name in ("before", "after") if name in summary})
         print(f"{summary['status']}: {directory}/report.html")
 
 
@@ -119,9 +120,72 @@ def evaluate(
     evaluation = evaluate_model(model, task, overrides, problems, samples, seed, temperature)
     if as_json:
         return _print_json(evaluation)
-    _print_estimates({evaluation["model"]: evaluation["pass_at"]})
+    print_estimates({evaluation["model"]: evaluation})
     shares = ", ".join(f"{reason} {share:.1%}" for reason, share in evaluation["verdicts"].items())
     print(f"{problems} problems x {samples} samples, 95 % bootstrap intervals over problems; verdicts: {shares}")
+
+
+def compare(
+    plan: Positional[str] = DEFAULT_RECIPE,
+    /,
+    methods: tuple[str, ...] = (),
+    seeds: tuple[int, ...] = (),
+    baselines: tuple[str, ...] = (),
+    output: Path | None = None,
+    jobs: int | None = None,
+    max_steps: int | None = None,
+    search: FlagCreatePairsOff[bool] = False,
+    finished: Annotated[Path | None, arg(name="from")] = None,
+    overrides: Overrides = (),
+    as_json: Json = False,
+) -> None:
+    """Compare methods on the same seeds, prompts and held-out problems. The same command goes on after a stop.
+
+    Args:
+        plan: a recipe (then --methods says what to compare), or a .toml file with [methods.LABEL] tables
+        methods: such as grpo "papo:controller=reference,level=0.4" "held=papo:level=0.3"
+        seeds: each method is trained with each of them (default: those of the plan, or 0 1 2)
+        baselines: labels that the others are compared with (default: grpo and dapo where present, else the first)
+        output: where runs, comparison.json and comparison.html go (default: runs/compare-<plan>)
+        jobs: runs at a time (default: one for each CPU; each run has one thread unless OMP_NUM_THREADS is set)
+        max_steps: optimiser steps of each run
+        search: try the constants of the plan's [search] instead, and print what to paste into the plan
+        finished: print the tables of a comparison.json again, and write its page with --output; nothing is run
+        overrides: any key of the recipe, e.g. trainer.learning_rate=1e-4; can be repeated
+    """
+    from entropy_polarity.experiments.compare.plan import load_plan
+
+    if finished is not None:
+        return _compared_before(finished, baselines, output, as_json)
+    steps = () if max_steps is None else (f"trainer.max_steps={max_steps}",)
+    planned = load_plan(plan, methods, seeds, baselines, [*overrides, *steps])
+    directory = output or Path("runs") / f"compare-{Path(plan).stem}"
+
+    from entropy_polarity.experiments.compare import experiment
+    from entropy_polarity.report.progress import ComparisonView
+
+    do = experiment.search if search else experiment.compare
+    with ComparisonView(str(directory), sys.stderr if as_json else sys.stdout) as view:
+        try:
+            document = do(planned, directory, jobs, view.watch)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on; finished runs are kept") from None
+    if as_json:
+        _print_json({"output": str(directory)} | {k: document[k] for k in document.keys() - {"runs", "environment"}})
+    else:
+        print_search(document) if search else print_comparison(document)
+        print(directory / (experiment.SEARCH if search else experiment.PAGE))
+    if document["failed"]:
+        sys.exit(1)
+
+
+def _compared_before(file: Path, baselines: tuple[str, ...], output: Path | None, as_json: bool) -> None:
+    from entropy_polarity.experiments.compare.experiment import read_comparison, write_page
+
+    document = read_comparison(file, baselines)
+    if output is not None:
+        write_page(document, output)
+    _print_json(document["summary"]) if as_json else print_comparison(document)
 
 
 def report(run: Positional[Path], /, as_json: Json = False) -> None:
@@ -138,17 +202,30 @@ def report(run: Positional[Path], /, as_json: Json = False) -> None:
 
 
 def methods(as_json: Json = False) -> None:
-    """List the methods: what each does, when it decides, where it comes from, its settings."""
+    """List the methods: what each does, when it decides and what that costs, what it needs, its source and settings."""
     from entropy_polarity.methods import describe_methods
 
     rows = describe_methods()
     if as_json:
         return _print_json(rows)
-    table = Table("method", "decides", "what it does", "source", "settings", show_lines=True)
+    table = Table("method", "what it does; from what it decides, and what that costs; its settings (? has no default)")
+    table.show_lines = True
     for row in rows:
-        settings = ", ".join(f"{name}={value!r}" for name, value in row["settings"].items())
-        table.add_row(row["name"], row["decides"], row["summary"], row["source"], settings)
+        needs = f"; needs {', '.join(row['needs'])}" if row["needs"] else ""
+        lines = [
+            row["summary"],
+            f"from {row['decides']}{needs}; extra pass: {row['cost']}",
+            _settings_line("settings", row["settings"]),
+            *(_settings_line(f"  {name} ({c['decides']})", c["settings"]) for name, c in row["controllers"].items()),
+            row["source"],
+        ]
+        table.add_row(row["name"], escape("\n".join(lines)))
     Console().print(table)
+
+
+def _settings_line(owner: str, settings: dict[str, Any]) -> str:
+    listed = (f"{name}={'?' if value == 'required' else repr(value)}" for name, value in settings.items())
+    return f"{owner}: {', '.join(listed) or 'none'}"
 
 
 def pretrain(output: Path, seed: int = 0, steps: int = 1200, as_json: Json = False) -> None:
@@ -168,7 +245,7 @@ def pretrain(output: Path, seed: int = 0, steps: int = 1200, as_json: Json = Fal
     quality = pretrain_policy(output, seed, steps, progress)
     if as_json:
         return _print_json(quality)
-    _print_estimates({f"countdown, {size} numbers": e["pass_at"] for size, e in quality["evaluation"].items()})
+    print_estimates({f"countdown, {size} numbers": e for size, e in quality["evaluation"].items()})
     print(f"policy written to {output}")
 
 
@@ -194,19 +271,10 @@ def _print_json(document: Any) -> None:
     print(json.dumps(document, indent=2))
 
 
-def _print_estimates(rows: dict[str, dict[str, dict[str, float]]]) -> None:
-    if not rows:
-        return
-    table = Table("", *rows)
-    for k in next(iter(rows.values())):
-        cells = (f"{e[k]['value']:.3f} [{e[k]['low']:.3f}, {e[k]['high']:.3f}]" for e in rows.values())
-        table.add_row(f"pass@{k}", *cells)
-    Console().print(table)
-
-
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "eval": evaluate,
+    "compare": compare,
     "report": report,
     "methods": methods,
     "pretrain": pretrain,
@@ -220,8 +288,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="papo", description="Measure and control entropy.")
-    except KeyboardInterrupt:
-        print("papo: stopped; papo train --resume goes on with a run from its last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        how = str(stop) or "papo train --resume goes on with a run from its last checkpoint"
+        print(f"papo: stopped; {how}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if os.environ.get("PAPO_DEBUG"):

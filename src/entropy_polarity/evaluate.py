@@ -1,4 +1,7 @@
-"""Evaluation: sample completions of held-out problems, count successes, and say how sure the numbers are."""
+"""Evaluation: sample completions of held-out problems, count successes, and say how sure the numbers are.
+
+The statistics stand first, pure functions of numbers; sampling from a policy comes after them.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,11 +12,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from entropy_polarity.tasks import Problem, Task, distinct_problems
+from entropy_polarity.tasks import Problem, Score, Task, distinct_problems
 
 
-def pass_at_k(successes: Int[np.ndarray, " P"], samples: int, k: int) -> Float[np.ndarray, " P"]:
-    """The unbiased estimate of the chance that one of k samples is right, per problem.
+def pass_at_k(successes: Int[np.ndarray, "*P"], samples: int, k: int) -> Float[np.ndarray, "*P"]:
+    """The unbiased estimate of the chance that one of k samples is right, for each problem.
 
         pass@k = 1 - C(n - c, k) / C(n, k)        n samples, c of them right
 
@@ -53,7 +56,7 @@ def bootstrap_interval(
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % bootstrap interval over problems."""
+    """A mean, or a difference of means, with its interval; 95 % unless another level was asked for."""
 
     value: float
     low: float
@@ -61,22 +64,139 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Float[np.ndarray, " P"]) -> "Estimate":
+        """The mean over problems with its bootstrap interval."""
         return cls(float(np.mean(values)), *bootstrap_interval(values))
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+def paired_bootstrap(
+    a: Float[np.ndarray, "S P"], b: Float[np.ndarray, "S P"], draws: int = 2000, level: float = 0.95, seed: int = 0
+) -> Estimate:
+    """The mean of a - b over seeds and problems, with the percentile interval of a crossed bootstrap.
+
+    Row s of both is the same seed, column p the same problem. Every draw resamples S seeds and, on its own, P
+    problems, and takes both methods at the same places:
+
+        difference* = Σ_s Σ_p u_s v_p (a_sp - b_sp)        u ~ Multinomial(S, 1/S) / S,  v ~ Multinomial(P, 1/P) / P
+
+    so that problems hard for every seed and seeds good on every problem both count. Where noise of single answers
+    rules, it is wider than need be; of a handful of seeds it shows too little spread, of one none at all: read it
+    beside `t_interval`. Raises ValueError unless the shapes agree and none is empty. Source: Owen, "The pigeonhole
+    bootstrap", Annals of Applied Statistics 2007.
+
+    >>> paired_bootstrap(np.array([[1.0, 1.0], [1.0, 1.0]]), np.array([[0.0, 0.5], [0.0, 0.5]])).value
+    0.75
+    """
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.shape != b.shape or a.ndim != 2 or a.size == 0:
+        raise ValueError(f"paired_bootstrap: shapes {a.shape} and {b.shape}; expected one (seeds, problems) for both")
+    (S, P), rng = a.shape, np.random.default_rng(seed)
+    seeds = rng.multinomial(S, np.full(S, 1 / S), size=draws) / S
+    problems = rng.multinomial(P, np.full(P, 1 / P), size=draws) / P
+    means = ((seeds @ (a - b)) * problems).sum(axis=1)
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Estimate(float((a - b).mean()), float(low), float(high))
+
+
+def t_interval(differences: Float[np.ndarray, " S"], level: float = 0.95) -> Estimate:
+    """The mean of one difference a seed, with Student's interval: mean ± t sd / √S, S - 1 degrees of freedom.
+
+    It asks how sure the mean is for other seeds on these problems, taking differences as normal; it stays honest for
+    a handful of seeds. Raises ValueError for fewer than two. Source: Student 1908.
+
+    >>> print(t_interval(np.array([1.0, 2.0, 3.0])))
+    2.000 [-0.484, 4.484]
+    """
+    differences = np.asarray(differences, dtype=float)
+    if len(differences) < 2:
+        raise ValueError(f"t_interval: {len(differences)} differences; a spread over seeds needs at least two")
+    mean, error = differences.mean(), differences.std(ddof=1) / np.sqrt(len(differences))
+    half = t_quantile(level, len(differences) - 1) * error
+    return Estimate(float(mean), float(mean - half), float(mean + half))
+
+
+def t_quantile(level: float, freedom: int) -> float:
+    """The t with P(|T| <= t) = level, for T of Student's distribution with that many degrees of freedom.
+
+    With θ = atan(t / √ν) the probability is a finite sum, inverted here by bisection of θ:
+
+        ν even:  sin θ · Σ_i c_i cos^2i θ                    i < ν/2,      c_0 = 1, c_i = c_{i-1} (2i - 1) / 2i
+        ν odd:   (θ + sin θ · Σ_i c_i cos^(2i+1) θ) · 2/π    i < (ν-1)/2,  c_0 = 1, c_i = c_{i-1} 2i / (2i + 1)
+
+    Source: Abramowitz and Stegun, 26.7.3 and 26.7.4.
+
+    >>> round(t_quantile(0.95, 2), 3)
+    4.303
+    """
+    if not (0 < level < 1 and freedom >= 1):
+        raise ValueError(f"t_quantile: level={level}, freedom={freedom}; expected 0 < level < 1 and at least 1")
+    odd = freedom % 2
+    i = np.arange(1, (freedom - odd) // 2)
+    c = np.cumprod(np.concatenate([[1.0], (2 * i - 1 + odd) / (2 * i + odd)]))[: (freedom - odd) // 2]
+    powers = 2 * np.arange(len(c)) + odd
+    low, high = 0.0, np.pi / 2
+    for _ in range(60):  # to the last bit of θ
+        middle = (low + high) / 2
+        inside = np.sin(middle) * (c * np.cos(middle) ** powers).sum()
+        inside = (middle + inside) * 2 / np.pi if odd else inside
+        low, high = (middle, high) if inside < level else (low, middle)
+    return float(np.sqrt(freedom) * np.tan((low + high) / 2))
+
+
+def area_under_curve(values: Float[np.ndarray, " K"]) -> float:
+    """The area under a curve of one value a rollout, divided by its length: (1/K) Σ_k values_k.
+
+    Of rewards it is the mean reward of all that was sampled in training: it grows with a higher end and with a
+    faster way to it.
+    """
+    return float(np.mean(values))
+
+
+def moving_average(values: Float[np.ndarray, " K"], window: int) -> Float[np.ndarray, " M"]:
+    """Means over every `window` values in a row, K - window + 1 of them; over all values where there are fewer.
+
+    >>> moving_average(np.array([1.0, 2.0, 3.0, 4.0]), window=3)
+    array([2., 3.])
+    """
+    values = np.asarray(values, dtype=float)
+    window = min(window, len(values))
+    return np.convolve(values, np.full(window, 1 / window), mode="valid")
+
+
+def steps_to_reach(steps: Sequence[int], values: Float[np.ndarray, " K"], level: float, window: int = 10) -> int | None:
+    """The first of `steps` at which the moving average over `window` rollouts reaches `level`; None if it never does.
+
+    Only whole windows count: a lucky first rollout reaches nothing.
+
+    >>> steps_to_reach([1, 3, 5, 7], np.array([0.0, 0.2, 0.4, 0.4]), level=0.3, window=2)
+    5
+    """
+    averages = moving_average(values, window)
+    # A baseline must reach its own best, whatever the rounding of the sums.
+    reached = np.flatnonzero(averages >= level - 1e-9)
+    return int(steps[len(steps) - len(averages) + reached[0]]) if reached.size else None
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """Successes on held-out problems: pass@k by k, and how often each verdict was given (as a share)."""
+    """Successes on held-out problems: pass@k by k, and how often each verdict was given (as a share).
+
+    `successes` counts the right samples of each problem; `greedy` is 1 where the most likely completion, taken token
+    by token, is right, and `greedy_pass` their mean. With both, runs can be compared problem by problem.
+    """
 
     problems: int
     samples: int
     seed: int
     temperature: float
     pass_at: dict[int, Estimate]
+    greedy_pass: Estimate
     verdicts: dict[str, float]
+    successes: list[int]
+    greedy: list[int]
 
     def to_json(self) -> dict[str, Any]:
         document = asdict(self)
@@ -94,8 +214,9 @@ def sample_completions(
     temperature: float,
     batch_size: int = 512,
 ) -> list[list[str]]:
-    """`samples` completions of every prompt, sampled at `temperature` from the whole vocabulary."""
+    """`samples` completions of every prompt, sampled at `temperature` from the whole vocabulary; greedy at 0."""
     texts: list[str] = []
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     for start in range(0, len(repeated), batch_size):
         batch = tokenizer(repeated[start : start + batch_size], return_tensors="pt", padding=True, padding_side="left")
@@ -103,12 +224,10 @@ def sample_completions(
         output = model.generate(
             input_ids=ids,
             attention_mask=batch["attention_mask"].to(model.device),
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            top_p=1.0,
+            do_sample=temperature > 0,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
+            **sampling,
         )
         texts += tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return [texts[i * samples : (i + 1) * samples] for i in range(len(prompts))]
@@ -124,7 +243,7 @@ def evaluate(
     seed: int = 0,
     temperature: float = 1.0,
 ) -> Evaluation:
-    """pass@1, @2, @4, ... @`samples` on the task's test split, with intervals over problems.
+    """pass@1, @2, @4, ... @`samples` and of the greedy answer, on the task's test split, with intervals over problems.
 
     The random state of the caller and the mode of the model are left as they were.
     """
@@ -133,17 +252,16 @@ def evaluate(
     chosen: list[Problem] = distinct_problems(task, seed, "test", problems)
     was_training = model.training
     model.eval()
+    prompts = [problem.prompt for problem in chosen]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        prompts = [problem.prompt for problem in chosen]
-        completions = sample_completions(model, tokenizer, prompts, samples, task.max_completion_tokens, temperature)
+        sampled = sample_completions(model, tokenizer, prompts, samples, task.max_completion_tokens, temperature)
+        likeliest = sample_completions(model, tokenizer, prompts, 1, task.max_completion_tokens, temperature=0.0)
     model.train(was_training)
-    verdicts: Counter[str] = Counter()
-    successes = np.zeros(problems, dtype=int)
-    for row, (problem, texts) in enumerate(zip(chosen, completions, strict=True)):
-        scores = [task.score(problem, text) for text in texts]
-        verdicts.update(score.reason for score in scores)
-        successes[row] = sum(score.reward > 0 for score in scores)
+    scores = _scores(task, chosen, sampled)
+    verdicts = Counter(score.reason for row in scores for score in row)
+    successes = np.array([sum(score.reward > 0 for score in row) for row in scores])
+    greedy = np.array([int(score.reward > 0) for (score,) in _scores(task, chosen, likeliest)])
     sizes = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < samples] + [samples]
     return Evaluation(
         problems,
@@ -151,5 +269,13 @@ def evaluate(
         seed,
         temperature,
         {k: Estimate.of(pass_at_k(successes, samples, k)) for k in sizes},
+        Estimate.of(greedy.astype(float)),
         {reason: verdicts[reason] / (problems * samples) for reason in task.reasons},
+        successes.tolist(),
+        greedy.tolist(),
     )
+
+
+def _scores(task: Task, problems: list[Problem], completions: list[list[str]]) -> list[list[Score]]:
+    rows = zip(problems, completions, strict=True)
+    return [[task.score(problem, text) for text in texts] for problem, texts in rows]

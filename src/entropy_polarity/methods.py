@@ -1,6 +1,6 @@
-"""The table of methods: a name, and the documented chain of transforms behind it.
+"""The table of methods: a name, and the documented transform behind it.
 
-To add one: write its transform, write a builder here whose arguments are its settings, add a row to METHODS.
+To add one: write the function that builds its transform, whose arguments are its settings, and add a row.
 """
 
 import inspect
@@ -11,36 +11,44 @@ from typing import Any
 from entropy_polarity import phase
 from entropy_polarity._errors import check_settings, unknown_name
 from entropy_polarity.transforms import Transform, identity, monitored, polarity_weights
+from entropy_polarity.transforms.rewards import dapo, nsr, psr, qae, w_reinforce
+from entropy_polarity.transforms.selection import clip_b, clip_cov, clip_v, kl_cov, top_entropy
+from entropy_polarity.transforms.shaping import cw_grpo, entropic, entropy_advantage, gepo, stare, steer
+from entropy_polarity.transforms.terms import adaptive_coefficient, entropy_bonus
+from entropy_polarity.transforms.weights import one_branch, opefo
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: `build(**settings)` gives the transform.
+    """A row of the table: `build(**settings)` gives the transform; its docstring is the method's documentation.
 
-    `decides` says from what: "every token" from its own facts, in the training pass itself; "whole batch" from all
-    tokens of the rollout, in one more pass without gradient. `controllers` are the builders that the setting
-    "controller" chooses from.
+    `example` has a value for every setting without default, for tests and first tries; it is nobody's
+    recommendation. `controllers` are the builders that the setting "controller" chooses from.
     """
 
     name: str
-    summary: str
-    decides: str
-    source: str
     build: Callable[..., Transform]
+    source: str
+    example: dict[str, Any] = field(default_factory=dict)
     controllers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        return " ".join((inspect.getdoc(self.build) or "").split("\n\n")[0].split())
 
 
 def grpo() -> Transform:
-    """Plain GRPO: every polarity metric is logged, nothing is changed. arXiv 2402.03300."""
+    """Plain GRPO: logs every polarity metric, changes nothing."""
     return identity()
 
 
 def papo(
     controller: str = "trend", soft_sign: float = 0.0, conserve: bool = False, **controller_settings: Any
 ) -> Transform:
-    """PAPO, A' = A (1 + λ_k s): see `polarity_weights`; `controller_settings` are those of `phase.<controller>`.
+    """PAPO: weighs expanding tokens 1 + λ and contracting ones 1 - λ, λ steered by the entropy trajectory.
 
-    arXiv 2605.11775; the weighting rule and the controllers are our reconstruction.
+    A' = A (1 + λ_k s): see `polarity_weights`; `controller_settings` are those of `phase.<controller>`.
+    Source: arXiv 2605.11775; the weighting rule and the controllers are our reconstruction.
     """
     if controller not in phase.CONTROLLERS:
         raise unknown_name("controller", controller, phase.CONTROLLERS)
@@ -50,33 +58,63 @@ def papo(
     return polarity_weights(build(**controller_settings), soft_sign, conserve)
 
 
+def papo_positive_only() -> Transform:
+    """Ablation: only tokens that expand entropy keep their advantage."""
+    return one_branch(+1)
+
+
+def papo_negative_only() -> Transform:
+    """Ablation: only tokens that contract entropy keep their advantage."""
+    return one_branch(-1)
+
+
 METHODS = {
     method.name: method
     for method in (
+        Method("grpo", grpo, "arXiv 2402.03300"),
+        Method("dapo", dapo, "arXiv 2503.14476; without resampling"),
+        Method("entropy_bonus", entropy_bonus, "folklore", {"coefficient": 0.01}),
+        Method("adaptive_coefficient", adaptive_coefficient, "Skywork-OR1, arXiv 2505.22312"),
+        Method("top_entropy", top_entropy, "80/20, arXiv 2506.01939"),
+        Method("clip_cov", clip_cov, "arXiv 2505.22617"),
+        Method("kl_cov", kl_cov, "arXiv 2505.22617"),
+        Method("cw_grpo", cw_grpo, "arXiv 2605.11538, from a third-party summary"),
+        Method("clip_b", clip_b, "arXiv 2602.03392"),
+        Method("clip_v", clip_v, "arXiv 2602.03392"),
+        Method("entropy_advantage", entropy_advantage, "arXiv 2506.14758; kappa is a guess", {"kappa": 2.0}),
+        Method("w_reinforce", w_reinforce, "arXiv 2506.01347"),
+        Method("nsr", nsr, "arXiv 2506.01347"),
+        Method("psr", psr, "arXiv 2506.01347"),
+        Method("steer", steer, "arXiv 2510.10150"),
+        Method("opefo", opefo, "arXiv 2605.11491, from a third-party summary; d = P is assumed"),
+        Method("stare", stare, "arXiv 2606.19236"),
         Method(
-            "grpo",
-            "plain GRPO; logs every polarity metric, changes nothing",
-            "every token",
-            "arXiv 2402.03300",
-            grpo,
+            "entropic",
+            entropic,
+            "arXiv 2511.15248, not checked against its code; the threshold is a guess",
+            {"probability": 0.5},
         ),
         Method(
-            "papo",
-            "reweights expanding and contracting tokens, steered by the entropy trajectory",
-            "every token (balance, conserve: whole batch)",
-            "arXiv 2605.11775; rule and controllers are our reconstruction",
-            papo,
-            phase.CONTROLLERS,
+            "gepo",
+            gepo,
+            "arXiv 2607.16850, from a third-party summary; width and rate are guesses",
+            {"width": 1.0, "rate": 0.1},
         ),
+        Method("qae", qae, "arXiv 2509.22611, from third-party summaries"),
+        Method(
+            "papo", papo, "arXiv 2605.11775; rule and controllers are our reconstruction", controllers=phase.CONTROLLERS
+        ),
+        Method("papo_positive_only", papo_positive_only, "ours"),
+        Method("papo_negative_only", papo_negative_only, "ours"),
     )
 }
 
 
 def make_transform(name: str, settings: dict[str, Any] | None = None) -> Transform:
-    """The transform of the method `name`, monitored. Unknown names and settings raise ValueError.
+    """The transform of the method `name`, monitored. Unknown names, unknown settings and missing ones raise ValueError.
 
-    >>> make_transform("papo", {"controller": "balance"}).local is None   # needs the whole batch
-    True
+    >>> make_transform("papo", {"controller": "balance"}).decides
+    'whole batch'
     """
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
@@ -85,22 +123,44 @@ def make_transform(name: str, settings: dict[str, Any] | None = None) -> Transfo
     named = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
     open_ended = len(named) < len(parameters)  # the rest is the controller's, and checked with it
     check_settings(f"method {name!r}", build, {k: v for k, v in settings.items() if k in named or not open_ended})
+    missing = [p.name for p in parameters if p.default is p.empty and p.name in named - settings.keys()]
+    if missing:
+        raise ValueError(
+            f"method {name!r} needs a value for {', '.join(missing)}: no published one is known, so there is no default"
+        )
     return monitored(build(**settings))
 
 
+COST = {
+    "every token": "none: statistics of the training pass",
+    "rewards": "none",
+    "whole batch": "one forward pass over the rollout, or none where the trainer makes it for old log-probs",
+}
+
+
 def describe_methods() -> list[dict[str, Any]]:
-    """The table as plain data."""
+    """The table as plain data; what depends on settings is that of the example."""
     return [
         {
             "name": method.name,
             "summary": method.summary,
-            "decides": method.decides,
             "source": method.source,
+            **_facts(make_transform(method.name, method.example)),
             "settings": _defaults(method.build),
-            "controllers": {name: _defaults(build) for name, build in method.controllers.items()},
+            "controllers": {
+                name: {
+                    "decides": make_transform(method.name, {"controller": name}).decides,
+                    "settings": _defaults(build),
+                }
+                for name, build in method.controllers.items()
+            },
         }
         for method in METHODS.values()
     ]
+
+
+def _facts(transform: Transform) -> dict[str, Any]:
+    return {"decides": transform.decides, "cost": COST[transform.decides], "needs": sorted(transform.needs)}
 
 
 def _defaults(build: Callable[..., Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 # Nearer to 1 a float32 weight 1 - λ would round to 0, and a branch would be silenced after all.
 LAMBDA_LIMIT = 0.999
 
@@ -25,11 +27,18 @@ class Observation(NamedTuple):
     entropy         H_k, mean entropy of the model tokens at the sampling temperature
     positive_flow   D+ = Σ_{P>0} P / N, before reweighting
     negative_flow   D- = Σ_{P<0} |P| / N, before reweighting
+    signed_flow     G = Σ P s / N, what a unit of λ adds to the net flow D+ - D-; with the hard sign D+ + D-
+    tilt            m = Σ |A| s / Σ |A|, what a unit of λ adds to the total pressure Σ |A|, as a share, where the
+                    transform takes it back; 0 where it does not
+    entropy_error   standard error of `entropy` as an estimate of the policy's; None if it was not estimated
     """
 
     entropy: float
     positive_flow: float
     negative_flow: float
+    signed_flow: float | None = None
+    tilt: float = 0.0
+    entropy_error: float | None = None
 
 
 class Controller(NamedTuple):
@@ -56,6 +65,31 @@ def _check_gain(gain: float, lambda_max: float) -> None:
 
 def _clip(value: float, bound: float) -> float:
     return 0.0 if math.isnan(value) else max(-bound, min(bound, value))
+
+
+def _entropy_path(
+    owner: str, level: float | None, fraction: float | None, path: str, horizon: int
+) -> Callable[[int, float], float]:
+    """H_ref(k, H_0): the entropy wanted at rollout k."""
+    if level is not None and fraction is not None:
+        raise ValueError(f"{owner}: level={level} and fraction={fraction} were both given; give one of them")
+    if level is not None and not level > 0:
+        raise ValueError(f"{owner}: level is {level}; expected an entropy above 0 nats")
+    if fraction is not None and not fraction > 0:
+        raise ValueError(f"{owner}: fraction is {fraction}; expected a positive part of the first entropy")
+    if path not in ("constant", "linear", "cosine"):
+        raise ValueError(f"{owner}: path is {path!r}; expected 'constant', 'linear' or 'cosine'")
+    if path != "constant" and horizon < 1:
+        raise ValueError(f"{owner}: path {path!r} needs horizon >= 1 rollouts, got {horizon}")
+
+    def wanted(k: int, first: float) -> float:
+        end = level if level is not None else first * (1.0 if fraction is None else fraction)
+        done = 1.0 if path == "constant" else min(1.0, k / horizon)
+        if path == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return first + (end - first) * done
+
+    return wanted
 
 
 def constant(lambda_: float = 0.0) -> Controller:
@@ -123,16 +157,7 @@ def reference(
     0.4
     """
     _check_gain(gain, lambda_max)
-    if level is not None and fraction is not None:
-        raise ValueError(f"reference: level={level} and fraction={fraction} were both given; give one of them")
-    if level is not None and not level > 0:
-        raise ValueError(f"reference: level is {level}; expected an entropy above 0 nats")
-    if fraction is not None and not fraction > 0:
-        raise ValueError(f"reference: fraction is {fraction}; expected a positive part of the first entropy")
-    if path not in ("constant", "linear", "cosine"):
-        raise ValueError(f"reference: path is {path!r}; expected 'constant', 'linear' or 'cosine'")
-    if path != "constant" and horizon < 1:
-        raise ValueError(f"reference: path {path!r} needs horizon >= 1 rollouts, got {horizon}")
+    wanted = _entropy_path("reference", level, fraction, path, horizon)
 
     def init() -> State:
         return {"k": 0, "first_entropy": None}
@@ -141,11 +166,7 @@ def reference(
         if not math.isfinite(observed.entropy):
             return 0.0, state | {"k": state["k"] + 1}, {}
         first = observed.entropy if state["first_entropy"] is None else state["first_entropy"]
-        end = level if level is not None else first * (1.0 if fraction is None else fraction)
-        done = 1.0 if path == "constant" else min(1.0, state["k"] / horizon)
-        if path == "cosine":
-            done = (1 - math.cos(math.pi * done)) / 2
-        target = first + (end - first) * done
+        target = wanted(state["k"], first)
         lam = _clip(gain * (target - observed.entropy) / max(target, 1e-12), lambda_max)
         return lam, {"k": state["k"] + 1, "first_entropy": first}, {"polarity/entropy_reference": target}
 
@@ -172,9 +193,102 @@ def balance(lambda_max: float = 0.8) -> Controller:
     return Controller(dict, update, causal=False)
 
 
+def thermostat(
+    gain: float = 0.5,
+    lambda_max: float = 0.8,
+    level: float | None = None,
+    fraction: float | None = None,
+    path: Literal["constant", "linear", "cosine"] = "constant",
+    horizon: int = 0,
+) -> Controller:
+    """Bring the entropy to any level or path and hold it there, learning on the way what a weight does. Batch.
+
+    The policy's own entropy h, seen through H_k = h_k + noise of standard error σ_k, is taken to answer to the net
+    flow as a share of the total flow, u = net / (D+ + D-) (an optimiser that normalises its step answers to the
+    balance of the flows, not to their size):
+
+        h_{k+1} = h_k + κ u_k + b
+
+    A Kalman filter estimates (h, κ, b) from the levels H_k: one-step differences carry noise several times the drift.
+    κ and b may wander slowly; with no excitation they are left alone; u_k is the flow achieved within the clip, so
+    nothing winds up at it. The flow asked for removes the part `gain` of the error by the next rollout:
+
+        u = (gain (H_ref(k+1) - h) - b) / κ        λ = (x - F) / (G - x m),  x = u (D+ + D-),  F = D+ - D-
+
+    which makes the predicted net flow of the reweighted batch x, |λ| <= `lambda_max`. H_ref is as in `reference`.
+    Source: ours.
+
+    >>> law = thermostat(level=0.5)
+    >>> lam, state, _ = law.update(Observation(0.3, 0.1, 0.1, entropy_error=0.01), law.init())
+    >>> lam > 0
+    True
+    """
+    _check_gain(gain, lambda_max)
+    wanted = _entropy_path("thermostat", level, fraction, path, horizon)
+
+    def init() -> State:
+        return {"k": 0, "first_entropy": None, "flow": 0.0, "mean": None, "covariance": None}
+
+    def update(observed: Observation, state: State) -> tuple[float, State, Metrics]:
+        if not math.isfinite(observed.entropy):
+            return 0.0, state | {"k": state["k"] + 1, "flow": 0.0}, {}
+        first = observed.entropy if state["first_entropy"] is None else state["first_entropy"]
+        error = observed.entropy_error or 0.05 * max(observed.entropy, 1e-6)
+        mean, covariance = _filtered(state, observed.entropy, error, first)
+        entropy, response, drift = mean
+        target = wanted(state["k"] + 1, first)
+        # The response cannot be known to be this small: dividing by less would turn noise into pressure.
+        asked = (gain * (target - entropy) - drift) / max(response, 0.1 * _RESPONSE * first)
+        lam, flow = _lambda_for(asked, observed, lambda_max)
+        metrics = {
+            "polarity/entropy_reference": wanted(state["k"], first),
+            "polarity/entropy_filtered": float(entropy),
+            "polarity/entropy_response": float(response),
+            "polarity/entropy_drift": float(drift),
+        }
+        following = {"k": state["k"] + 1, "first_entropy": first, "flow": flow}
+        return lam, following | {"mean": mean.tolist(), "covariance": covariance.tolist()}, metrics
+
+    return Controller(init, update, causal=False)
+
+
+# What is believed before anything was seen, in parts of the first entropy: all pressure on one side moves the entropy
+# by a tenth of it in a rollout, give or take as much, and without pressure it drifts by up to a fiftieth.
+_RESPONSE, _DRIFT = 0.1, 0.02
+# How far the policy's entropy, the response and the drift wander in a rollout: in standard errors of the
+# measurement, in parts of the response, and in standard errors.
+_WANDER = (0.25, 0.03, 0.03)
+
+
+def _filtered(state: State, entropy: float, error: float, first: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of (h, κ, b) after one more rollout: a step of the Kalman filter."""
+    prior = np.array([error, _RESPONSE * first, _DRIFT * first])
+    if state["mean"] is None:
+        return np.array([entropy, prior[1], 0.0]), np.diag(prior**2)
+    step = np.array([[1.0, state["flow"], 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    wander = np.array(_WANDER) * [error, prior[1], error]
+    mean = step @ np.array(state["mean"])
+    covariance = step @ np.array(state["covariance"]) @ step.T + np.diag(wander**2)
+    gain = covariance[:, 0] / (covariance[0, 0] + error**2)
+    return mean + gain * (entropy - mean[0]), covariance - np.outer(gain, covariance[0])
+
+
+def _lambda_for(asked: float, observed: Observation, lambda_max: float) -> tuple[float, float]:
+    """The λ that makes the net flow the `asked` share of the total flow, and the share it makes within the clip."""
+    total = observed.positive_flow + observed.negative_flow
+    net, tilt = observed.positive_flow - observed.negative_flow, observed.tilt
+    per_lambda = total if observed.signed_flow is None else observed.signed_flow
+    if per_lambda - abs(net * tilt) <= 0:  # no flow, or none that λ could move
+        return 0.0, net / total if total > 0 else 0.0
+    low, high = ((net + lam * per_lambda) / (1 + lam * tilt) for lam in (-lambda_max, lambda_max))
+    flow = max(low, min(high, asked * total))
+    return _clip((flow - net) / (per_lambda - flow * tilt), lambda_max), flow / total
+
+
 CONTROLLERS: dict[str, Callable[..., Controller]] = {
     "trend": trend,
     "reference": reference,
     "balance": balance,
+    "thermostat": thermostat,
     "constant": constant,
 }

@@ -6,7 +6,7 @@ seed                     of prompts, sampling and training
 [policy]                 model: "embedded", or a folder with a Hugging Face causal language model
 [method]                 name, and the method's own settings
 [trainer]                any argument of TRL's GRPOConfig
-[evaluation]             problems, samples: held-out evaluation before and after
+[evaluation]             problems, samples, seed: held-out evaluation before and after
 [record]                 completions: how many sampled completions of each rollout are kept
 """
 
@@ -36,10 +36,12 @@ class Policy:
 class HeldOut:
     problems: int = 200
     samples: int = 16
+    seed: int = 0  # which problems, and of their sampling; the recipe's own seed leaves both as they are
 
     def __post_init__(self) -> None:
         _at_least("evaluation.problems", self.problems, 1)
         _at_least("evaluation.samples", self.samples, 1)
+        _at_least("evaluation.seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,14 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises ValueError for an unknown name, a file that is not TOML, a key that is not known (naming the nearest known
     one) or a value of the wrong type, and FileNotFoundError for a path where there is no file.
     """
+    document = read_recipe(name_or_path)
+    for override in overrides:
+        apply_override(document, override)
+    return _recipe(document)
+
+
+def read_recipe(name_or_path: str) -> dict[str, Any]:
+    """The tables of the recipe of that name or at that path, as they stand in the file. Raises as `load_recipe`."""
     path = Path(name_or_path)
     if path.suffix == ".toml" or path.parent != Path("."):
         if not path.is_file():
@@ -99,12 +109,9 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     else:
         raise unknown_name("recipe", name_or_path, recipe_names())
     try:
-        document = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"recipe {name_or_path} is not valid TOML: {error}") from None
-    for override in overrides:
-        apply_override(document, override)
-    return _recipe(document)
 
 
 def apply_override(document: dict[str, Any], override: str) -> None:
@@ -127,26 +134,26 @@ def apply_override(document: dict[str, Any], override: str) -> None:
 def _recipe(document: dict[str, Any]) -> Recipe:
     for key, section in _SECTIONS.items():
         if key in document:
-            document = document | {key: _typed(section, document[key], f"{key}.")}
-    recipe = _typed(Recipe, document)
+            document = document | {key: typed_table(section, document[key], f"{key}.")}
+    recipe = typed_table(Recipe, document)
     for table in ("task", "method"):
         if "name" not in getattr(recipe, table):
             raise ValueError(f"recipe table [{table}] has no name")
     return recipe
 
 
-def _typed(kind: type, values: Any, prefix: str = "") -> Any:
+def typed_table(kind: type, values: Any, prefix: str = "", file: str = "recipe") -> Any:
     """An instance of the dataclass `kind`; unknown keys and values of another type than the default's are refused."""
     if not isinstance(values, dict):
-        raise ValueError(f"recipe key {prefix.rstrip('.')!r} is {values!r}; expected a table [{prefix.rstrip('.')}]")
+        raise ValueError(f"{file} key {prefix.rstrip('.')!r} is {values!r}; expected a table [{prefix.rstrip('.')}]")
     defaults = {f.name: getattr(kind(), f.name) for f in fields(kind)}
     for key, value in values.items():
         if key not in defaults:
-            raise unknown_name("recipe key", f"{prefix}{key}", [f"{prefix}{name}" for name in defaults])
+            raise unknown_name(f"{file} key", f"{prefix}{key}", [f"{prefix}{name}" for name in defaults])
         expected = type(defaults[key])
         if type(value) is not expected:
             what = f"a table [{key}]" if expected is dict else f"a value of type {expected.__name__}"
-            raise ValueError(f"recipe key {prefix + key!r} is {value!r}; expected {what}")
+            raise ValueError(f"{file} key {prefix + key!r} is {value!r}; expected {what}")
     return kind(**values)
 
 

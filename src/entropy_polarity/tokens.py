@@ -48,6 +48,8 @@ class Tokens:
     importance   w, what the loss leaves of the policy gradient: the importance ratio while the clip lets it
                  live, 0 where it does not, times a rollout engine's correction. None means 1 everywhere
     reward, group, sample_id   one value a response
+    entropy_bonus, ratio_penalty   β and κ of the loss terms -β H and κ |log r| of each token, whose H and r are those
+                 of the loss's own forward pass. None means no such term
     """
 
     mask: Bool[Tensor, "B T"]
@@ -62,6 +64,8 @@ class Tokens:
     reward: Float[Tensor, " B"] | None = None
     group: Int[Tensor, " B"] | None = None
     sample_id: Int[Tensor, " B"] | None = None
+    entropy_bonus: Float[Tensor, "B T"] | None = None
+    ratio_penalty: Float[Tensor, "B T"] | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -87,6 +91,10 @@ class Tokens:
     def rows(self, index: Int[Tensor, " N"] | slice) -> "Tokens":
         """The same facts for some of the responses."""
         return self._map(lambda column: column[index])
+
+    def cut(self, width: int) -> "Tokens":
+        """The same facts for the first `width` positions."""
+        return self._map(lambda column: column[:, :width] if column.dim() == 2 else column)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Tokens":
         columns = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -104,6 +104,15 @@ class VerifiedReward:
         return [score.reward for score in scores]
 
 
+def checked(recipe: Recipe, output: Path) -> tuple[Task, PolarityConfig]:
+    """The task and the TRL configuration of a recipe. All that needs no model is checked: ValueError or OSError."""
+    task = make_task(**recipe.task)
+    config = trainer_config(recipe, output / CHECKPOINTS)
+    distinct_problems(task, recipe.evaluation.seed, "test", recipe.evaluation.problems)  # there may be too few
+    resolve_model(recipe.policy.model)
+    return task, config
+
+
 def prompts_of(task: Task, config: PolarityConfig, seed: int) -> tuple[Dataset, VerifiedReward]:
     """The prompts of the whole run in order, and the reward function that judges completions of them."""
     assert config.generation_batch_size is not None
@@ -160,9 +169,7 @@ def train(
     quiet()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("papo train runs in one process: for several, use PolarityTrainer in a script of your own")
-    task = make_task(**recipe.task)
-    config = trainer_config(recipe, output / CHECKPOINTS)
-    distinct_problems(task, 0, "test", recipe.evaluation.problems)  # too few of them: now, not after training
+    task, config = checked(recipe, output)
     summary = _summary_to_resume(output, config.max_steps) if resume else refuse_occupied(output) or {}
     model, tokenizer = load_policy(recipe.policy.model)
     dataset, reward = prompts_of(task, config, recipe.seed)

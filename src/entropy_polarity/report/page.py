@@ -3,28 +3,25 @@
 from typing import Any
 
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader
-from plotly.offline import get_plotlyjs
 
 from entropy_polarity.record import Run
 from entropy_polarity.report.heatmap import coloured_rollouts
+from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render, smoothed
 
 _BLUE, _RED, _GREY, _GREEN = "#2166d6", "#d63031", "#8a8f98", "#1b9e77"
 
 
 def render_page(run: Run) -> str:
     """The report of a run as HTML. All text that is not ours, model output first of all, is escaped."""
-    templates = Environment(loader=PackageLoader("entropy_polarity.report"), autoescape=True)
-    return templates.get_template("page.html").render(
+    return render(
+        "page.html",
+        _charts(run),
+        title=run.config["title"] or "Run",
+        environment=run.environment,
         run=run,
         method=run.config["method"],
         cards=_cards(run),
-        charts=[
-            {"title": title, "text": text, "html": _html(figure, f"chart-{number}")}
-            for number, (title, text, figure) in enumerate(_charts(run))
-        ],
         rollouts=coloured_rollouts(run),
-        plotly=get_plotlyjs(),
     )
 
 
@@ -73,14 +70,14 @@ def _arrow(before: dict[str, float], after: dict[str, float] | None) -> str:
     return f"{one(before)} → {one(after)}" if after else one(before)
 
 
-def _charts(run: Run) -> list[tuple[str, str, go.Figure]]:
+def _charts(run: Run) -> list[Chart]:
     charts = [
-        (
+        Chart(
             "Reward",
             "Mean reward of each rollout batch (faint) and its moving average over ten rollouts. Training problems.",
             _lines(run, [("reward", "reward", _GREEN)], smooth=10),
         ),
-        (
+        Chart(
             "Entropy",
             "Mean entropy H of the policy at the tokens it wrote, in nats, with what the controller compares it to: "
             "its reference, or a fast and a slow moving average.",
@@ -94,13 +91,13 @@ def _charts(run: Run) -> list[tuple[str, str, go.Figure]]:
                 ],
             ),
         ),
-        (
+        Chart(
             "λ, the pressure moved",
             "Tokens that expand entropy get weight 1 + λ, tokens that contract it 1 - λ. Above zero: towards "
             "expansion; below: towards contraction.",
             _lines(run, [("polarity/lambda", "λ", "#6c3fc4")], zero=True),
         ),
-        (
+        Chart(
             "Branch flows",
             "Predicted expansion (D+) and contraction (D-) per token, before reweighting, in nats per unit of step "
             "size: the two branches PAPO keeps alive.",
@@ -115,7 +112,7 @@ def _charts(run: Run) -> list[tuple[str, str, go.Figure]]:
     ]
     if run.summary.get("before"):
         charts.append(
-            (
+            Chart(
                 "pass@k, held out",
                 "Unbiased pass@k on problems that training never draws, before and after, with 95 % intervals. "
                 "pass@1 is what reinforcement raises; a falling pass@k at large k means that exploration died.",
@@ -125,32 +122,15 @@ def _charts(run: Run) -> list[tuple[str, str, go.Figure]]:
     return charts
 
 
-def _figure() -> go.Figure:
-    return go.Figure(
-        layout={
-            "template": "plotly_white",
-            "height": 280,
-            "margin": {"l": 48, "r": 12, "t": 8, "b": 40},
-            "legend": {"orientation": "h", "y": 1.12, "x": 0},
-            "hovermode": "x unified",
-            "font": {"family": "system-ui, sans-serif", "size": 12},
-        }
-    )
-
-
 def _lines(run: Run, series: list[tuple[str, str, str]], smooth: int = 0, zero: bool = False) -> go.Figure:
-    figure = _figure()
+    figure = blank_figure()
     drawn = [(name, label, colour) for name, label, colour in series if run.series(name)[0]]
     for name, label, colour in drawn:
         steps, values = run.series(name)
         line = {"color": colour, "width": 2, "dash": "dot" if colour == _GREY else "solid"}
         figure.add_scatter(x=steps, y=values, name=label, line=line, opacity=0.35 if smooth else 1, mode="lines")
         if smooth and len(values) > 1:
-            averages = [
-                sum(values[max(0, i - smooth + 1) : i + 1]) / len(values[max(0, i - smooth + 1) : i + 1])
-                for i in range(len(values))
-            ]
-            figure.add_scatter(x=steps, y=averages, name=f"mean of {smooth}", line=line, mode="lines")
+            figure.add_scatter(x=steps, y=smoothed(values, smooth), name=f"mean of {smooth}", line=line, mode="lines")
     if zero:
         figure.add_hline(y=0, line={"color": "#c5c9d0", "width": 1})
     figure.update_layout(showlegend=len(figure.data) > 1, xaxis_title="step")  # type: ignore[arg-type]
@@ -158,7 +138,7 @@ def _lines(run: Run, series: list[tuple[str, str, str]], smooth: int = 0, zero: 
 
 
 def _pass_at_k(summary: dict[str, Any]) -> go.Figure:
-    figure = _figure()
+    figure = blank_figure()
     for label, colour in (("before", _GREY), ("after", _GREEN)):
         evaluation = summary.get(label)
         if evaluation is None:
@@ -177,12 +157,5 @@ def _pass_at_k(summary: dict[str, Any]) -> go.Figure:
                 "thickness": 1,
             },
         )
-        sizes = list(estimates)
-        figure.update_xaxes(type="log", tickvals=[int(k) for k in sizes], ticktext=sizes)
-    figure.update_layout(xaxis_title="k", yaxis_rangemode="tozero", yaxis_range=[0, 1])
+        pass_at_k_axes(figure, list(estimates))
     return figure
-
-
-def _html(figure: go.Figure, name: str) -> str:
-    options = {"displayModeBar": False, "responsive": True}
-    return figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=options)

@@ -8,12 +8,14 @@ Three seams of TRL are used, none of its logic is copied:
 3. `_get_per_token_logps_and_entropies`, which TRL calls just before it reads them, is where the statistics of
    the current forward pass appear and the advantages are rewritten. No second forward pass is made.
 
-A method that looks at the whole rollout batch (`Transform.local` is None) gets one pass without gradient when the
-batch is generated instead. All the seams are private to TRL, hence the version check.
+A method that needs only rewards is run when the batch is generated. One that looks at all tokens of the rollout gets
+a pass without gradient then; where TRL makes one anyway, for old log-probs, it is that. Loss terms beside the policy's
+are added after TRL's loss, averaged as TRL averages. All the seams are private to TRL, hence the version check.
 """
 
 import inspect
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -27,13 +29,16 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
 from entropy_polarity.methods import make_transform
-from entropy_polarity.polarity import surviving_ratio
 from entropy_polarity.record import CHECKPOINT_IS_WHOLE as STATE_FILE
 from entropy_polarity.tokens import Tokens, concatenate
+from entropy_polarity.trainers.trl_loss import averaged, fix_loss, importance, restrict
 from entropy_polarity.trainers.trl_seam import HEADS, Request, StatisticsHead
+from entropy_polarity.transforms import loss_terms, measure
 
 # Extra per-row columns that travel with TRL's batch through its shuffle and split.
 REWARD, GROUP, SAMPLE_ID = "polarity_reward", "polarity_group", "polarity_sample_id"
+# The trainer's own advantages, where a method changed them before the first pass; and its loss terms.
+PLAIN, BONUS, PENALTY = "polarity_plain_advantages", "polarity_entropy_bonus", "polarity_ratio_penalty"
 
 
 @dataclass
@@ -75,7 +80,8 @@ class PolarityConfig(GRPOConfig):
             )
         if self.statistics_head not in HEADS:
             raise ValueError(f"statistics_head={self.statistics_head!r}: expected {' or '.join(map(repr, HEADS))}")
-        make_transform(self.method, self.settings)  # unknown names fail here, before a model is loaded
+        transform = make_transform(self.method, self.settings)  # unknown names fail here, before a model is loaded
+        fix_loss(self, self.method, transform.loss)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -89,6 +95,15 @@ class Rollout(NamedTuple):
     tokens: Tokens
     weight: Tensor
     metrics: dict[str, float]
+
+
+class Decision(NamedTuple):
+    """What a method made of this process's rows; `kept` is the number of model tokens left on all ranks, None where
+    none was dropped."""
+
+    tokens: Tokens
+    metrics: dict[str, float]
+    kept: Tensor | None
 
 
 class _RolloutBoundaries(TrainerCallback):
@@ -126,9 +141,17 @@ class PolarityTrainer(GRPOTrainer):
         self.method_state = self._next_state = self.transform.init()
         self.on_rollout = None
         self._seen: list[Tokens] = []
+        self._passes: list[tuple[Tensor, tuple[Tensor, ...]]] | None = None
         self._loss_inputs: dict[str, Any] | None = None
+        self._live: Tokens | None = None
         self._rollout_inputs: dict[str, Any] = {}
         super().__init__(model, reward_funcs, args, **kwargs)
+        if "reuse" in self.transform.needs and self.micro_steps_per_rollout <= args.gradient_accumulation_steps:
+            warnings.warn(
+                f"method {args.method!r} does nothing with a single update on each rollout, where the importance ratio "
+                "is 1: use num_iterations or steps_per_generation above 1",
+                stacklevel=2,
+            )
         self.add_callback(_RolloutBoundaries(self))
 
     @property
@@ -155,19 +178,42 @@ class PolarityTrainer(GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
         if not self.model.training:
-            return batch
+            return super()._generate_and_score_completions(inputs)
+        self._passes = [] if self.transform.decides == "whole batch" else None
+        try:
+            batch = super()._generate_and_score_completions(inputs)
+            passes = self._passes
+        finally:
+            self._passes = None
         rows = len(batch["completion_ids"])
         sample_id = torch.arange(rows, device=batch["completion_ids"].device)
         sample_id += rows * self.accelerator.process_index
         batch |= {REWARD: self._last_rewards, GROUP: sample_id // self.num_generations, SAMPLE_ID: sample_id}
         self._seen = []
         self._rollout_inputs = batch
-        if self.transform.local is None:
-            tokens = self._whole_batch_tokens(batch)
-            batch["advantages"] = self._run_method(tokens)
+        if self.transform.decides == "rewards":
+            batch[PLAIN] = batch["advantages"]
+            self._put(batch, self._run_method(self._tokens(batch)))
+        elif self.transform.decides == "whole batch":
+            # TRL's pass for old log-probs, if it made one, was served with statistics.
+            made = [columns for logp, columns in passes or () if logp is batch.get("old_per_token_logps")]
+            tokens = self._tokens(batch, *made[0]) if made else self._whole_batch_tokens(batch)
+            decision = self._run_method(tokens)
+            self._report(tokens, decision.tokens, decision.metrics)
+            self._put(batch, decision)
         return batch
+
+    def _put(self, batch: dict[str, Any], decision: Decision) -> None:
+        """A decision into the batch that TRL trains on."""
+        tokens = decision.tokens
+        batch["advantages"] = tokens.advantages
+        if tokens.entropy_bonus is not None:
+            batch[BONUS] = tokens.entropy_bonus
+        if tokens.ratio_penalty is not None:
+            batch[PENALTY] = tokens.ratio_penalty
+        if decision.kept is not None:
+            restrict(batch, tokens.mask, decision.kept)
 
     def _whole_batch_tokens(self, batch: dict[str, Any]) -> Tokens:
         """The facts of this process's rows from one pass without gradient, before any update on them."""
@@ -184,22 +230,25 @@ class PolarityTrainer(GRPOTrainer):
             columns = self._statistics(self.model, ids, attention, keep, batch_size=size, **extra)
         return self._tokens(batch, *columns)
 
-    def _run_method(self, local: Tokens) -> Tensor:
-        """Run the method once on the global rollout batch; returns this process's rewritten advantages.
+    def _run_method(self, local: Tokens) -> Decision:
+        """Run the method once on the global rollout batch.
 
         The state moves on when the last update on the rollout is made, not before: λ_k is fixed for all of them.
         """
         whole = self._gather(local)
         rewritten, self._next_state, metrics = self.transform.update(whole, self.method_state)
         rows, width = local.mask.shape
-        mine = slice(rows * self.accelerator.process_index, rows * (self.accelerator.process_index + 1))
-        advantages = rewritten.advantages[mine, :width]
+        first = rows * self.accelerator.process_index
+        mine = rewritten.rows(slice(first, first + rows)).cut(width)
+        dropped = not torch.equal(rewritten.mask, whole.mask)
+        return Decision(mine, metrics, rewritten.mask.sum() if dropped else None)
+
+    def _report(self, local: Tokens, decided: Tokens, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
         if self.on_rollout is not None:
-            weight = torch.where(local.advantages == 0, 1.0, advantages / local.advantages)
+            weight = torch.where(local.advantages == 0, 1.0, decided.advantages / local.advantages)
             self.on_rollout(Rollout(self._rollout_inputs, local, weight, metrics))
-        return advantages
 
     def _gather(self, tokens: Tokens) -> Tokens:
         if self.accelerator.num_processes == 1:
@@ -218,36 +267,59 @@ class PolarityTrainer(GRPOTrainer):
         if not self.model.training:
             return super()._compute_loss(model, inputs)
         position = self._step % self.micro_steps_per_rollout
-        if self.transform.local is None:
-            loss = super()._compute_loss(model, inputs)
-        else:
-            self._loss_inputs = dict(inputs)  # TRL serves the same dict again: never rewrite it in place
-            try:
-                loss = super()._compute_loss(model, self._loss_inputs)
-            finally:
-                self._loss_inputs = None
-            if position == self._steps_per_generation - 1:  # the first pass over the rollout is complete
-                tokens = concatenate(self._seen)
-                self._run_method(tokens.rows(tokens.known("sample_id").argsort()))
+        self._loss_inputs = dict(inputs)  # TRL serves the same dict again: never rewrite it in place
+        try:
+            loss = super()._compute_loss(model, self._loss_inputs)
+        finally:
+            self._loss_inputs, live, self._live = None, self._live, None
+        terms = loss_terms(live)
+        if terms is not None:
+            loss = loss + averaged(self, terms, live.mask, inputs)
+        if position == self._steps_per_generation - 1 and self._seen:  # the first pass over the rollout is complete
+            tokens = concatenate(self._seen)
+            self._first_pass(tokens.rows(tokens.known("sample_id").argsort()))
         if position == self.micro_steps_per_rollout - 1:
             self.method_state = self._next_state
         return loss
 
+    def _first_pass(self, tokens: Tokens) -> None:
+        """Every token was seen with the statistics of the policy that sampled it: decide, or measure the decision."""
+        if self.transform.local is not None:
+            decision = self._run_method(tokens)
+            return self._report(tokens, decision.tokens, decision.metrics)
+        before = replace(tokens, advantages=self._rollout_inputs[PLAIN][:, None].expand_as(tokens.advantages))
+        seen, metrics = measure(self._gather(before), self._gather(tokens), {"entropy": self._next_state["entropy"]})
+        self._next_state = self._next_state | seen
+        self._report(before, tokens, metrics)
+
     def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
+        if self._loss_inputs is None and self._passes is not None and not compute_entropy:
+            keep = args[2] if len(args) > 2 else kwargs["logits_to_keep"]
+            result, captured = self._capture(model, keep, *args, **kwargs)
+            self._passes.append((result[0], (result[0], result[1], *captured)))
+            return result[0], None, result[2]
         if self._loss_inputs is None or not compute_entropy:
             # The same head in every pass: old and new log-probs of one policy are equal then, and their ratio 1.
             with StatisticsHead.serving(self._request(statistics=False)):
                 return super()._get_per_token_logps_and_entropies(
                     model, *args, compute_entropy=compute_entropy, **kwargs
                 )
-        logits_to_keep = args[2] if len(args) > 2 else kwargs["logits_to_keep"]
-        result, captured = self._capture(model, logits_to_keep, *args, **kwargs)
-        tokens = self._tokens(self._loss_inputs, result[0].detach(), result[1].detach(), *captured)
-        assert self.transform.local is not None
-        self._loss_inputs["advantages"] = self.transform.local(tokens, self.method_state).advantages
-        if self._step % self.micro_steps_per_rollout < self._steps_per_generation:
-            self._seen.append(tokens)  # the first visit: later ones see an already updated policy
+        inputs, keep = self._loss_inputs, args[2] if len(args) > 2 else kwargs["logits_to_keep"]
+        result, captured = self._capture(model, keep, *args, **kwargs)
+        tokens = self._tokens(inputs, result[0].detach(), result[1].detach(), *captured)
+        rewritten = tokens
+        if self.transform.local is not None:
+            rewritten = self.transform.local(tokens, self.method_state)
+            inputs["advantages"] = rewritten.advantages
+        if self.transform.decides != "whole batch" and self._in_first_pass:
+            self._seen.append(tokens)  # later visits see an already updated policy
+        old_logp = inputs.get("old_per_token_logps", result[0].detach())
+        self._live = replace(rewritten, logp=result[0], entropy=result[1], old_logp=old_logp)
         return result
+
+    @property
+    def _in_first_pass(self) -> bool:
+        return self._step % self.micro_steps_per_rollout < self._steps_per_generation
 
     def _statistics(self, model, ids, attention, keep, **kwargs) -> tuple[Tensor, ...]:
         result, captured = self._capture(model, keep, ids, attention, keep, **kwargs)
@@ -267,18 +339,20 @@ class PolarityTrainer(GRPOTrainer):
         return result, tuple(torch.cat([o[slot][:, -keep:] for o in outputs]) for slot in slots)
 
     def _request(self, statistics: bool) -> Request:
-        return Request(self.args.statistics_head, statistics, self._entropy_bonus_enabled)
+        entropy_grad = self._entropy_bonus_enabled or "entropy_grad" in self.transform.needs
+        return Request(self.args.statistics_head, statistics, entropy_grad)
 
-    def _tokens(self, inputs, logp, entropy, sum_p2, sensitivity, sum_p2_logp) -> Tokens:
+    def _tokens(self, inputs, logp=None, entropy=None, sum_p2=None, sensitivity=None, sum_p2_logp=None) -> Tokens:
+        """The facts of some rows; without statistics where no pass was made yet."""
         mask = inputs["completion_mask"].bool()
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
-        old_logp = inputs.get("old_per_token_logps")
+        advantages = inputs["advantages"]
         tokens = Tokens(
             mask=mask,
-            advantages=inputs["advantages"][:, None].expand_as(logp),
+            advantages=advantages[:, None].expand(mask.shape) if advantages.dim() == 1 else advantages,
             logp=logp,
-            old_logp=logp if old_logp is None else old_logp,
+            old_logp=inputs.get("old_per_token_logps", logp),
             entropy=entropy,
             sum_p2=sum_p2,
             sum_p2_logp=sum_p2_logp,
@@ -286,33 +360,12 @@ class PolarityTrainer(GRPOTrainer):
             reward=inputs[REWARD],
             group=inputs[GROUP],
             sample_id=inputs[SAMPLE_ID],
+            entropy_bonus=inputs.get(BONUS),
+            ratio_penalty=inputs.get(PENALTY),
         )
-        return replace(tokens, importance=self._importance(tokens, inputs.get("importance_sampling_ratio")))
-
-    def _importance(self, tokens: Tokens, correction: Tensor | None) -> Tensor:
-        """w: what TRL's loss leaves of each token's policy gradient, as a factor on A grad log p.
-
-        Not counted: tokens that TRL masks by `top_entropy_quantile` or `off_policy_mask_threshold`.
-        """
-        log_ratio, advantages = tokens.known("logp") - tokens.known("old_logp"), tokens.advantages
-        ratio = log_ratio.exp()
-        if self.loss_type == "vespo":  # its weight holds the correction already
-            args = self.args
-            return self.get_gamma_weights(
-                advantages, log_ratio, tokens.mask, correction,
-                args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg,
-            ).expand_as(ratio)  # fmt: skip
-        if self.loss_type == "cispo":
-            weight = ratio.clamp(max=self.epsilon_high)
-        elif self.loss_type == "sapo":
-            positive, negative = self.args.sapo_temperature_pos, self.args.sapo_temperature_neg
-            gate = torch.sigmoid(torch.where(advantages > 0, positive, negative) * (ratio - 1))
-            weight = 4 * gate * (1 - gate) * ratio
-        else:
-            weight = surviving_ratio(ratio, advantages, (self.epsilon_low, self.epsilon_high))
-            if self.args.delta is not None:  # TRL's second, outer clip
-                weight = torch.where((advantages < 0) & (ratio > self.args.delta), 0.0, weight)
-        return weight if correction is None else weight * correction
+        if logp is None:
+            return tokens
+        return replace(tokens, importance=importance(self, tokens, inputs.get("importance_sampling_ratio")))
 
     # ---- checkpoints ------------------------------------------------------------------------------------
 

@@ -1,0 +1,147 @@
+"""What `papo compare` does: check the plan, run what is missing, summarise, write the document and the page."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from entropy_polarity._errors import unknown_name
+from entropy_polarity.experiments.compare.plan import Plan
+from entropy_polarity.experiments.compare.runs import Job, Queue, locked, refuse_others
+from entropy_polarity.experiments.compare.search import candidates_of, choose, judge, search_plan, unseen_problems
+from entropy_polarity.experiments.compare.summary import Facts, summarise
+from entropy_polarity.record import Run, environment
+from entropy_polarity.report.comparison import render_comparison
+from entropy_polarity.report.progress import RunState
+
+COMPARISON, PAGE, SEARCH = "comparison.json", "comparison.html", "search.json"
+Watch = Callable[[list[RunState]], None]
+
+
+def compare(plan: Plan, output: Path, at_once: int | None = None, watch: Watch = lambda states: None) -> dict[str, Any]:
+    """Train and evaluate every method of `plan` on every seed into `output`; what is finished there is kept.
+
+    Returns the document that is written to comparison.json; its "failed" names the runs that did not finish, with
+    the last line of their logs. Raises ValueError for a plan that cannot run, or a directory that holds other runs,
+    before anything starts, and if no run finished; KeyboardInterrupt after a stop.
+    """
+    runs, failed = _run(plan, output, output, at_once, watch)
+    document = {
+        "comparison": 1,  # version of this layout
+        "plan": _portable(plan),
+        "environment": _environment(),
+        "failed": failed,
+        "summary": summarise(runs, plan.baselines),
+        "runs": [run.to_json() for run in runs],
+    }
+    _write(output / COMPARISON, document)
+    write_page(document, output)
+    return document
+
+
+def search(plan: Plan, output: Path, at_once: int | None = None, watch: Watch = lambda states: None) -> dict[str, Any]:
+    """Try the values of [search.values] on the search's seeds and problems; runs go into `output`/search.
+
+    Returns the document that is written to search.json: one row a candidate, and the method tables of the chosen.
+    Raises as `compare`.
+    """
+    trial = search_plan(plan)
+    kept = unseen_problems(plan, trial)
+    runs, failed = _run(trial, output / "search", output, at_once, watch)
+    rows = judge(candidates_of(plan), runs, trial.seeds, kept)
+    chosen = choose(rows)
+    document = {
+        "search": 1,
+        "plan": _portable(plan),
+        "environment": _environment(),
+        "criterion": "highest mean over the search's seeds of the final held-out pass@1; ties: of pass@many",
+        "problems": len(kept),
+        "failed": failed,
+        "rows": rows,
+        "chosen": {row["label"]: trial.methods[row["run_label"]] for row in chosen.values() if row},
+        "runs": [run.to_json() for run in runs],
+    }
+    _write(output / SEARCH, document)
+    return document
+
+
+def read_comparison(file: Path, baselines: Sequence[str] = ()) -> dict[str, Any]:
+    """The document of a comparison, summarised again, with other baselines if any are given."""
+    document = json.loads(file.read_text())
+    if not isinstance(document, dict) or document.get("comparison") != 1:
+        raise ValueError(f"{file} is no comparison of this version: give a {COMPARISON} that papo compare wrote")
+    used = list(baselines) or document["plan"]["baselines"]
+    for label in used:
+        if label not in document["plan"]["methods"]:
+            raise unknown_name("baseline", label, document["plan"]["methods"])
+    plan = document["plan"] | {"baselines": used}
+    return document | {"plan": plan, "summary": summarise([Facts(**run) for run in document["runs"]], used)}
+
+
+def write_page(document: dict[str, Any], output: Path) -> Path:
+    """The page of a comparison in the folder `output`."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / PAGE).write_text(render_comparison(document))
+    return output / PAGE
+
+
+def default_jobs() -> int:
+    """As many runs as there are threads for: the CPUs that this process may use, over OMP_NUM_THREADS (1)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("OMP_NUM_THREADS") or 1))
+
+
+def _run(plan: Plan, root: Path, output: Path, at_once: int | None, watch: Watch) -> tuple[list[Facts], dict[str, str]]:
+    """The facts of all finished runs of `plan`, made in `root` under the lock of `output`; and what failed."""
+    if at_once is not None and at_once < 1:
+        raise ValueError(f"jobs is {at_once}; expected at least 1")
+    _check(plan)
+    # Seed by seed: what a stopped comparison has finished are complete pairs.
+    jobs = [Job(label, seed, plan.recipe_of(label, seed), root) for seed in plan.seeds for label in plan.methods]
+    with locked(output) as lock:
+        refuse_others(jobs)
+        for folder in ("recipes", "runs", "logs"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        failed = Queue(jobs, at_once or default_jobs(), lock, watch).run()
+        runs = [Facts.of(job.label, Run.read(job.directory)) for job in jobs if job.finished]
+    if not runs:
+        raise ValueError("no run finished: " + "; ".join(f"{name}: {line}" for name, line in failed.items()))
+    return runs, failed
+
+
+def _check(plan: Plan) -> None:
+    """Everything that a run would refuse in its first seconds, for every method, before any starts."""
+    from entropy_polarity.experiments.train import checked, quiet  # TRL: seconds that --from need not wait
+    from entropy_polarity.methods import make_transform
+
+    quiet()
+    for label, table in plan.methods.items():
+        settings = {key: value for key, value in table.items() if key != "name"}
+        try:
+            make_transform(table["name"], settings)
+        except ValueError as error:
+            raise ValueError(f"[methods.{label}] {error}") from None
+        checked(plan.recipe_of(label, plan.seeds[0]), Path())
+
+
+def _portable(plan: Plan) -> dict[str, Any]:
+    """The plan with the recipe itself beside its name: a path of this machine says nothing elsewhere."""
+    recipe = plan.recipe_of(next(iter(plan.methods)), plan.seeds[0]).to_dict()
+    kept = {key: recipe[key] for key in ("task", "policy", "trainer", "evaluation", "record")}
+    return plan.to_json() | {"recipe": Path(plan.recipe).stem, "resolved": kept}
+
+
+def _environment() -> dict[str, Any]:
+    """Versions and machine; seeds stand in the plan, and the command has paths of this machine."""
+    return {key: value for key, value in environment(0).items() if key not in ("seed", "command")}
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    """Indented JSON, but each list of numbers on one line; in one move, so that a kill leaves no half."""
+    text = json.dumps(document, indent=1)
+    text = re.sub(r"\[\n[^\[\]{}\"]*\]", lambda numbers: re.sub(r"\s+", "", numbers[0]), text)
+    draft = path.with_name(f"{path.name}.part")
+    draft.write_text(text + "\n")
+    draft.replace(path)

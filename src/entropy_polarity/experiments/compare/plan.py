@@ -1,0 +1,194 @@
+"""The plan of a comparison: methods with their settings, on the same recipe, seeds and problems.
+
+recipe           name or path (default: the demonstration)
+set              overrides of the recipe, like "trainer.max_steps=300"
+seeds            of prompts, sampling and training: every method gets each of them
+baselines        labels that all others are compared with (default: grpo and dapo where present, else the first)
+[methods.LABEL]  name, and the method's own settings
+[search]         seeds, set: apart from those of the comparison, to choose constants on (`--search`)
+[search.values]  LABEL = {key = "level", values = [0.3, 0.4]}, or {} for a method without a constant to choose
+
+A TOML file with any of these keys is a plan; none of them is a key of a recipe. What a plan says is checked when it
+is read, before anything runs.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from entropy_polarity._errors import unknown_name
+from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, apply_override, load_recipe, read_recipe, typed_table
+
+_USUAL_BASELINES = ("grpo", "dapo")
+# A label is part of the names of files.
+_LABEL = re.compile(r"[A-Za-z0-9][\w.+=@-]*")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The constant of a method that is to be chosen, and its candidates; without a key the method runs as it is."""
+
+    key: str = ""
+    values: list[Any] = field(default_factory=list)
+
+    def candidates(self, table: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+        """(value, method table) of each candidate."""
+        return [(value, table | {self.key: value}) for value in self.values] if self.key else [(None, table)]
+
+
+@dataclass(frozen=True)
+class Search:
+    seeds: list[int] = field(default_factory=list)
+    set: list[str] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)  # label -> Choice
+
+    def __post_init__(self) -> None:
+        choices = {label: _choice(label, value) for label, value in self.values.items()}
+        object.__setattr__(self, "values", choices)
+        for label, choice in choices.items():
+            if bool(choice.key) != bool(choice.values):
+                raise ValueError(f"plan key 'search.values.{label}' needs both key and values, or neither")
+        sizes = {label: len(choice.values) for label, choice in choices.items() if len(choice.values) > 1}
+        if len(set(sizes.values())) > 1:
+            shown = ", ".join(f"{label}: {size}" for label, size in sizes.items())
+            raise ValueError(f"every method gets the same budget, but the numbers of values differ ({shown})")
+
+
+def _choice(label: str, value: Any) -> Choice:
+    return value if isinstance(value, Choice) else typed_table(Choice, value, f"search.values.{label}.", "plan")
+
+
+@dataclass(frozen=True)
+class Plan:
+    recipe: str = DEFAULT_RECIPE
+    set: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    baselines: list[str] = field(default_factory=list)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    search: Search = Search()
+
+    def recipe_of(self, label: str, seed: int) -> Recipe:
+        """The whole recipe of one run, as `papo train` takes it."""
+        base = load_recipe(self.recipe, self.set)
+        return replace(base, title=f"{label}, seed {seed}", cost="", expected="", seed=seed, method=self.methods[label])
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_plan(
+    source: str,
+    methods: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    baselines: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> Plan:
+    """The plan in the file `source`, or of the recipe `source` with `methods` like "papo:level=0.4".
+
+    `seeds` and `baselines` take the place of the file's, `overrides` come after its own. Raises ValueError or
+    FileNotFoundError for whatever is wrong but the settings of the methods, which need the methods' code to check.
+    """
+    document = read_recipe(source)
+    if not document.keys() & {f.name for f in fields(Plan)}:
+        document = {"recipe": source, "methods": methods_of(methods)}
+    elif methods:
+        raise ValueError(f"--methods cannot be given with a plan: {source} names them in [methods.LABEL] tables")
+    if isinstance(document.get("search"), dict):
+        document["search"] = typed_table(Search, document["search"], "search.", "plan")
+    plan = typed_table(Plan, document, file="plan")
+    plan = replace(
+        plan,
+        set=[*plan.set, *overrides],
+        seeds=list(seeds) or plan.seeds,
+        baselines=list(baselines) or plan.baselines,
+    )
+    _check(plan)
+    return _resolved(plan)
+
+
+def methods_of(specifications: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Method tables by label, from texts like "grpo", "papo:controller=reference,level=0.4", "held=papo:level=0.4".
+
+    >>> methods_of(["grpo", "held=papo:controller=reference,level=0.4"])
+    {'grpo': {'name': 'grpo'}, 'held': {'name': 'papo', 'controller': 'reference', 'level': 0.4}}
+    """
+    tables: dict[str, dict[str, Any]] = {}
+    for specification in specifications:
+        head, _, settings = specification.partition(":")
+        label, labelled, name = head.partition("=")
+        if label in tables:
+            raise ValueError(f"two methods are called {label!r}: give one a label, like other={specification}")
+        tables[label] = {"name": name if labelled else label}
+        # A comma inside a list is followed by a value, between settings by the next key.
+        for setting in re.split(r",(?=\s*\w+\s*=)", settings) if settings else []:
+            apply_override(tables[label], setting)
+    return tables
+
+
+def _check(plan: Plan) -> None:
+    if not plan.methods:
+        raise ValueError("nothing to compare: give --methods, or a plan with [methods.LABEL] tables")
+    for label, table in plan.methods.items():
+        if not _LABEL.fullmatch(label):
+            raise ValueError(
+                f"label {label!r} names files: use letters, digits and _ . + = @ -, a letter or digit first"
+            )
+        if not isinstance(table, dict) or not isinstance(table.get("name"), str):
+            raise ValueError(
+                f"plan key 'methods.{label}' is {table!r}; expected a table with a name, as in papo methods"
+            )
+    _check_seeds("seeds", plan.seeds)
+    _check_overrides("set", plan.set)
+    for label in plan.baselines:
+        if label not in plan.methods:
+            raise unknown_name("baseline", label, plan.methods)
+    load_recipe(plan.recipe, plan.set)
+    if plan.search.values:
+        _check_search(plan)
+
+
+def _check_search(plan: Plan) -> None:
+    _check_seeds("search.seeds", plan.search.seeds)
+    _check_overrides("search.set", plan.search.set)
+    for label in plan.search.values:
+        if label not in plan.methods:
+            raise unknown_name("plan key", f"search.values.{label}", [f"search.values.{m}" for m in plan.methods])
+    if both := sorted({*plan.seeds} & {*plan.search.seeds}):
+        raise ValueError(
+            f"seeds {both} are in both seeds and search.seeds: what is chosen on a seed must not be judged on it"
+        )
+    final, search = (load_recipe(plan.recipe, s).evaluation.seed for s in (plan.set, [*plan.set, *plan.search.set]))
+    if final == search:
+        raise ValueError(
+            f"the search would be judged on the problems of the comparison: both have evaluation.seed={final}; "
+            'add "evaluation.seed=1000" to search.set'
+        )
+
+
+def _check_seeds(key: str, seeds: list[Any]) -> None:
+    if not seeds or len({*seeds}) < len(seeds) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise ValueError(f"plan key {key!r} is {seeds}; expected different whole numbers from 0 up, at least one")
+
+
+def _check_overrides(key: str, overrides: list[Any]) -> None:
+    for override in overrides:
+        if not isinstance(override, str):
+            raise ValueError(f'plan key {key!r} has {override!r}; expected texts like "trainer.max_steps=300"')
+        section = override.partition("=")[0].partition(".")[0].strip()
+        if section in ("seed", "method"):
+            raise ValueError(f"override {override!r} of plan key {key!r} would not last: the plan has {section}s")
+
+
+def _resolved(plan: Plan) -> Plan:
+    """The plan with nothing left to defaults that a reader of the results would have to look up elsewhere.
+
+    As with `papo train --method`, a method that is only named has the recipe's settings if the recipe is about it.
+    """
+    recipe = load_recipe(plan.recipe, plan.set)
+    methods = {
+        label: dict(table) if len(table) > 1 else recipe.with_method(table["name"]).method
+        for label, table in plan.methods.items()
+    }
+    usual = [label for label in _USUAL_BASELINES if label in methods]
+    return replace(plan, methods=methods, baselines=plan.baselines or usual or [next(iter(methods))])

@@ -1,0 +1,201 @@
+"""The runs of a plan in one directory: several at a time, and whatever is killed goes on where it stopped.
+
+recipes/<label>-<seed>.toml    the resolved recipe of a run
+runs/<label>-<seed>/           its run directory, as `papo train` makes it
+logs/<label>-<seed>.log        what it printed
+lock                           held by the comparison that works here, and by its runs
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from entropy_polarity.experiments.compare import tied
+from entropy_polarity.recipe import Recipe, load_recipe
+from entropy_polarity.record import CONFIG, ENVIRONMENT, METRICS, SUMMARY
+from entropy_polarity.report.progress import RunState
+
+TRAIN = [sys.executable, "-m", "entropy_polarity.cli", "train"]
+# What a run directory can hold before it is a run (`RunWriter.create`), drafts included.
+_UNBORN = {f"{name}{draft}" for name in (ENVIRONMENT, SUMMARY, CONFIG) for draft in ("", ".part")} - {CONFIG}
+_LOOK = 0.2  # seconds between two looks at the runs
+_LET_GO = 2.0  # seconds that runs of a killed comparison may take to die
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One run: where it lives and what it trains."""
+
+    label: str
+    seed: int
+    recipe: Recipe
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}-{self.seed}"
+
+    @property
+    def directory(self) -> Path:
+        return self.root / "runs" / self.name
+
+    @property
+    def log(self) -> Path:
+        return self.root / "logs" / f"{self.name}.log"
+
+    @property
+    def finished(self) -> bool:
+        """What counts is what the run wrote, not how its process ended."""
+        is_run = (self.directory / CONFIG).is_file()
+        return is_run and json.loads((self.directory / SUMMARY).read_text())["status"] == "finished"
+
+    def prepare(self) -> list[str]:
+        """The command that trains this run, from its beginning or from where it stopped; all it needs is written."""
+        if (self.directory / CONFIG).is_file():
+            return [*TRAIN, "--resume", str(self.directory)]
+        shutil.rmtree(self.directory, ignore_errors=True)  # `refuse_others` looked into it
+        recipe = self.root / "recipes" / f"{self.name}.toml"
+        recipe.write_text(tomli_w.dumps(self.recipe.to_dict()))
+        return [*TRAIN, str(recipe), "--output", str(self.directory)]
+
+    def state(self, kind: str, note: str = "") -> RunState:
+        steps = 0
+        if kind != "waiting" and (metrics := self.directory / METRICS).is_file():
+            steps = metrics.read_bytes().count(b"\n")  # one line a step
+        return RunState(self.label, self.seed, kind, steps, self.recipe.trainer["max_steps"], note)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[int]:
+    """Hold the lock of a comparison directory; runs that inherit the handle hold it as long as they live.
+
+    Raises BlockingIOError if another comparison, or a run that it left behind, works there, and FileExistsError for
+    a folder that holds something else.
+    """
+    lock = directory / "lock"
+    if directory.exists() and not lock.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} is neither an empty folder nor a comparison: give another --output")
+    directory.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as file:
+        until = time.monotonic() + _LET_GO
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise BlockingIOError(
+                        f"another comparison is at work in {directory}: wait for it, or give another --output"
+                    ) from None
+            time.sleep(_LOOK)
+        yield file.fileno()
+
+
+def refuse_others(jobs: Sequence[Job]) -> None:
+    """Raise ValueError if a run directory holds a run with other settings than the plan's, or something else."""
+    for job in jobs:
+        if not job.directory.exists():
+            continue
+        if (job.directory / CONFIG).is_file():
+            there = _flat(load_recipe(str(job.directory / CONFIG)).to_dict())
+            planned = _flat(job.recipe.to_dict())
+            for key in sorted(there.keys() | planned.keys()):
+                if there.get(key) != planned.get(key):
+                    raise ValueError(
+                        f"{job.directory} was made with {key}={there.get(key)!r}, the plan says "
+                        f"{planned.get(key)!r}: give another --output, or delete that run"
+                    )
+        elif others := [p for p in job.directory.rglob("*") if not p.is_dir() and p.name not in _UNBORN]:
+            raise ValueError(f"{job.directory} is no run, but holds {others[0].name}: give another --output")
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+class Queue:
+    """Runs jobs, `at_once` of them at a time, in the given order. `watch` gets the state of all, again and again.
+
+    The first SIGINT or SIGTERM starts nothing more and passes one SIGINT on: each run stops with a checkpoint at its
+    next rollout boundary. Another one is passed on too: then they stop at once.
+    """
+
+    def __init__(self, jobs: Sequence[Job], at_once: int, lock: int, watch: Callable[[list[RunState]], None]) -> None:
+        self.jobs, self.at_once, self.lock, self.watch = jobs, at_once, lock, watch
+        self.processes: dict[Job, subprocess.Popen] = {}
+        self.notes: dict[str, str] = {}  # name -> why it failed
+        self.stopping = False
+        self.states = {job.name: job.state("finished" if job.finished else "waiting") for job in jobs}
+
+    def run(self) -> dict[str, str]:
+        """Work until nothing is left; the last line of the log of each run that failed, by name.
+
+        Raises KeyboardInterrupt after a stop, when all runs have ended.
+        """
+        waiting = deque(job for job in self.jobs if self.states[job.name].kind == "waiting")
+        previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while self.processes or (waiting and not self.stopping):
+                while waiting and len(self.processes) < self.at_once and not self.stopping:
+                    self._start(waiting.popleft())
+                self._look()
+                time.sleep(_LOOK)
+            if self.stopping and (waiting or self.notes):
+                raise KeyboardInterrupt
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            for process in self.processes.values():  # only after an error of our own
+                process.kill()
+        return self.notes
+
+    def _start(self, job: Job) -> None:
+        command = [sys.executable, "-P", tied.__file__, str(os.getpid()), *job.prepare()]
+        with job.log.open("ab") as log:
+            self.processes[job] = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={"OMP_NUM_THREADS": "1"} | os.environ,
+                process_group=0,  # a terminal's Ctrl-C reaches us alone, so that runs get it once
+                pass_fds=(self.lock,),
+            )
+
+    def _look(self) -> None:
+        for job, process in list(self.processes.items()):
+            if process.poll() is None:
+                self.states[job.name] = job.state("stopping" if self.stopping else "running")
+                continue
+            del self.processes[job]
+            if not job.finished:
+                self.notes[job.name] = _last_line(job.log) or f"exit code {process.returncode}"
+            kind = "finished" if job.finished else "stopped" if self.stopping else "failed"
+            self.states[job.name] = job.state(kind, self.notes.get(job.name, ""))
+        self.watch(list(self.states.values()))
+
+    def _stop(self, number: int, frame: Any) -> None:
+        self.stopping = True
+        for process in self.processes.values():
+            process.send_signal(signal.SIGINT)
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""

@@ -1,0 +1,194 @@
+"""From the facts of single runs to means over seeds, paired differences, and how sure they are.
+
+Two methods are compared on the seeds that both have finished, on the same held-out problems. `summarise` is a pure
+function of the facts: a committed result file can be summarised again.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from entropy_polarity.evaluate import (
+    area_under_curve,
+    moving_average,
+    paired_bootstrap,
+    pass_at_k,
+    steps_to_reach,
+    t_interval,
+)
+from entropy_polarity.record import Run
+
+WINDOW = 10  # rollouts: of the moving average of the reward, and of the entropy at the end
+HEADLINES = (1, 8, 16)  # the k of pass@k that are compared
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a comparison keeps of one run.
+
+    `before` and `after` hold `successes` (right samples of each held-out problem, of `samples`) and `greedy` (0 or 1
+    each); a curve holds `steps` and `values`, one a rollout; `step_seconds` has one entry a step.
+    """
+
+    label: str
+    seed: int
+    date: str
+    commit: str | None
+    samples: int
+    before: dict[str, list[int]]
+    after: dict[str, list[int]]
+    reward: dict[str, list[Any]]
+    entropy: dict[str, list[Any]]
+    step_seconds: list[float]
+
+    @classmethod
+    def of(cls, label: str, run: Run) -> "Facts":
+        """The facts of a finished run; numbers are rounded to what can mean something."""
+        held_out = {
+            when: {name: run.summary[when][name] for name in ("successes", "greedy")} for when in ("before", "after")
+        }
+        curves = {name: run.series(key) for name, key in (("reward", "reward"), ("entropy", "polarity/entropy"))}
+        return cls(
+            label,
+            run.config["seed"],
+            run.environment["date"],
+            run.environment["commit"],
+            run.summary["after"]["samples"],
+            **held_out,
+            **{name: {"steps": steps, "values": _rounded(values)} for name, (steps, values) in curves.items()},
+            step_seconds=_rounded(run.series("step_time")[1], digits=4),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def scores(self, when: str = "after") -> dict[str, np.ndarray]:
+        """One value a problem: pass@k for the compared k, and whether the greedy answer is right."""
+        held_out = self.before if when == "before" else self.after
+        sizes = [k for k in HEADLINES if k <= self.samples]
+        passes = {f"pass@{k}": pass_at_k(np.array(held_out["successes"]), self.samples, k) for k in sizes}
+        return passes | {"greedy": np.array(held_out["greedy"], dtype=float)}
+
+    def best_reward(self) -> float:
+        """The highest moving average of the reward."""
+        return float(moving_average(np.array(self.reward["values"]), WINDOW).max())
+
+    def reach(self, level: float) -> tuple[int, float] | None:
+        """Steps and seconds (in steps, generation included) until the moving average of the reward is at `level`."""
+        steps = steps_to_reach(self.reward["steps"], np.array(self.reward["values"]), level, WINDOW)
+        return None if steps is None else (steps, sum(self.step_seconds[:steps]))
+
+
+def summarise(runs: Sequence[Facts], baselines: Sequence[str]) -> dict[str, Any]:
+    """The summary of every method: alone, and against each of `baselines` that has finished runs.
+
+    Raises ValueError where runs were not evaluated alike.
+    """
+    if len({(run.samples, len(run.after["successes"])) for run in runs}) > 1:
+        raise ValueError("the runs were evaluated on other numbers of problems or samples: they cannot be paired")
+    by_label: dict[str, dict[int, Facts]] = {}
+    for run in runs:
+        by_label.setdefault(run.label, {})[run.seed] = run
+    return {
+        "methods": {label: _alone([*seeds.values()]) for label, seeds in by_label.items()},
+        "against": {
+            baseline: {
+                label: _against(seeds, by_label[baseline]) for label, seeds in by_label.items() if label != baseline
+            }
+            for baseline in baselines
+            if baseline in by_label
+        },
+    }
+
+
+def _alone(runs: list[Facts]) -> dict[str, Any]:
+    """Means and standard deviations over the seeds of one method, and its curves of pass@k."""
+
+    def over_seeds(number: Callable[[Facts], float]) -> dict[str, float | None]:
+        values = [number(run) for run in runs]
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        return {"mean": _round(float(np.mean(values))), "sd": spread if spread is None else _round(spread)}
+
+    names = runs[0].scores()
+    entropy = {run.seed: np.array(run.entropy["values"], dtype=float) for run in runs}  # null is NaN
+    return {
+        "seeds": [run.seed for run in runs],
+        "before": {name: over_seeds(lambda run, n=name: run.scores("before")[n].mean()) for name in names},
+        "after": {name: over_seeds(lambda run, n=name: run.scores()[n].mean()) for name in names},
+        "pass_at": {when: _pass_curve(runs, when) for when in ("before", "after")},
+        "reward_area": over_seeds(lambda run: area_under_curve(np.array(run.reward["values"]))),
+        "entropy_mean": over_seeds(lambda run: float(np.nanmean(entropy[run.seed]))),
+        "entropy_end": over_seeds(lambda run: float(np.nanmean(entropy[run.seed][-WINDOW:]))),
+        "seconds": over_seeds(lambda run: sum(run.step_seconds)),
+    }
+
+
+def _pass_curve(runs: list[Facts], when: str) -> dict[str, float]:
+    """pass@k of all k that are powers of two, mean over seeds and problems."""
+    samples = runs[0].samples
+    successes = np.array([(run.before if when == "before" else run.after)["successes"] for run in runs])
+    sizes = sorted({2**i for i in range(samples.bit_length())} | {samples})
+    return {str(k): _round(float(pass_at_k(successes, samples, k).mean())) for k in sizes}
+
+
+def _against(method: dict[int, Facts], baseline: dict[int, Facts]) -> dict[str, Any]:
+    """The paired differences method - baseline over the seeds that both have."""
+    pairs = [(method[seed], baseline[seed]) for seed in sorted(method.keys() & baseline.keys())]
+    if not pairs:
+        return {"seeds": []}
+    mine, theirs = ([pair[side].scores() for pair in pairs] for side in (0, 1))
+    differences = {
+        name: _difference(np.stack([s[name] for s in mine]), np.stack([s[name] for s in theirs])) for name in mine[0]
+    }
+    areas = np.array([[area_under_curve(np.array(run.reward["values"])) for run in pair] for pair in pairs])
+    area = areas[:, 0] - areas[:, 1]
+    return {
+        "seeds": [run.seed for run, _ in pairs],
+        **differences,
+        "reward_area": {"difference": _round(float(area.mean())), "t": _t(area)},
+        "reach": _reach(pairs),
+    }
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+    bootstrap = paired_bootstrap(a, b)
+    return {
+        "difference": _round(bootstrap.value),
+        "bootstrap": [_round(bootstrap.low), _round(bootstrap.high)],
+        "t": _t((a - b).mean(axis=1)),
+    }
+
+
+def _t(differences: np.ndarray) -> list[float] | None:
+    """The t interval; None for a single seed, which has no spread."""
+    if len(differences) < 2:
+        return None
+    interval = t_interval(differences)
+    return [_round(interval.low), _round(interval.high)]
+
+
+def _reach(pairs: list[tuple[Facts, Facts]]) -> dict[str, Any]:
+    """How soon the method's reward reaches the best of the baseline's, seed by seed, as a share of its own time.
+
+    Means over the pairs in which it does; `reached` says how many those are.
+    """
+    rows = []
+    for run, baseline in pairs:
+        level = baseline.best_reward()
+        there, own = run.reach(level), baseline.reach(level)
+        if there is not None and own is not None:
+            rows.append((*there, there[0] / own[0], there[1] / own[1]))
+    names = ("steps", "seconds", "steps_ratio", "seconds_ratio")
+    means = [_round(float(mean)) for mean in np.mean(rows, axis=0)] if rows else [None] * len(names)
+    return {"pairs": len(pairs), "reached": len(rows), **dict(zip(names, means, strict=True))}
+
+
+def _rounded(values: Sequence[float], digits: int = 5) -> list[float]:
+    return [float(f"{value:.{digits}g}") for value in values]
+
+
+def _round(value: float) -> float:
+    """Six decimals: far below any interval here, and zero stays zero."""
+    return round(value, 6) + 0.0

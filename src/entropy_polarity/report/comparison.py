@@ -1,0 +1,161 @@
+"""The page of a comparison: one self-contained HTML file with tables, differences and curves."""
+
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render, smoothed
+from entropy_polarity.report.tables import comparison_tables, score_names
+
+# Okabe and Ito's colours, which colour-blind eyes tell apart (black is the baselines' zero line, yellow too faint);
+# where there are more methods than colours, dashes and markers tell them apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6b4c9a")
+_DASHES = ("solid", "dash", "dot", "dashdot")
+_MARKERS = ("circle", "square", "diamond", "cross")
+_GREY, _INK = "#8a8f98", "#1d2129"
+_SMOOTH = 10  # rollouts
+
+
+def render_comparison(document: dict[str, Any]) -> str:
+    """The page of a comparison document (comparison.json). Labels and all other text are escaped."""
+    plan = document["plan"]
+    return render(
+        "comparison.html",
+        [*_forests(document["summary"]), *_curves(document["runs"]), _pass_at_k(document["summary"])],
+        title=f"Comparison on {plan['recipe']}",
+        environment=document["environment"],
+        plan=plan,
+        failed=document["failed"],
+        tables=comparison_tables(document["summary"]),
+        commits=sorted({run["commit"] or "installed package" for run in document["runs"]}),
+    )
+
+
+def _styles(labels: list[str]) -> dict[str, dict[str, str]]:
+    """Colour, dash and marker of each method, the same in every chart."""
+    count = len(_COLOURS)
+    return {
+        label: {
+            "colour": _COLOURS[i % count],
+            "dash": _DASHES[i // count % len(_DASHES)],
+            "marker": _MARKERS[i // count % len(_MARKERS)],
+        }
+        for i, label in enumerate(labels)
+    }
+
+
+def _forests(summary: dict[str, Any]) -> Iterator[Chart]:
+    """For each baseline the paired differences of all others, one panel a score."""
+    styles = _styles(list(summary["methods"]))
+    names = [name for name in score_names(summary) if name != "greedy"]
+    for baseline, rows in summary["against"].items():
+        paired = {label: row for label, row in rows.items() if row["seeds"]}
+        if not paired:
+            continue
+        figure = make_subplots(
+            rows=1, cols=len(names), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.03
+        )
+        figure.update_layout(blank_figure(height=110 + 34 * len(paired)).layout, margin={"t": 30, "l": 120})
+        for column, name in enumerate(names, start=1):
+            for label, row in paired.items():
+                for trace in _interval_traces(label, row[name], styles[label]):
+                    figure.add_trace(trace, row=1, col=column)
+        figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=[*map(escape, paired)])
+        figure.update_xaxes(zeroline=True, zerolinecolor=_INK, zerolinewidth=1)
+        figure.update_layout(showlegend=False, hovermode="closest")
+        yield Chart(
+            f"Difference to {baseline}, held out",
+            f"Each method minus {baseline} on the same seeds and problems; right of zero is better. Thick: 95 % "
+            "bootstrap interval over seeds and problems. Thin: 95 % interval of Student's t over seeds, not drawn for "
+            "a single seed.",
+            figure,
+        )
+
+
+def _interval_traces(label: str, number: dict[str, Any], style: dict[str, str]) -> Iterator[go.Scatter]:
+    """The t interval thin, the bootstrap interval thick, the difference as a point."""
+    for bounds, width in ((number["t"], 1.5), (number["bootstrap"], 5)):
+        if bounds:
+            line = {"color": style["colour"], "width": width}
+            yield go.Scatter(x=bounds, y=[escape(label)] * 2, mode="lines", line=line, hoverinfo="skip")
+    low, high = number["bootstrap"]
+    yield go.Scatter(
+        x=[number["difference"]],
+        y=[escape(label)],
+        mode="markers",
+        marker={"color": "white", "size": 9, "symbol": style["marker"], "line": {"color": style["colour"], "width": 2}},
+        hovertemplate=f"%{{y}}: %{{x:+.3f}} [{low:+.3f}, {high:+.3f}]<extra></extra>",
+    )
+
+
+def _curves(runs: list[dict[str, Any]]) -> Iterator[Chart]:
+    legend = "Band: lowest to highest seed. A click on a name hides a method, a double click shows it alone."
+    yield Chart(
+        "Reward in training",
+        f"Mean reward of each rollout batch, averaged over ten rollouts, then over seeds. {legend}",
+        _seed_curves(runs, "reward", smooth=_SMOOTH),
+    )
+    yield Chart(
+        "Entropy in training",
+        f"Mean entropy of the policy at the tokens it wrote, in nats, averaged over seeds. {legend}",
+        _seed_curves(runs, "entropy"),
+    )
+
+
+def _seed_curves(runs: list[dict[str, Any]], name: str, smooth: int = 1) -> go.Figure:
+    """A line and a band for each method, as far as all of its seeds have come."""
+    figure, labels = blank_figure(height=380), list(dict.fromkeys(run["label"] for run in runs))
+    for label, style in _styles(labels).items():
+        curves = [run[name] for run in runs if run["label"] == label]
+        length = min(len(curve["values"]) for curve in curves)
+        steps = curves[0]["steps"][:length]
+        values = np.array([curve["values"][:length] for curve in curves], dtype=float)
+        rows = np.array([smoothed(list(row), smooth) for row in values])
+        line = {"color": style["colour"], "width": 2, "dash": style["dash"]}
+        shared = {"x": steps, "mode": "lines", "legendgroup": label}
+        edge = shared | {"line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+        if len(rows) > 1:
+            figure.add_scatter(y=_shown(rows.min(axis=0)), **edge)
+            figure.add_scatter(y=_shown(rows.max(axis=0)), fill="tonexty", fillcolor=_faint(style["colour"]), **edge)
+        figure.add_scatter(y=_shown(rows.mean(axis=0)), name=escape(label), line=line, **shared)
+    figure.update_layout(xaxis_title="step", showlegend=True)
+    return figure
+
+
+def _pass_at_k(summary: dict[str, Any]) -> Chart:
+    figure, methods = blank_figure(height=380), summary["methods"]
+    before = next(iter(methods.values()))["pass_at"]["before"]
+    lines = [("before training", before, {"colour": _GREY, "dash": "dot", "marker": "circle"})]
+    styles = _styles(list(methods))
+    lines += [(label, method["pass_at"]["after"], styles[label]) for label, method in methods.items()]
+    for label, curve, style in lines:
+        figure.add_scatter(
+            x=[int(k) for k in curve],
+            y=list(curve.values()),
+            name=escape(label),
+            mode="lines+markers",
+            line={"color": style["colour"], "dash": style["dash"]},
+            marker={"symbol": style["marker"]},
+        )
+    pass_at_k_axes(figure, list(before))
+    figure.update_layout(showlegend=True, yaxis_range=None, yaxis_rangemode="normal")
+    return Chart(
+        "pass@k, held out",
+        "Unbiased pass@k before and after, mean over seeds and problems. pass@1 is what reinforcement raises; a pass@k "
+        "at large k that ends below its start means that exploration died.",
+        figure,
+    )
+
+
+def _faint(colour: str) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, 0.12)"
+
+
+def _shown(values: np.ndarray) -> list[float]:
+    """Four digits: more make the page heavy and cannot be seen."""
+    return [float(f"{value:.4g}") for value in values]

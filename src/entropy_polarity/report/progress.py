@@ -1,0 +1,88 @@
+"""A comparison while it runs: one table of methods and seeds in a terminal, a line for each change elsewhere."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+_STYLES = {
+    "waiting": "dim",
+    "running": "cyan",
+    "stopping": "yellow",
+    "stopped": "yellow",
+    "finished": "green",
+    "failed": "bold red",
+}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where one run of a comparison stands; `kind` is a key of _STYLES, `note` says why it failed."""
+
+    label: str
+    seed: int
+    kind: str
+    step: int
+    steps: int
+    note: str = ""
+
+    def cell(self) -> Text:
+        steps = f"step {self.step}/{self.steps}"
+        shown = {"running": steps, "stopping": f"{steps}, stopping"}.get(self.kind, self.kind)
+        return Text(shown, _STYLES[self.kind])
+
+
+class ComparisonView:
+    """A context: `watch(states)` with the states of all runs, as often as one likes."""
+
+    def __init__(self, title: str, stream: TextIO | None = None) -> None:
+        self.console = Console(file=stream or sys.stdout)
+        self.title = title
+        self.said: dict[tuple[str, int], str] = {}
+        self.live: Live | None = None
+
+    def __enter__(self) -> "ComparisonView":
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, refresh_per_second=4)
+            self.live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self.live.__exit__(kind, error, trace)
+
+    def watch(self, states: Sequence[RunState]) -> None:
+        if self.live is not None:
+            self.live.update(self._table(states))
+            return
+        ended = sum(state.kind in ("finished", "failed") for state in states)
+        for state in states:
+            run = (state.label, state.seed)
+            if self.said.get(run, "waiting") != state.kind:
+                note = f": {state.note}" if state.note else ""
+                line = f"[{ended}/{len(states)}] {state.label}, seed {state.seed}: {state.kind}{note}"
+                self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+            self.said[run] = state.kind
+
+    def _table(self, states: Sequence[RunState]) -> Table:
+        """Methods down, seeds across; what failed is told below."""
+        labels, seeds = list(dict.fromkeys(s.label for s in states)), list(dict.fromkeys(s.seed for s in states))
+        cells = {(state.label, state.seed): state.cell() for state in states}
+        failures = [f"{s.label}, seed {s.seed}: {s.note}" for s in states if s.note]
+        table = Table(
+            title=Text(self.title), title_justify="left", caption=Text("\n".join(failures), "red") if failures else None
+        )
+        table.add_column("method")
+        for seed in seeds:
+            table.add_column(f"seed {seed}")
+        for label in labels:
+            table.add_row(Text(label), *(cells.get((label, seed), Text("")) for seed in seeds))
+        return table

@@ -1,0 +1,141 @@
+"""The numbers of a comparison as text, for a terminal and a page alike; each column has a sentence that explains it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class TextTable:
+    title: str
+    columns: list[Column]
+    rows: list[list[str]]
+
+
+def comparison_tables(summary: Summary) -> list[TextTable]:
+    """The methods alone, then one table of paired differences for each baseline."""
+    differences = [_difference_table(baseline, rows) for baseline, rows in summary["against"].items() if rows]
+    return [_method_table(summary["methods"]), *differences]
+
+
+def score_names(summary: Summary) -> list[str]:
+    """The scores that are compared: pass@k for a few k, and greedy."""
+    return list(next(iter(summary["methods"].values()))["after"])
+
+
+def search_table(document: dict[str, Any]) -> TextTable:
+    """One row a candidate of a search; the chosen ones are marked."""
+    many = next((row["samples"] for row in document["rows"] if "samples" in row), 16)
+    chosen = list(document["chosen"].items())
+    columns = [
+        Column("method", "Label of the method in the plan."),
+        Column("constant", "The constant that is chosen, and the value tried."),
+        Column("seeds", "Seeds of the search that have finished."),
+        Column("pass@1", "Final held-out pass@1, mean over seeds and problems: the criterion."),
+        Column(f"pass@{many}", f"Final held-out pass@{many}: it decides between equals."),
+        Column("entropy at the end", "Mean entropy of the last ten rollouts, in nats."),
+        Column("chosen", "The value with the highest pass@1 of its method."),
+    ]
+    rows = []
+    for row in document["rows"]:
+        best = any(label == row["label"] and table.get(row["key"]) == row["value"] for label, table in chosen)
+        numbers = [f"{row[name]:.4f}" if name in row else "-" for name in ("pass@1", "pass@many", "entropy_end")]
+        constant = f"{row['key']} = {row['value']}" if row["key"] else "nothing to choose"
+        rows.append([row["label"], constant, _listed(row["seeds"]), *numbers, "chosen" if best else ""])
+    return TextTable("Search", columns, rows)
+
+
+def _method_table(methods: dict[str, Summary]) -> TextTable:
+    names = list(next(iter(methods.values()))["after"])
+    columns = [
+        Column("method", "Label of the method in the plan; the first row is the policy before training."),
+        Column("seeds", "Seeds that have finished. All means are over them, ± their standard deviation."),
+        *(Column(name, _meaning(name)) for name in names),
+        Column("reward", "Mean reward of all that was sampled in training: the area under the reward curve."),
+        Column("entropy", "Mean entropy of the policy over the whole run, in nats, at the tokens that it wrote."),
+        Column("entropy at the end", "The same over the last ten rollouts."),
+        Column("seconds", "Seconds a run, in training steps; evaluation is left out."),
+    ]
+    start = next(iter(methods.values()))
+    rows = [["before training", "", *(_mean(start["before"][name] | {"sd": None}) for name in names), "", "", "", ""]]
+    for label, method in methods.items():
+        scores = [_mean(method["after"][name]) for name in names]
+        others = [_mean(method[name]) for name in ("reward_area", "entropy_mean", "entropy_end")]
+        rows.append([label, _listed(method["seeds"]), *scores, *others, _mean(method["seconds"], digits=0)])
+    return TextTable("Methods", columns, rows)
+
+
+def _difference_table(baseline: str, rows: dict[str, Summary]) -> TextTable:
+    paired = [row for row in rows.values() if row["seeds"]]
+    names = [name for name in paired[0] if name not in ("seeds", "reward_area", "reach")] if paired else []
+    columns = [
+        Column("method", f"Compared with {baseline} on the same seeds and the same held-out problems."),
+        Column("pairs", "Seeds that both have finished."),
+        *(
+            Column(
+                f"Δ {name}",
+                f"{name} minus that of {baseline}; in brackets the 95 % bootstrap interval over seeds and problems, "
+                "after t that of Student's t over seeds. Above zero: better than the baseline.",
+            )
+            for name in names
+        ),
+        Column("Δ reward", "Difference of the mean reward in training, with the t interval over seeds."),
+        Column(
+            "steps to its best",
+            f"Steps until the moving average of the reward over ten rollouts reaches the best that {baseline} reached "
+            "with the same seed, as a multiple of its own steps. Below 1: sooner. Mean over the seeds that reach it.",
+        ),
+        Column("seconds to its best", "The same in seconds of training steps on this machine."),
+    ]
+    cells = []
+    for label, row in rows.items():
+        if not row["seeds"]:
+            cells.append([label, "0", *[""] * (len(columns) - 2)])
+            continue
+        reach = [_reach(row["reach"], name) for name in ("steps", "seconds")]
+        cells.append([label, str(len(row["seeds"])), *(_difference(row[n]) for n in [*names, "reward_area"]), *reach])
+    return TextTable(f"Against {baseline}", columns, cells)
+
+
+def _meaning(name: str) -> str:
+    if name == "greedy":
+        return "Share of held-out problems that the likeliest answer, taken token by token, solves."
+    k = name.partition("@")[2]
+    right = "a sampled answer is right" if k == "1" else f"at least one of {k} sampled answers is right"
+    return f"The chance that {right}, on held-out problems that training never draws, after training."
+
+
+def _mean(number: dict[str, float | None], digits: int = 3) -> str:
+    spread = "" if number["sd"] is None else f" ± {number['sd']:.{digits}f}"
+    return f"{number['mean']:.{digits}f}{spread}"
+
+
+def _difference(number: Summary) -> str:
+    """A value and its intervals, a line each."""
+    lines = [f"{number['difference']:+.3f}"]
+    if "bootstrap" in number:
+        lines.append(_interval(number["bootstrap"]))
+    lines.append(f"t {_interval(number['t'])}" if number["t"] else "t: one seed")
+    return "\n".join(lines)
+
+
+def _interval(bounds: list[float]) -> str:
+    return f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
+
+
+def _reach(reach: Summary, unit: str) -> str:
+    missed = reach["pairs"] - reach["reached"]
+    never = f"not reached in {missed} of {reach['pairs']} seeds" if missed else ""
+    ratio = f"× {reach[f'{unit}_ratio']:.2f} ({reach[unit]:.0f} {unit})" if reach["reached"] else ""
+    return "\n".join(filter(None, (ratio, never)))
+
+
+def _listed(seeds: list[int]) -> str:
+    return ", ".join(map(str, seeds))

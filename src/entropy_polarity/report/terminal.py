@@ -1,0 +1,64 @@
+"""Results in a terminal: evaluations, comparisons, searches."""
+
+from typing import Any
+
+import tomli_w
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from entropy_polarity.report.tables import TextTable, comparison_tables, search_table
+
+
+def print_estimates(evaluations: dict[str, dict[str, Any]]) -> None:
+    """A column for each evaluation, a row for each pass@k and the greedy answer."""
+    if not evaluations:
+        return
+    table = Table("", *map(escape, evaluations))
+    estimates = {
+        name: {f"pass@{k}": e for k, e in found["pass_at"].items()} | {"greedy": found.get("greedy_pass")}
+        for name, found in evaluations.items()
+    }
+    for row in next(iter(estimates.values())):
+        table.add_row(row, *(_estimate(found.get(row)) for found in estimates.values()))
+    Console().print(table)
+
+
+def print_comparison(document: dict[str, Any]) -> None:
+    for table in comparison_tables(document["summary"]):
+        _print_table(table)
+    for name, line in document["failed"].items():
+        print(f"failed: {name}: {line}")
+
+
+def print_search(document: dict[str, Any]) -> None:
+    """The candidates, and the method tables of the chosen, to paste into the plan."""
+    _print_table(search_table(document))
+    print(f"chosen: {document['criterion']}; {document['problems']} problems that the comparison does not have")
+    for name, line in document["failed"].items():
+        print(f"failed: {name}: {line}")
+    print(tomli_w.dumps({"methods": document["chosen"]}))
+
+
+def _print_table(table: TextTable) -> None:
+    """As a table, as wide as it is; in a terminal too narrow for it one method after the other."""
+    shown = Table(title=escape(table.title), title_justify="left", show_lines=True)
+    for column in table.columns:
+        shown.add_column(escape(column.name), no_wrap=True)
+    for row in table.rows:
+        shown.add_row(*map(escape, row))
+    console = Console()
+    width = Console(width=10_000).measure(shown).maximum
+    if console.is_terminal and width > console.width:
+        shown = Table(title=escape(table.title), title_justify="left", show_header=False)
+        for row in table.rows:
+            for column, cell in zip(table.columns, row, strict=True):
+                if cell:
+                    shown.add_row(escape(column.name), escape(cell.replace("\n", "  ")))
+            shown.add_section()
+    Console(width=max(width, console.width)).print(shown)
+
+
+def _estimate(estimate: dict[str, float] | None) -> str:
+    """Evaluations of older runs have no greedy answers."""
+    return "-" if estimate is None else f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"

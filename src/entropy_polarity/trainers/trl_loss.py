@@ -1,0 +1,93 @@
+"""What TRL's losses do with a token: which settings a method fixes, what is left of its policy gradient, how the
+tokens are averaged. Each is tested against TRL's own loss.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
+
+from entropy_polarity.polarity import surviving_ratio
+from entropy_polarity.tokens import Tokens
+from entropy_polarity.transforms import Loss
+
+CLIPPED_LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo")
+
+
+def fix_loss(config: GRPOConfig, method: str, loss: Loss) -> None:
+    """Put what `method` fixes of the loss into `config`. Raises ValueError where the user asked for something else."""
+    wanted = {
+        "epsilon": loss.clip_low,
+        "epsilon_high": loss.clip_high,
+        "delta": loss.dual_clip,
+        "loss_type": "dapo" if loss.average == "token" else None,
+    }
+    defaults = {f.name: f.default for f in fields(GRPOConfig)}
+    for name, value in wanted.items():
+        if value is None:
+            continue
+        given = getattr(config, name)
+        if given not in (defaults[name], value):
+            raise ValueError(
+                f"{name}={given!r} was given, but method {method!r} sets it to {value!r}: leave {name} out, or use the "
+                "settings of the method"
+            )
+        setattr(config, name, value)
+    if loss.clip_low is not None and config.loss_type not in CLIPPED_LOSSES:
+        raise ValueError(
+            f"method {method!r} sets the PPO clip, which loss_type={config.loss_type!r} does not have: use one of "
+            f"{', '.join(CLIPPED_LOSSES)}"
+        )
+
+
+def importance(trainer: GRPOTrainer, tokens: Tokens, correction: Tensor | None) -> Tensor:
+    """w: what TRL's loss leaves of each token's policy gradient, as a factor on A grad log p.
+
+    Not counted: tokens that TRL masks by `top_entropy_quantile` or `off_policy_mask_threshold`.
+    """
+    args, advantages = trainer.args, tokens.advantages
+    log_ratio = tokens.known("logp") - tokens.known("old_logp")
+    ratio = log_ratio.exp()
+    if trainer.loss_type == "vespo":  # its weight holds the correction already
+        return trainer.get_gamma_weights(
+            advantages, log_ratio, tokens.mask, correction,
+            args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg,
+        ).expand_as(ratio)  # fmt: skip
+    if trainer.loss_type == "cispo":
+        weight = ratio.clamp(max=trainer.epsilon_high)
+    elif trainer.loss_type == "sapo":
+        gate = torch.sigmoid(
+            torch.where(advantages > 0, args.sapo_temperature_pos, args.sapo_temperature_neg) * (ratio - 1)
+        )
+        weight = 4 * gate * (1 - gate) * ratio
+    else:
+        weight = surviving_ratio(ratio, advantages, (trainer.epsilon_low, trainer.epsilon_high))
+        if args.delta is not None:  # TRL's second, outer clip
+            weight = torch.where((advantages < 0) & (ratio > args.delta), 0.0, weight)
+    return weight if correction is None else weight * correction
+
+
+def averaged(trainer: GRPOTrainer, values: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """`values` (B, T) averaged over a micro-batch as TRL averages its policy loss, accumulation included."""
+    accumulation = trainer.current_gradient_accumulation_steps
+    values = torch.where(mask, values, 0.0)
+    if trainer.loss_type in ("grpo", "sapo"):
+        return (values.sum(-1) / mask.sum(-1).clamp(min=1)).mean() / accumulation
+    if trainer.loss_type == "bnpo":
+        return values.sum() / mask.sum().clamp(min=1) / accumulation
+    if trainer.loss_type == "dr_grpo":
+        return values.sum() / (len(values) * trainer.max_completion_length) / accumulation
+    assert trainer.args.steps_per_generation is not None
+    windows = trainer.args.steps_per_generation / accumulation  # the rollout's tokens are met in so many windows
+    return values.sum() / (inputs["num_items_in_batch"].clamp(min=1) / trainer.accelerator.num_processes) * windows
+
+
+def restrict(batch: dict[str, Any], mask: Tensor, tokens: Tensor) -> None:
+    """Restrict the loss to `mask`, and its denominator to `tokens`, the number of model tokens on all ranks.
+
+    TRL's `tool_mask` does that: the model still attends to what is masked.
+    """
+    batch["tool_mask"] = mask.to(batch["completion_mask"].dtype)
+    batch["num_items_in_batch"] = tokens.to(batch["num_items_in_batch"].dtype)

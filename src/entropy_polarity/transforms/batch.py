@@ -1,0 +1,106 @@
+"""Statistics over the model tokens of a whole rollout batch, in float64, and draws that no split or order changes."""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from entropy_polarity.tokens import Tokens, masked_mean
+
+
+def mean_and_deviation(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (dividing by N) of the finite values where `mask` is True; 0 for none."""
+    mask = mask & values.isfinite()
+    mean = masked_mean(values.double(), mask)
+    return mean, masked_mean((values.double() - mean).square(), mask).sqrt()
+
+
+def mean_entropy(tokens: Tokens) -> tuple[float, float]:
+    """(H, σ): the mean entropy over the model tokens, and its standard error as a sample of prompts.
+
+        H = Σ_g S_g / Σ_g N_g        σ² = G / (G - 1) Σ_g (S_g - H N_g)² / (Σ_g N_g)²
+
+    S_g and N_g: sum of entropies and number of tokens of prompt g (of a response, where no groups are known). Tokens of
+    one prompt are far from independent: counting tokens would call the error several times too small. σ is 0 for a
+    single prompt. Source: the ratio estimator for cluster samples (Cochran 1977, chapter 6).
+    """
+    entropy = tokens.known("entropy").double()
+    usable = tokens.mask & entropy.isfinite()
+    if not usable.any():
+        return math.nan, 0.0
+    rows = torch.arange(len(usable), device=usable.device)
+    _, group = torch.unique(rows if tokens.group is None else tokens.group, return_inverse=True)
+    zeros = torch.zeros(int(group.max()) + 1, dtype=torch.float64, device=usable.device)
+    sums = zeros.index_add(0, group, torch.where(usable, entropy, 0.0).sum(1))
+    counts = zeros.index_add(0, group, usable.sum(1).double())
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    mean, groups = sums.sum() / counts.sum(), len(counts)
+    if groups < 2:
+        return mean.item(), 0.0
+    scatter = (sums - mean * counts).square().sum() * groups / (groups - 1)
+    return mean.item(), (scatter.sqrt() / counts.sum()).item()
+
+
+def quantile(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], q: float) -> Tensor:
+    """The q-quantile of the finite values where `mask` is True, linear between neighbours; NaN for none.
+
+    `torch.quantile` refuses more than 16 million values.
+    """
+    chosen = values[mask & values.isfinite()].sort().values
+    if not len(chosen):
+        return values.new_tensor(torch.nan)
+    place = q * (len(chosen) - 1)
+    below = int(place)
+    above = min(below + 1, len(chosen) - 1)
+    return torch.lerp(chosen[below], chosen[above], place - below)
+
+
+def largest(scores: Tensor, mask: Bool[Tensor, "B T"], count: int) -> Bool[Tensor, "B T"]:
+    """Where the `count` largest scores among `mask` stand; all of `mask` if there are no more. NaN is never chosen."""
+    eligible = (mask & ~scores.isnan()).flatten().nonzero().flatten()
+    chosen = eligible[scores.flatten()[eligible].topk(min(count, len(eligible))).indices]
+    picked = torch.zeros_like(mask.flatten())
+    picked[chosen] = True
+    return picked.view_as(mask)
+
+
+def token_keys(sample_id: Int[Tensor, " B"], width: int, seed: int, rollout: int) -> Int[Tensor, "B T"]:
+    """A pseudo-random integer a token, hashed from (seed, rollout, sample, position).
+
+    To draw n tokens at random take the n smallest keys: the draw is the same however the batch is split or ordered.
+    Source: the finaliser of splitmix64 (Steele, Lea and Flood 2014).
+    """
+    position = torch.arange(width, device=sample_id.device)
+    key = _mixed(_mixed(_mixed(sample_id.new_full((), seed)) + rollout) + sample_id.long())[:, None] + position
+    return _mixed(key)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    def shifted(bits: int) -> Tensor:
+        return x ^ ((x >> bits) & ((1 << (64 - bits)) - 1))  # >> keeps the sign: mask it out
+
+    x = x.long() + -0x61C8864680B583EB
+    x = shifted(30) * -0x40A7B892E31B1A47
+    x = shifted(27) * -0x6B2FB644ECCEEE15
+    return shifted(31)
+
+
+def covariance_terms(tokens: Tokens) -> Float[Tensor, "B T"]:
+    """c = (A - mean A) (log p - mean log p) of each token; means over the model tokens. Source: arXiv 2505.22617."""
+    logp = tokens.known("logp").double()
+    mean_advantage, _ = mean_and_deviation(tokens.advantages, tokens.mask)
+    mean_logp, _ = mean_and_deviation(logp, tokens.mask)
+    return (tokens.advantages.double() - mean_advantage) * (logp - mean_logp)
+
+
+def sampled_contribution(tokens: Tokens) -> Float[Tensor, "B T"]:
+    """S_a = p_a (log p_a + H)."""
+    logp = tokens.known("logp")
+    return logp.exp() * (logp.clamp(min=torch.finfo(logp.dtype).min) + tokens.known("entropy"))
+
+
+def group_index(tokens: Tokens) -> tuple[Int[Tensor, " B"], int]:
+    """Each response's group as a number from 0, and how many groups there are."""
+    names, index = torch.unique(tokens.known("group"), return_inverse=True)
+    return index, len(names)

@@ -1,0 +1,55 @@
+"""The metrics of a batch, measured around any method."""
+
+import math
+
+from entropy_polarity.phase import Metrics, State
+from entropy_polarity.polarity import predicted_entropy_change
+from entropy_polarity.tokens import Tokens, masked_mean
+from entropy_polarity.transforms.core import Transform
+from entropy_polarity.transforms.weights import observe, token_polarity
+
+
+def measure(before: Tokens, after: Tokens, state: State) -> tuple[State, Metrics]:
+    """Every polarity metric of a batch whose method made `after` of `before`; the state is the last entropy."""
+    p, observed = token_polarity(before), observe(before)
+    changed = after.advantages != before.advantages
+    for term in (after.entropy_bonus, after.ratio_penalty):
+        if term is not None:
+            changed = changed | (term != 0)
+    metrics = {
+        "polarity/lambda": 0.0,
+        "polarity/entropy": observed.entropy,
+        "polarity/positive_flow": observed.positive_flow,
+        "polarity/negative_flow": observed.negative_flow,
+        "polarity/positive_fraction": masked_mean((p > 0).to(p.dtype), before.mask).item(),
+        "polarity/changed_fraction": masked_mean(changed.to(p.dtype), before.mask).item(),
+        "polarity/predicted_entropy_change": predicted_entropy_change(token_polarity(after), after.mask).item(),
+        "polarity/nonfinite_tokens": float((~p.isfinite() & before.mask).sum()),
+    }
+    if state["entropy"] is not None:
+        metrics["polarity/realised_entropy_change"] = observed.entropy - state["entropy"]
+    return {"entropy": observed.entropy if math.isfinite(observed.entropy) else state["entropy"]}, metrics
+
+
+def monitored(inner: Transform) -> Transform:
+    """`inner` with the metrics of `measure` around it; the advantages are its own.
+
+    Where `inner` decides from rewards alone there may be no statistics yet: then nothing is measured, and who makes
+    them later calls `measure`.
+    """
+
+    def init() -> State:
+        return {"entropy": None, "inner": inner.init()}
+
+    def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
+        rewritten, inner_state, inner_metrics = inner.update(tokens, state["inner"])
+        seen, metrics = {"entropy": state["entropy"]}, {}
+        if tokens.sensitivity is not None:
+            seen, metrics = measure(tokens, rewritten, seen)
+        return rewritten, {**seen, "inner": inner_state}, metrics | inner_metrics
+
+    def local(tokens: Tokens, state: State) -> Tokens:
+        assert inner.local is not None
+        return inner.local(tokens, state["inner"])
+
+    return Transform(init, update, local if inner.local else None, inner.needs, inner.loss)

@@ -1,0 +1,122 @@
+"""Methods that decide from rewards alone: what a response's advantage is, and which groups count."""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from entropy_polarity.tokens import Tokens
+from entropy_polarity.transforms.batch import group_index
+from entropy_polarity.transforms.core import Loss, Transform, rewriting
+
+# Keeps the division finite in a group whose rewards are all equal; TRL's value.
+EPSILON = 1e-4
+
+
+def group_statistics(tokens: Tokens, rewards: Float[Tensor, " B"]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (dividing by G - 1, as TRL does) of each response's group; 0 deviation for G = 1."""
+    index, groups = group_index(tokens)
+    zeros = torch.zeros(groups, dtype=torch.float64, device=rewards.device)
+    size = zeros.index_add(0, index, torch.ones_like(rewards, dtype=torch.float64))
+    mean = zeros.index_add(0, index, rewards.double()) / size
+    scatter = zeros.index_add(0, index, (rewards.double() - mean[index]).square())
+    return mean[index], (scatter / (size - 1).clamp(min=1)).sqrt()[index]
+
+
+def with_advantages(tokens: Tokens, advantages: Float[Tensor, " B"]) -> Tokens:
+    """The same tokens, each with its response's new advantage."""
+    column = advantages.to(tokens.advantages.dtype)[:, None]
+    return replace(tokens, advantages=column.expand_as(tokens.advantages))
+
+
+def dapo(
+    clip_low: float = 0.2, clip_high: float = 0.28, overlong_cache: int = 0, max_length: int | None = None
+) -> Transform:
+    """DAPO: clip-higher, a token-mean loss, groups with equal rewards dropped, and a soft penalty on length.
+
+    Dropped groups leave the loss's denominator and every statistic; the paper samples others in their place, which is
+    not done here. With `overlong_cache` c > 0 a response of n model tokens gets R + clip((L - c - n) / c, -1, 0) with
+    L = `max_length`, after which advantages are made anew: (R - mean R) / (std R + 10⁻⁴) within the group. The
+    paper's c and L (4096, 20480) fit its own length limit: give yours. Which groups are equal is judged before the
+    penalty. Source: arXiv 2503.14476.
+    """
+    if overlong_cache and (max_length is None or not 0 < overlong_cache <= max_length):
+        raise ValueError(
+            f"dapo: overlong_cache={overlong_cache} with max_length={max_length}; expected max_length, the limit of a "
+            "completion in tokens, and a cache from 1 to it"
+        )
+
+    def rewrite(tokens: Tokens) -> Tokens:
+        rewards = tokens.known("reward")
+        mean, _ = group_statistics(tokens, rewards)
+        unequal = (rewards.double() - mean).abs() > 1e-9 * (1 + mean.abs())
+        index, groups = group_index(tokens)
+        counts = torch.zeros(groups, device=rewards.device).index_add(0, index, unequal.float())
+        if overlong_cache:
+            assert max_length is not None
+            length = tokens.mask.sum(1)
+            penalty = ((max_length - overlong_cache - length) / overlong_cache).clamp(-1, 0)
+            shaped = rewards + penalty
+            mean, deviation = group_statistics(tokens, shaped)
+            tokens = with_advantages(tokens, (shaped - mean) / (deviation + EPSILON))
+        return replace(tokens, mask=tokens.mask & (counts[index] > 0)[:, None])
+
+    return rewriting(rewrite, "reward", "group", loss=Loss(clip_low, clip_high, average="token"))
+
+
+def qae(quantile: float = 0.4) -> Transform:
+    """QAE: the baseline is a quantile of the group's rewards instead of their mean, A = (R - Q_K) / (std R + 10⁻⁴).
+
+    Q_K is linear between neighbouring rewards. With rewards 0 and 1 and a success rate p it is 0 where p < 1 - K, so
+    that only successes teach, and 1 where p > 1 - K, so that only failures do, but for one step between.
+    Source: arXiv 2509.22611, from third-party summaries; that the scale is GRPO's is an assumption.
+    """
+    if not 0 < quantile < 1:
+        raise ValueError(f"qae: quantile is {quantile}; expected a value between 0 and 1")
+
+    def rewrite(tokens: Tokens) -> Tokens:
+        rewards = tokens.known("reward")
+        _, deviation = group_statistics(tokens, rewards)
+        index, groups = group_index(tokens)
+        baseline = torch.stack([rewards[index == group].double().quantile(quantile) for group in range(groups)])
+        return with_advantages(tokens, (rewards - baseline[index]) / (deviation + EPSILON))
+
+    return rewriting(rewrite, "reward", "group")
+
+
+def w_reinforce(right: float = 0.1, wrong: float = 1.0) -> Transform:
+    """W-REINFORCE: A = `right` on a completion with positive reward and -`wrong` on any other; no group, no baseline.
+
+    Source: arXiv 2506.01347.
+    """
+
+    def rewrite(tokens: Tokens) -> Tokens:
+        return with_advantages(tokens, torch.where(tokens.known("reward") > 0, right, -wrong))
+
+    return rewriting(rewrite, "reward", local=True)
+
+
+def nsr() -> Transform:
+    """NSR: negative samples only, A = -1 on wrong completions; right ones are dropped, from the denominator too.
+
+    Source: arXiv 2506.01347.
+    """
+    return _only(right=False)
+
+
+def psr() -> Transform:
+    """PSR: positive samples only, A = 1 on right completions; wrong ones are dropped, from the denominator too.
+
+    Source: arXiv 2506.01347.
+    """
+    return _only(right=True)
+
+
+def _only(right: bool) -> Transform:
+    def rewrite(tokens: Tokens) -> Tokens:
+        chosen = (tokens.known("reward") > 0) == right
+        tokens = with_advantages(tokens, chosen.double() * (1 if right else -1))
+        return replace(tokens, mask=tokens.mask & chosen[:, None])
+
+    return rewriting(rewrite, "reward")

@@ -1,0 +1,104 @@
+"""PAPO: weights that move pressure between the tokens that expand entropy and those that contract it."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from entropy_polarity.phase import Controller, Metrics, Observation, State
+from entropy_polarity.polarity import branch_flows, polarity
+from entropy_polarity.tokens import Tokens, masked_mean
+from entropy_polarity.transforms.batch import mean_entropy
+from entropy_polarity.transforms.core import Transform, reweighted, rewriting
+
+
+def token_polarity(tokens: Tokens) -> Float[Tensor, "B T"]:
+    """P = w A T of every token of a batch."""
+    return polarity(tokens.advantages, tokens.known("sensitivity"), tokens.importance)
+
+
+def polarity_sign(tokens: Tokens, soft_sign: float = 0.0) -> Float[Tensor, "B T"]:
+    """s = sign(P), or with `soft_sign` δ > 0 the smooth s = P / (|P| + δ), so that rounding noise near P = 0 does not
+    flip a weight. A token whose P is NaN or infinite has s = 0.
+    """
+    p = token_polarity(tokens)
+    p = torch.where(p.isfinite(), p, 0.0)
+    return p.sign() if soft_sign == 0 else p / (p.abs() + soft_sign)
+
+
+def observe(tokens: Tokens, soft_sign: float = 0.0) -> Observation:
+    """What a controller sees of a batch: mean entropy, branch flows, and what a unit of λ would do.
+
+    Tokens whose entropy is not finite are left out; with none left the entropy is NaN, not 0.
+    """
+    p, s = token_polarity(tokens), polarity_sign(tokens, soft_sign)
+    positive, negative = branch_flows(p, tokens.mask)
+    gain = masked_mean(torch.where(s == 0, 0.0, p * s), tokens.mask)
+    size = tokens.advantages.abs()
+    pressure = masked_mean(size, tokens.mask)
+    tilt = masked_mean(size * s, tokens.mask) / pressure if pressure > 0 else pressure
+    entropy, error = mean_entropy(tokens)
+    return Observation(entropy, positive.item(), negative.item(), gain.item(), tilt.item(), error)
+
+
+def polarity_weights(controller: Controller, soft_sign: float = 0.0, conserve: bool = False) -> Transform:
+    """PAPO: A' = A (1 + λ_k s), λ_k steered by `controller`, one λ for all updates on rollout k.
+
+    s as in `polarity_sign`; the weights are strictly positive, |λ| < 1. With `conserve` A' is rescaled so that
+    Σ|A'| = Σ|A|: pressure is moved, none is added. That needs the whole batch, so the transform is then not local.
+    Source: arXiv 2605.11775 (the idea), ours (the rule).
+    """
+    if not soft_sign >= 0:
+        raise ValueError(f"soft_sign is {soft_sign}; expected a width >= 0 in nats (0 for the hard sign)")
+
+    def local(tokens: Tokens, state: State) -> Tokens:
+        return _reweight(tokens, state["lambda"])
+
+    def _reweight(tokens: Tokens, lam: float) -> Tokens:
+        weight = 1 + lam * polarity_sign(tokens, soft_sign)
+        if conserve:
+            before = masked_mean(tokens.advantages.abs(), tokens.mask)
+            after = masked_mean((tokens.advantages * weight).abs(), tokens.mask)
+            weight = weight * torch.where(after > 0, before / after, 1.0)
+        return reweighted(tokens, weight)
+
+    def init() -> State:
+        return {"lambda": controller.start, "controller": controller.init()}
+
+    def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
+        observed = observe(tokens, soft_sign)
+        if not conserve:
+            observed = observed._replace(tilt=0.0)  # λ changes the total pressure, and nothing takes it back
+        following, inner, metrics = controller.update(observed, state["controller"])
+        lam = state["lambda"] if controller.causal else following
+        state = {"lambda": following, "controller": inner}
+        return _reweight(tokens, lam), state, {"polarity/lambda": lam, **metrics}
+
+    needs = frozenset({"sensitivity", "entropy"})
+    return Transform(init, update, local if controller.causal and not conserve else None, needs)
+
+
+def one_branch(sign: int) -> Transform:
+    """Only the tokens with sign(P) = `sign` keep their advantage; the others get 0. Source: ours, for ablations."""
+    return rewriting(
+        lambda tokens: reweighted(tokens, (polarity_sign(tokens) == sign).to(tokens.advantages.dtype)),
+        "sensitivity",
+        local=True,
+    )
+
+
+def opefo() -> Transform:
+    """OPEFO: A (1 + λ) where P > 0 and A (1 - λ) where P < 0, with λ = (D- - D+) / (D- + D+).
+
+    The predicted net flow is then zero. With one branch empty nothing is changed, since its rule would silence the
+    other. No hyper-parameter. Source: arXiv 2605.11491, from a third-party summary; that its d is our P is an
+    assumption.
+    """
+
+    def rewrite(tokens: Tokens) -> Tokens:
+        positive, negative = branch_flows(token_polarity(tokens).double(), tokens.mask)
+        if min(positive, negative) <= 0:
+            return tokens
+        lam = ((negative - positive) / (negative + positive)).to(tokens.advantages.dtype)
+        return reweighted(tokens, 1 + lam * polarity_sign(tokens))
+
+    return rewriting(rewrite, "sensitivity")

@@ -1,0 +1,547 @@
+"""A comparison: the plan says what is meant, a stop anywhere loses nothing, and the numbers are those of the runs.
+
+Most runs here are scripted (scripted_train.py); a few are trained.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scripted_train
+from small import SMALL
+
+from entropy_polarity.experiments.compare import runs as runs_module
+from entropy_polarity.experiments.compare.experiment import compare, read_comparison, search, write_page
+from entropy_polarity.experiments.compare.plan import Plan, Search, load_plan, methods_of
+from entropy_polarity.experiments.compare.runs import Job, locked, refuse_others
+from entropy_polarity.experiments.compare.search import candidates_of, choose, judge, search_plan, unseen_problems
+from entropy_polarity.experiments.compare.summary import Facts, summarise
+from entropy_polarity.record import Run
+from entropy_polarity.report.comparison import render_comparison
+from entropy_polarity.report.progress import ComparisonView, RunState
+from entropy_polarity.report.tables import comparison_tables
+
+PAPO = [sys.executable, "-m", "entropy_polarity.cli"]
+TINY = (*SMALL, "trainer.max_steps=2", "evaluation.samples=16")
+PLAN = """
+recipe = "countdown"
+set = ["task.numbers=[4]"]
+seeds = [0, 1, 2]
+baselines = ["grpo"]
+[methods.grpo]
+name = "grpo"
+[methods.held]
+name = "papo"
+controller = "reference"
+level = 0.4
+[search]
+seeds = [100, 101]
+set = ["evaluation.seed=1000"]
+[search.values]
+held = {key = "level", values = [0.3, 0.4]}
+grpo = {}
+"""
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Runs are scripted; call it with what they do."""
+    monkeypatch.setattr(runs_module, "TRAIN", [sys.executable, scripted_train.__file__])
+    return lambda **acts: monkeypatch.setenv("SCRIPT", json.dumps(acts))
+
+
+def plan_of(*methods: str, seeds=(0, 1), overrides=TINY, **more) -> Plan:
+    return load_plan("countdown", methods or ("grpo", "papo:controller=trend"), seeds, overrides=overrides, **more)
+
+
+def starts(directory: Path) -> dict[str, int]:
+    """How often each run was started."""
+    return {log.stem: log.read_text().count("started") for log in (directory / "logs").iterdir()}
+
+
+def undated(run: dict, *without: str) -> dict:
+    return {key: value for key, value in run.items() if key not in ("date", *without)}
+
+
+def jobs_of(plan: Plan, root: Path) -> list[Job]:
+    for folder in ("recipes", "runs", "logs"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    return [Job(label, seed, plan.recipe_of(label, seed), root) for seed in plan.seeds for label in plan.methods]
+
+
+# The plan
+
+
+@pytest.mark.parametrize(
+    ("specification", "tables"),
+    [
+        ("grpo", {"grpo": {"name": "grpo"}}),
+        ("held=papo", {"held": {"name": "papo"}}),
+        ("papo:controller=reference,level=0.4", {"papo": {"name": "papo", "controller": "reference", "level": 0.4}}),
+        ("a=papo:betas=[1, 2],on=true", {"a": {"name": "papo", "betas": [1, 2], "on": True}}),
+        ('papo:text="1,2"', {"papo": {"name": "papo", "text": "1,2"}}),
+    ],
+)
+def test_a_method_is_written_as_a_word(specification, tables):
+    assert methods_of([specification]) == tables
+
+
+def test_a_plan_of_flags_is_the_plan_of_a_file(tmp_path):
+    (tmp_path / "plan.toml").write_text(PLAN)
+    planned = load_plan(str(tmp_path / "plan.toml"))
+    flags = ("grpo", "held=papo:controller=reference,level=0.4")
+    assert replace(planned, search=Search()) == load_plan("countdown", flags, overrides=["task.numbers=[4]"])
+    shorter = load_plan(str(tmp_path / "plan.toml"), seeds=[7], baselines=["held"], overrides=["trainer.max_steps=5"])
+    assert (shorter.seeds, shorter.baselines) == ([7], ["held"])
+    recipe = shorter.recipe_of("held", 7)
+    assert (recipe.seed, recipe.method, recipe.trainer["max_steps"]) == (7, planned.methods["held"], 5)
+
+
+def test_baselines_are_grpo_and_dapo_where_they_are_else_the_first():
+    assert load_plan("countdown", ["papo", "dapo=grpo", "grpo"]).baselines == ["grpo", "dapo"]
+    assert load_plan("countdown", ["papo", "other=papo:controller=trend"]).baselines == ["papo"]
+
+
+def test_a_method_that_is_only_named_has_the_settings_of_a_recipe_about_it():
+    plan = load_plan("countdown", ["papo", "grpo", "trend=papo:controller=trend"])
+    assert plan.methods["papo"]["level"] == 0.35  # as `papo train --method papo`
+    assert plan.methods["grpo"] == {"name": "grpo"}
+    assert plan.methods["trend"] == {"name": "papo", "controller": "trend"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("baselines =", "baseline =", "unknown plan key 'baseline': did you mean 'baselines'"),
+        ('"grpo"]', '"grop"]', "unknown baseline 'grop': did you mean 'grpo'"),
+        ("[0, 1, 2]", "[0, 1, 1]", "'seeds' is .* expected different whole numbers"),
+        ("[0, 1, 2]", "[]", "at least one"),
+        ("[0, 1, 2]", "3", "'seeds' is 3; expected a value of type list"),
+        ('["task.numbers=[4]"]', "[4]", "'set' has 4; expected texts"),
+        ("task.numbers", "task_numbers", "unknown recipe key 'task_numbers'"),
+        ("task.numbers=[4]", "seed=4", "would not last: the plan has seeds"),
+        ("task.numbers=[4]", "method.level=4", "would not last: the plan has methods"),
+        ("[methods.held]\nname", "[methods.held]\nnme", "'methods.held' is .*; expected a table with a name"),
+        ("[methods.held]", '[methods."a/b"]', "label 'a/b' names files"),
+        ('"countdown"', '"countdwn"', "unknown recipe 'countdwn'"),
+        ("[search]", "[serch]", "unknown plan key 'serch': did you mean 'search'"),
+        ("held = {key", "hold = {key", "'search.values.hold': did you mean 'search.values.held'"),
+        ("{key =", "{kee =", "did you mean 'search.values.held.key'"),
+        ('{key = "level", ', "{", "needs both key and values"),
+        ("grpo = {}", 'grpo = {key = "x", values = [1, 2, 3]}', r"the same budget.* \(held: 2, grpo: 3\)"),
+        ("[100, 101]", "[2, 101]", r"seeds \[2\] are in both"),
+        ("seed=1000", "seed=0", "both have evaluation.seed=0"),
+        ("recipe = ", "recipe = =", "is not valid TOML"),
+    ],
+)
+def test_a_slip_in_a_plan_is_named(tmp_path, old, new, told):
+    assert old in PLAN
+    (tmp_path / "plan.toml").write_text(PLAN.replace(old, new, 1))
+    with pytest.raises(ValueError, match=told):
+        load_plan(str(tmp_path / "plan.toml"))
+
+
+def test_flags_that_make_no_plan_are_named(tmp_path):
+    with pytest.raises(ValueError, match="nothing to compare: give --methods"):
+        load_plan("countdown")
+    with pytest.raises(ValueError, match=r"two methods are called 'papo'.*other=papo:level=0.3"):
+        load_plan("countdown", ["papo:level=0.4", "papo:level=0.3"])
+    (tmp_path / "plan.toml").write_text(PLAN)
+    with pytest.raises(ValueError, match="--methods cannot be given with a plan"):
+        load_plan(str(tmp_path / "plan.toml"), ["grpo"])
+
+
+@pytest.mark.parametrize(
+    ("methods", "override", "told"),
+    [
+        (("papo:gian=2",), "trainer.beta=0.0", r"\[methods.papo\] .*did you mean 'gain'"),
+        (("grpo", "pappo"), "trainer.beta=0.0", r"\[methods.pappo\] unknown method 'pappo': did you mean 'papo'"),
+        (("grpo",), "trainer.lerning_rate=1", "did you mean 'trainer.learning_rate'"),
+        (("grpo",), "task.numbers=[9]", "countdown: numbers"),
+        (("grpo",), "evaluation.problems=5000", "different test problems"),
+        (("grpo",), "policy.model=./nowhere", "no model at ./nowhere"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused_before_anything_is_made(tmp_path, methods, override, told, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=told):
+        compare(plan_of(*methods, overrides=[*TINY, override]), Path("here"))
+    assert not list(tmp_path.iterdir())
+
+
+# The runs
+
+
+def test_finished_runs_are_kept_and_new_ones_added(scripted, tmp_path):
+    document = compare(plan_of(), tmp_path / "c", at_once=2)
+    assert [(run["seed"], run["label"]) for run in document["runs"]] == [
+        (0, "grpo"), (0, "papo"), (1, "grpo"), (1, "papo"),
+    ]  # fmt: skip
+    assert document["failed"] == {}
+    more = compare(plan_of(seeds=(0, 1, 2)), tmp_path / "c", at_once=2)
+    assert more["runs"][:4] == document["runs"]
+    assert more["summary"]["against"]["grpo"]["papo"]["seeds"] == [0, 1, 2]
+    assert set(starts(tmp_path / "c").values()) == {1}
+    assert "started 1\n" in (tmp_path / "c/logs/grpo-0.log").read_text()  # one thread
+    assert json.loads((tmp_path / "c/comparison.json").read_text()) == more
+    assert "command" not in more["environment"]
+    assert str(tmp_path) not in json.dumps(more)
+
+
+def test_a_failed_run_stops_no_other_and_is_tried_again(scripted, tmp_path):
+    scripted(**{"papo-0": "fail"})
+    document = compare(plan_of(), tmp_path / "c", at_once=1)
+    assert document["failed"] == {"papo-0": "the disk is on fire"}
+    assert len(document["runs"]) == 3
+    assert document["summary"]["methods"]["grpo"]["seeds"] == [0, 1]
+    assert document["summary"]["against"]["grpo"]["papo"]["seeds"] == [1]  # complete pairs only
+    assert "the disk is on fire" in (tmp_path / "c/comparison.html").read_text()
+    scripted()
+    assert compare(plan_of(), tmp_path / "c", at_once=1)["failed"] == {}
+    assert starts(tmp_path / "c") == {"grpo-0": 1, "papo-0": 2, "grpo-1": 1, "papo-1": 1}
+
+
+def test_nothing_finished_is_one_line(scripted, tmp_path):
+    scripted(**{"grpo-0": "fail", "papo-0": "fail"})
+    with pytest.raises(ValueError, match="no run finished: grpo-0: the disk is on fire; papo-0: the disk"):
+        compare(plan_of(seeds=[0]), tmp_path / "c")
+
+
+def test_a_run_killed_while_it_was_made_is_made_again(scripted, tmp_path):
+    unborn = tmp_path / "c/runs/grpo-0"
+    (unborn / "checkpoints").mkdir(parents=True)
+    (tmp_path / "c/lock").touch()
+    (unborn / "environment.json").write_text("{}")
+    (unborn / "summary.json.part").write_text('{"stat')
+    compare(plan_of("grpo", seeds=[0]), tmp_path / "c")
+    (unborn / "config.toml").unlink()
+    (unborn / "thesis.txt").write_text("all of it")
+    with pytest.raises(ValueError, match=r"grpo-0 is no run, but holds (thesis.txt|metrics.jsonl)"):
+        compare(plan_of("grpo", seeds=[0]), tmp_path / "c")
+    assert (unborn / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("methods", "overrides", "told"),
+    [
+        (("grpo",), (*TINY, "trainer.max_steps=3"), r"made with trainer.max_steps=2, the plan says 3"),
+        (("grpo=papo:controller=trend",), TINY, r"method.controller=None, the plan says 'trend'"),
+        (("grpo",), (*TINY, "evaluation.seed=5"), r"evaluation.seed=0, the plan says 5"),
+    ],
+)
+def test_runs_of_another_plan_are_refused(scripted, tmp_path, methods, overrides, told):
+    for job in jobs_of(plan_of("grpo", seeds=[0]), tmp_path):
+        subprocess.run([*job.prepare()], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        refuse_others([job])
+    with pytest.raises(ValueError, match=told):
+        refuse_others(jobs_of(plan_of(*methods, seeds=[0], overrides=overrides), tmp_path))
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(FileExistsError, match="neither an empty folder nor a comparison"), locked(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from entropy_polarity.experiments.compare import runs
+from entropy_polarity.experiments.compare.plan import load_plan
+script, output, methods, overrides = sys.argv[1], Path(sys.argv[2]), sys.argv[3].split(), sys.argv[4].split()
+runs.TRAIN = [sys.executable, script]
+plan = load_plan("countdown", methods, [0, 1], overrides=overrides)
+with runs.locked(output) as lock:
+    for folder in ("recipes", "runs", "logs"):
+        (output / folder).mkdir(exist_ok=True)
+    jobs = [runs.Job(label, seed, plan.recipe_of(label, seed), output) for seed in plan.seeds for label in plan.methods]
+    runs.Queue(jobs, 2, lock, lambda states: None).run()
+"""
+
+
+def start_driver(root: Path, **acts: str) -> subprocess.Popen:
+    """A comparing process of its own, once its first two runs write metrics."""
+    command = [scripted_train.__file__, str(root), "grpo papo:controller=trend", " ".join(TINY)]
+    environment = os.environ | {"SCRIPT": json.dumps(acts)}
+    process = subprocess.Popen([sys.executable, "-c", DRIVER, *command], env=environment, stderr=subprocess.PIPE)
+    for name in ("grpo-0", "papo-0"):
+        until = time.monotonic() + 60
+        while not (root / "runs" / name / "metrics.jsonl").exists():
+            assert process.poll() is None, process.stderr and process.stderr.read().decode()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    return process
+
+
+def test_two_comparisons_cannot_work_in_one_place_and_a_killed_one_takes_its_runs_along(
+    scripted, tmp_path, monkeypatch
+):
+    """SIGKILL of the comparing process: its runs die with it, the lock is free, and the same plan goes on."""
+    process = start_driver(tmp_path / "c", **{"grpo-0": "stall", "papo-0": "stall"})
+    monkeypatch.setattr(runs_module, "_LET_GO", 0.0)
+    with pytest.raises(BlockingIOError, match="another comparison is at work"), locked(tmp_path / "c"):
+        pass
+    process.kill()
+    process.wait()
+    monkeypatch.setattr(runs_module, "_LET_GO", 5.0)  # the runs hold the lock too: it is free when they are gone
+    document = compare(plan_of(), tmp_path / "c", at_once=2)
+    whole = compare(plan_of(), tmp_path / "whole", at_once=2)
+    assert document["summary"] == whole["summary"]
+    assert [undated(run) for run in document["runs"]] == [undated(run) for run in whole["runs"]]
+    assert starts(tmp_path / "c") == {"grpo-0": 2, "papo-0": 2, "grpo-1": 1, "papo-1": 1}
+
+
+def test_ctrl_c_stops_the_runs_once_and_starts_no_other(scripted, tmp_path):
+    process = start_driver(tmp_path / "c", **{"grpo-0": "slow", "papo-0": "stall"})
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert errors.decode().rstrip().endswith("KeyboardInterrupt")
+    assert set(starts(tmp_path / "c")) == {"grpo-0", "papo-0"}
+    assert not any(job.finished for job in jobs_of(plan_of(), tmp_path / "c"))
+
+
+def test_progress_is_a_line_for_each_change_where_there_is_no_terminal(capsys):
+    with ComparisonView("here") as view:
+        for kind, step, note in (("waiting", 0, ""), ("running", 1, ""), ("running", 2, ""), ("failed", 2, "[b]why")):
+            view.watch([RunState("grpo", 0, kind, step, 4, note), RunState("papo", 0, "waiting", 0, 4)])
+    assert capsys.readouterr().out.splitlines() == ["[0/2] grpo, seed 0: running", "[1/2] grpo, seed 0: failed: [b]why"]
+
+
+# The summary
+
+
+def facts(label: str, seed: int, successes: list[int], reward: list[float], greedy: list[int], seconds=1.0) -> Facts:
+    steps = list(range(1, 2 * len(reward), 2))  # two updates a rollout
+    start = {"successes": [0] * len(successes), "greedy": [0] * len(greedy)}
+    curve = {"steps": steps, "values": reward}
+    after = {"successes": successes, "greedy": greedy}
+    return Facts(label, seed, "today", None, 8, start, after, curve, curve, [seconds] * 2 * len(reward))
+
+
+def test_a_summary_pairs_seeds_and_problems():
+    rising = [0.1 * i for i in range(20)]
+    runs = [
+        facts("grpo", 0, [2, 4], rising, [0, 1]),
+        facts("grpo", 1, [2, 4], rising, [0, 1]),
+        facts("papo", 0, [4, 6], [r + 0.5 for r in rising], [1, 1], seconds=2.0),
+        facts("papo", 1, [3, 5], [r - 0.5 for r in rising], [0, 1], seconds=2.0),
+        facts("papo", 7, [8, 8], rising, [1, 1]),  # grpo has no seed 7
+    ]
+    found = summarise(runs, ["grpo", "absent"])
+    assert found["methods"]["grpo"]["after"]["pass@1"] == {"mean": 3 / 8, "sd": 0.0}
+    assert found["methods"]["papo"]["seeds"] == [0, 1, 7]
+    assert found["methods"]["papo"]["pass_at"]["before"] == {"1": 0.0, "2": 0.0, "4": 0.0, "8": 0.0}
+    assert found["methods"]["grpo"]["reward_area"]["mean"] == pytest.approx(0.95)
+    assert found["methods"]["grpo"]["entropy_end"]["mean"] == pytest.approx(1.45)  # of the last ten
+    assert list(found["against"]) == ["grpo"]
+    (papo,) = found["against"]["grpo"].values()
+    assert papo["seeds"] == [0, 1]
+    # By seed 2/8 and 1/8: mean 3/16, sd √2/16, half of the t interval 12.706 · √2/16 / √2 = 0.7941
+    assert papo["pass@1"]["difference"] == 3 / 16
+    assert papo["pass@1"]["t"] == pytest.approx([3 / 16 - 0.79413, 3 / 16 + 0.79413], abs=1e-4)
+    assert papo["pass@1"]["bootstrap"] == [1 / 8, 2 / 8]  # all problems alike: the spread is that of the seeds
+    assert papo["greedy"]["difference"] == 0.25
+    # grpo's best average is 1.45, of rollouts 11-20 (step 39); papo is there 5 rollouts sooner (step 29), or never
+    assert papo["reach"] == {
+        "pairs": 2, "reached": 1, "steps": 29.0, "seconds": 58.0,
+        "steps_ratio": round(29 / 39, 6), "seconds_ratio": round(58 / 39, 6),
+    }  # fmt: skip
+
+
+def test_a_single_pair_has_no_t_interval_and_no_pair_no_numbers():
+    runs = [facts("grpo", 0, [2, 4], [0.1], [0, 1]), facts("papo", 0, [4, 6], [0.3], [1, 1])]
+    found = summarise([*runs, facts("late", 1, [1, 1], [0.1], [0, 0])], ["grpo"])
+    assert found["against"]["grpo"]["papo"]["pass@1"]["t"] is None
+    assert found["methods"]["grpo"]["reward_area"] == {"mean": 0.1, "sd": None}
+    assert found["against"]["grpo"]["late"] == {"seeds": []}
+    rows = {row[0]: row for row in comparison_tables(found)[1].rows}
+    assert rows["papo"][2] == "+0.250\n[+0.250, +0.250]\nt: one seed"
+    assert rows["late"][1:3] == ["0", ""]
+    json.dumps(found, allow_nan=False)
+
+
+def test_runs_that_were_evaluated_otherwise_cannot_be_paired():
+    with pytest.raises(ValueError, match="evaluated on other numbers of problems"):
+        summarise([facts("a", 0, [1], [0.1], [0]), facts("b", 0, [1, 2], [0.1], [0, 1])], ["a"])
+
+
+def synthetic_document(labels: list[str], seeds=3, problems=100, rollouts=75) -> dict:
+    rng = np.random.default_rng(0)
+    hardness, runs = rng.beta(0.5, 1.2, problems), []
+    for number, label in enumerate(labels):
+        for seed in range(seeds):
+            curve = 0.2 + 0.2 * (1 - np.exp(-np.arange(rollouts) / 20)) + rng.normal(0, 0.02, rollouts)
+            right = rng.binomial(8, np.clip(hardness * (1 + 0.03 * number), 0, 1)).tolist()
+            runs.append(facts(label, seed, right, curve.round(4).tolist(), rng.integers(0, 2, problems).tolist()))
+    plan = {
+        "recipe": "countdown", "seeds": [*range(seeds)], "baselines": labels[:1],
+        "methods": {label: {"name": "papo"} for label in labels},
+        "resolved": {"trainer": {"max_steps": 2 * rollouts}, "evaluation": {"problems": problems, "samples": 8}},
+    }  # fmt: skip
+    machine = {"processor": "a processor", "cores": 2, "system": "Linux"}
+    return {
+        "comparison": 1, "plan": plan, "failed": {}, "summary": summarise(runs, labels[:1]),
+        "environment": {"date": "today", "commit": None, "packages": {"torch": "2"}, "machine": machine},
+        "runs": [run.to_json() for run in runs],
+    }  # fmt: skip
+
+
+def test_a_result_file_is_summarised_again_and_for_other_baselines(tmp_path):
+    document = synthetic_document(["grpo", "papo"])
+    (tmp_path / "c.json").write_text(json.dumps(document))
+    assert read_comparison(tmp_path / "c.json") == document
+    other = read_comparison(tmp_path / "c.json", ["papo"])["summary"]["against"]
+    difference = document["summary"]["against"]["grpo"]["papo"]["pass@1"]["difference"]
+    assert other["papo"]["grpo"]["pass@1"]["difference"] == -difference
+    with pytest.raises(ValueError, match="unknown baseline 'gpro': did you mean 'grpo'"):
+        read_comparison(tmp_path / "c.json", ["gpro"])
+    (tmp_path / "c.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no comparison of this version"):
+        read_comparison(tmp_path / "c.json")
+
+
+# The search
+
+
+def test_the_best_value_is_chosen_by_pass_at_1_then_by_pass_at_many():
+    def row(label, value, one, many):
+        return {"label": label, "value": value} | ({} if one is None else {"pass@1": one, "pass@many": many})
+
+    rows = [
+        row("a", 1, 0.2, 0.9), row("a", 2, 0.3, 0.5), row("a", 3, 0.3, 0.6), row("a", 4, 0.3, 0.6),
+        row("b", 1, 0.9, 0.9), row("b", 2, None, None),
+    ]  # fmt: skip
+    assert choose(rows) == {"a": rows[2], "b": None}
+
+
+def test_a_search_is_judged_on_problems_that_the_comparison_does_not_have(tmp_path):
+    (tmp_path / "plan.toml").write_text(PLAN)
+    plan = load_plan(str(tmp_path / "plan.toml"), overrides=["evaluation.problems=300"])
+    trial = search_plan(plan)
+    assert (trial.seeds, trial.recipe_of("held@1", 100).evaluation.seed) == ([100, 101], 1000)
+    assert [c.run_label for c in candidates_of(plan)] == ["held@1", "held@2", "grpo@1"]
+    assert [trial.methods[f"held@{i}"]["level"] for i in (1, 2)] == [0.3, 0.4]
+    assert trial.methods["grpo@1"] == plan.methods["grpo"]
+    kept = unseen_problems(plan, trial)
+    assert 150 < len(kept) < 300  # two streams of a small task share some
+    runs = [facts("held@1", seed, [8, 0, 4], [0.1], [1, 0, 0]) for seed in (100, 101)]
+    rows = judge(candidates_of(plan), [*runs, facts("held@2", 100, [8, 0, 4], [0.1], [1, 0, 0])], [100, 101], [1, 2])
+    assert rows[0] == {
+        "label": "held", "key": "level", "value": 0.3, "run_label": "held@1", "seeds": [100, 101],
+        "samples": 8, "pass@1": 0.25, "pass@many": 0.5, "entropy_end": 0.1,
+    }  # fmt: skip
+    assert "pass@1" not in rows[1]  # a seed is missing
+
+
+def test_a_search_prints_what_to_paste_into_the_plan(scripted, tmp_path, capsys):
+    from entropy_polarity.report.terminal import print_search
+
+    (tmp_path / "plan.toml").write_text(PLAN)
+    plan = load_plan(str(tmp_path / "plan.toml"), overrides=[o for o in TINY if not o.startswith("task")])
+    document = search(plan, tmp_path / "c", at_once=2)
+    assert set(starts(tmp_path / "c/search")) == {
+        f"{c}-{s}" for c in ("held@1", "held@2", "grpo@1") for s in (100, 101)
+    }
+    best = max((row for row in document["rows"] if row["label"] == "held"), key=lambda row: row["pass@1"])
+    assert document["chosen"]["held"] == plan.methods["held"] | {"level": best["value"]}
+    assert json.loads((tmp_path / "c/search.json").read_text()) == document
+    print_search(document)
+    printed = capsys.readouterr().out
+    assert f'[methods.held]\nname = "papo"\ncontroller = "reference"\nlevel = {best["value"]}\n' in printed
+    with pytest.raises(ValueError, match=r"needs \[search.values\]"):
+        search(plan_of(), tmp_path / "other")
+
+
+# The page
+
+
+HOSTILE = "<script>document.documentElement.dataset.owned = 1</script>"
+
+
+def test_labels_are_shown_not_run_and_nothing_is_fetched(tmp_path):
+    page = render_comparison(synthetic_document(["grpo", HOSTILE]))
+    assert "<script>document" not in page
+    assert "&lt;script&gt;document" in page
+    outside_plotly = re.sub(r"<script>/\*.*?</script>", "", page, count=1, flags=re.DOTALL)
+    assert len(outside_plotly) < len(page) / 4
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", outside_plotly)
+
+
+@pytest.mark.browser
+def test_a_browser_draws_the_charts_of_twelve_methods(tmp_path, chromium):
+    document = synthetic_document(["grpo", HOSTILE, *(f"method-{i}" for i in range(10))])
+    page = write_page(document, tmp_path)
+    dom = subprocess.run([*chromium, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120).stdout
+    assert len(re.findall(r'id="chart-\d"[^>]*js-plotly-plot', dom)) == 4
+    assert dom.count('class="legendtext"') >= 3 * 12
+    assert "data-owned" not in dom.partition("<head")[0]
+
+
+def test_every_column_has_a_sentence():
+    for table in comparison_tables(synthetic_document(["grpo", "papo"])["summary"]):
+        assert all(len(row) == len(table.columns) for row in table.rows)
+        for column in table.columns:
+            assert column.text.endswith(".")
+
+
+def test_a_hundred_runs_are_less_than_a_megabyte():
+    document = synthetic_document([f"m{i}" for i in range(10)], seeds=10, problems=300)
+    assert len(json.dumps(document["runs"], separators=(",", ":"))) < 1_000_000
+
+
+# Trained
+
+
+def test_methods_are_compared_on_the_same_prompts_and_problems(tmp_path):
+    """Two methods, two seeds, four updates each, by the command itself."""
+    flags = ["--methods", "grpo", "papo:controller=trend", "--seeds", "0", "1", "--jobs", "2", "--max-steps", "4"]
+    command = [*PAPO, "compare", *flags, "--output", str(tmp_path / "c"), *(f"--set={o}" for o in TINY), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["summary"]["against"]["grpo"]["papo"]["seeds"] == [0, 1]
+    assert "[4/4] " in done.stderr
+    runs = {name: Run.read(tmp_path / "c/runs" / name) for name in ("grpo-0", "papo-0", "grpo-1", "papo-1")}
+    prompts = {name: [row["prompt"] for row in run.rollouts] for name, run in runs.items()}
+    assert prompts["grpo-0"] == prompts["papo-0"] != prompts["grpo-1"] == prompts["papo-1"]
+    before = [run.summary["before"] for run in runs.values()]
+    assert before.count(before[0]) == 4
+    document = json.loads((tmp_path / "c/comparison.json").read_text())
+    for kept in document["runs"]:
+        run = runs[f"{kept['label']}-{kept['seed']}"]
+        assert kept["after"] == {name: run.summary["after"][name] for name in ("successes", "greedy")}
+        assert kept["reward"]["steps"] == [1, 3]
+        assert len(kept["step_seconds"]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait", [2.0, 9.0, 14.0])
+def test_a_killed_comparison_goes_on_to_the_same_numbers(tmp_path, wait):
+    """SIGKILL at some moment, the same command again: the numbers of a comparison that was never killed."""
+
+    def command(output: Path) -> list[str]:
+        flags = ["--methods", "grpo", "papo:controller=trend", "--seeds", "0", "1", "--jobs", "2", "--max-steps", "30"]
+        return [*PAPO, "compare", *flags, "--output", str(output), *(f"--set={o}" for o in TINY), "--json"]
+
+    def numbers(output: Path) -> tuple[list[dict], dict]:
+        document = json.loads((output / "comparison.json").read_text())
+        return [undated(run, "step_seconds") for run in document["runs"]], document["failed"]
+
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    process = subprocess.Popen(command(tmp_path / "killed"), **quiet)
+    while process.poll() is None and not (tmp_path / "killed/runs").exists():
+        time.sleep(0.05)
+    time.sleep(wait)
+    process.kill()
+    process.wait()
+    subprocess.run(command(tmp_path / "killed"), check=True, **quiet)
+    subprocess.run(command(tmp_path / "whole"), check=True, **quiet)
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
