@@ -1,7 +1,7 @@
 """Can the entropy be put where one asks, and kept there? The thermostat beside other ways, on the embedded task.
 
-    OMP_NUM_THREADS=1 python benchmarks/thermostat.py --jobs 2 --folder runs/thermostat
-    python benchmarks/thermostat.py --folder runs/thermostat --output benchmarks/results/thermostat.json
+    OMP_NUM_THREADS=1 python benchmarks/thermostat.py --jobs 2
+    python benchmarks/thermostat.py --output benchmarks/results/thermostat.json
     python benchmarks/thermostat.py --table benchmarks/results/thermostat.json
 
 Each run is GRPO on countdown with four numbers, 16 prompts x 16 completions a rollout, two updates a rollout, AdamW at
@@ -20,7 +20,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,33 +38,53 @@ SETTINGS = [
     "trainer.use_cpu=true",
 ]
 PATH = {"path": "cosine", "level": 0.3, "horizon": STEPS // 2}  # falling, from where the policy starts
-# A coefficient that ends nearest a target is looked for among these, on another seed than the table's.
-COEFFICIENTS = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05)
+# Where a fixed bonus ends is measured for these on a seed of its own; the coefficient for a target lies between two.
+COEFFICIENTS = (0.003, 0.01, 0.02, 0.04, 0.08)
 SEARCH_SEED = 1000
 
 
-def runs(seeds: list[int]) -> dict[str, dict[str, Any]]:
-    """Every run: its name, method, further trainer settings, target and disturbance."""
+def searched() -> dict[str, dict[str, Any]]:
+    """The runs that the coefficients of the fixed bonus are chosen from."""
+    methods = {f"bonus-search-{c}": {"name": "entropy_bonus", "coefficient": c} for c in COEFFICIENTS}
+    return {name: {"kind": "search", "seed": SEARCH_SEED, "method": method} for name, method in methods.items()}
+
+
+def tuned(folder: Path) -> dict[float, float]:
+    """The coefficient for each target: between the searched ones, linear in log coefficient against final entropy."""
+    ends = []
+    for name, run in searched().items():
+        entropy = json.loads((folder / f"{name}.json").read_text())["entropy"]
+        ends.append((float(np.mean(entropy[len(entropy) // 2 :])), math.log(run["method"]["coefficient"])))
+    ends.sort()
+    levels, logs = zip(*ends, strict=True)
+    return {target: float(f"{math.exp(np.interp(target, levels, logs)):.3g}") for target in TARGETS}
+
+
+def runs(seeds: list[int], coefficients: dict[float, float]) -> dict[str, dict[str, Any]]:
+    """Every run of the table: its kind, seed, method, further trainer settings, target and disturbance."""
     every: dict[str, dict[str, Any]] = {}
 
-    def add(name: str, seed: int, method: dict[str, Any], **more: Any) -> None:
-        every[f"{name}-s{seed}"] = {"kind": name, "seed": seed, "method": method, **more}
+    def add(kind: str, seed: int, method: dict[str, Any], target: float | str, name: str = "", **more: Any) -> None:
+        every[f"{kind}-{name or target}-s{seed}"] = {
+            "kind": kind, "seed": seed, "method": method, "target": target, **more
+        }  # fmt: skip
 
     for seed in seeds:
+        middle = {"name": "papo", "controller": "thermostat", "level": 0.45}
         for target in TARGETS:
-            hold = {"name": "papo", "controller": "thermostat", "level": target}
-            add(f"thermostat-{target}", seed, hold, target=target)
-            add(f"entropic-{target}", seed, {"name": "entropic", "probability": 0.5, "target": target}, target=target)
+            add("thermostat", seed, middle | {"level": target}, target)
+        add("thermostat", seed, {"name": "papo", "controller": "thermostat", **PATH}, "path")
+        for disturbance in ("learning-rate", "prompts"):
+            add("thermostat", seed, middle, 0.45, disturbance, disturbance=disturbance)
+        for target in TARGETS:
+            add("bonus", seed, {"name": "entropy_bonus", "coefficient": coefficients[target]}, target)
             adaptive = [
                 "trainer.use_adaptive_entropy=true",
                 "trainer.entropy_coef=0.0",
                 f"trainer.entropy_target={target}",
             ]
-            add(f"trl-adaptive-{target}", seed, {"name": "grpo"}, target=target, settings=adaptive)
-        add("thermostat-path", seed, {"name": "papo", "controller": "thermostat", **PATH}, target="path")
-        middle = {"name": "papo", "controller": "thermostat", "level": 0.45}
-        for disturbance in ("learning-rate", "prompts"):
-            add(f"thermostat-{disturbance}", seed, middle, target=0.45, disturbance=disturbance)
+            add("trl-adaptive", seed, {"name": "grpo"}, target, settings=adaptive)
+            add("entropic", seed, {"name": "entropic", "probability": 0.5, "target": target}, target)
     return every
 
 
@@ -94,7 +114,8 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
 
     quiet()
     recipe = load_recipe("countdown", [*SETTINGS, *run.get("settings", []), f"seed={run['seed']}"])
-    config = trainer_config(_with(recipe, run["method"]), Path(tempfile.mkdtemp()))
+    recipe = replace(recipe, method=run["method"])
+    config = trainer_config(recipe, Path(tempfile.mkdtemp()))
     model, tokenizer = load_policy("embedded")
     task = make_task(**recipe.task)
     dataset, reward = prompts_of(task, config, recipe.seed)
@@ -122,12 +143,6 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
         **{name: [row[f"polarity/{name}"] for row in rows if f"polarity/{name}" in row] for name in kept},
         "environment": {k: v for k, v in environment(run["seed"]).items() if k != "command"},
     }
-
-
-def _with(recipe: Any, method: dict[str, Any]) -> Any:
-    from dataclasses import replace
-
-    return replace(recipe, method=method)
 
 
 def frozen_entropy(trainer: Any, reward: Any) -> list[float]:
@@ -179,16 +194,19 @@ def relative_noise(run: dict[str, Any]) -> float:
     return float(np.abs(frozen / frozen.mean() - 1).mean())
 
 
-def make(folder: Path, names: list[str], every: dict[str, dict[str, Any]], jobs: int) -> None:
+def make(folder: Path, every: dict[str, dict[str, Any]], jobs: int) -> None:
     """Every run that has no file yet, `jobs` at a time, each in a process of its own."""
-    waiting = [name for name in names if not (folder / f"{name}.json").exists()]
+    waiting = [name for name in every if not (folder / f"{name}.json").exists()]
     working: list[tuple[str, subprocess.Popen]] = []
     while waiting or working:
         while waiting and len(working) < jobs:
             name = waiting.pop(0)
-            command = [sys.executable, __file__, "--folder", str(folder), "--one", json.dumps(every[name] | {"id": name})]
+            one = json.dumps(every[name] | {"id": name})
             log = (folder / f"{name}.log").open("w")
-            working.append((name, subprocess.Popen(command, stdout=log, stderr=log)))
+            process = subprocess.Popen(
+                [sys.executable, __file__, "--folder", folder, "--one", one], stderr=log, stdout=log
+            )
+            working.append((name, process))
         name, process = working.pop(0)
         try:
             code = process.wait(timeout=2)
@@ -198,23 +216,91 @@ def make(folder: Path, names: list[str], every: dict[str, dict[str, Any]], jobs:
         print(f"{name}: {'done' if code == 0 else f'failed, see {folder}/{name}.log'}", flush=True)
 
 
+def collected(folder: Path) -> list[dict[str, Any]]:
+    """What is in the folder, numbers as precise as they mean something."""
+
+    def short(value: Any) -> Any:
+        return [float(f"{x:.4g}") for x in value] if isinstance(value, list) else value
+
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    numbers = ("entropy", "frozen", "reward", "lambda", "entropy_filtered", "entropy_response", "entropy_drift")
+    return [{name: short(v) if name in numbers else v for name, v in run.items()} for run in found]
+
+
+def noise_of(results: list[dict[str, Any]], run: dict[str, Any]) -> float:
+    """The frozen policy's deviation at the target: of the thermostat's run of that target and seed."""
+    for other in results:
+        same = all(other.get(name) == run.get(name) for name in ("target", "seed"))
+        if same and other["frozen"] and "disturbance" not in other:
+            return relative_noise(other)
+    return math.nan
+
+
+NAMES = {
+    "thermostat": "thermostat",
+    "bonus": "fixed bonus, tuned for the target",
+    "trl-adaptive": "TRL's adaptive coefficient",
+    "entropic": "EntroPIC (threshold 0.5: our guess)",
+}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Held levels: method by target, the mean over the second half, its error, and the deviation against noise."""
+    judged = [run for run in results if run["kind"] in NAMES and "disturbance" not in run]
+    lines = [
+        "| what steers | target | mean entropy | error | deviation / frozen | reward |",
+        "|---|---|---|---|---|---|",
+    ]
+    order = {kind: place for place, kind in enumerate(NAMES)}
+    for run in sorted(judged, key=lambda run: (order[run["kind"]], str(run["target"]), run["seed"])):
+        verdict = judge(run, noise_of(results, run))
+        half = run["entropy"][len(run["entropy"]) // 2 :]
+        target = f"0.59 to {PATH['level']}" if run["target"] == "path" else f"{run['target']:.2f}"
+        lines.append(
+            f"| {NAMES[run['kind']]} | {target} | {np.mean(half):.3f} | {verdict['bias']:+.1%} | "
+            f"{verdict['deviation_ratio']:.2f} | {verdict['reward']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def disturbances(results: list[dict[str, Any]]) -> str:
+    """Disturbed at mid-run, target 0.45: rollouts until the entropy is back."""
+    lines = ["| disturbance at mid-run | rollouts to recover | error after |", "|---|---|---|"]
+    for run in results:
+        if "disturbance" in run:
+            verdict = judge(run, noise_of(results, run))
+            lines.append(f"| {run['disturbance']} | {verdict['recovered_after']} | {verdict['bias']:+.1%} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/thermostat"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", default="", help="only runs whose name begins so")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="write what the folder holds, and print the tables")
+    parser.add_argument("--table", type=Path, help="print the tables of an existing result file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
+    folder = arguments.folder
     if arguments.one:
         run = json.loads(arguments.one)
-        path = arguments.folder / f"{run.pop('id')}.json"
+        path = folder / f"{run.pop('id')}.json"
         path.with_suffix(".part").write_text(json.dumps(train(run)))
         path.with_suffix(".part").replace(path)
-        return
-    every = runs(arguments.seeds)
-    make(arguments.folder, [name for name in every if name.startswith(arguments.only)], every, arguments.jobs)
+    elif arguments.table or arguments.output:
+        results = json.loads(arguments.table.read_text())["runs"] if arguments.table else collected(folder)
+        if arguments.output:
+            arguments.output.write_text(json.dumps({"benchmark": "thermostat", "runs": results}, indent=1) + "\n")
+        print(table(results), disturbances(results), sep="\n\n")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        make(folder, {n: run for n, run in searched().items() if n.startswith(arguments.only)}, arguments.jobs)
+        complete = all((folder / f"{name}.json").exists() for name in searched())
+        coefficients = tuned(folder) if complete else dict.fromkeys(TARGETS, math.nan)
+        chosen = {n: run for n, run in runs(arguments.seeds, coefficients).items() if n.startswith(arguments.only)}
+        make(folder, {n: run for n, run in chosen.items() if complete or run["kind"] != "bonus"}, arguments.jobs)
 
 
 if __name__ == "__main__":

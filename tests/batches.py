@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,10 +17,11 @@ TOKEN_FACTS = ("logp", "old_logp", "entropy", "sum_p2", "sum_p2_logp", "sensitiv
 OUTPUTS = ("advantages", "entropy_bonus", "ratio_penalty")
 
 
+@cache
 def sampled_batch(seed: int, scale: float = 2.0, groups: int = 4, size: int = 4, width: int = 6) -> Tokens:
     """Prompts x completions of a softmax over 12 words, rewarded 0 or 1, no group with equal rewards.
 
-    A larger `scale` of the logits makes a lower entropy: 2 about 1.4 nats, 6 about 0.5.
+    A larger `scale` of the logits makes a lower entropy: 2 about 1.4 nats, 6 about 0.5. Made once: not to be written to.
     """
     random = torch.Generator().manual_seed(seed)
     rows = groups * size
@@ -29,7 +31,9 @@ def sampled_batch(seed: int, scale: float = 2.0, groups: int = 4, size: int = 4,
     old_logp = stats.logp + 0.3 * torch.randn(rows, width, generator=random)
     mask = torch.rand(rows, width, generator=random) < 0.8
     mask[:, 0] = True
-    right = torch.rand(groups, size, generator=random).argsort(1) < torch.randint(1, size, (groups, 1), generator=random)
+    right = torch.rand(groups, size, generator=random).argsort(1) < torch.randint(
+        1, size, (groups, 1), generator=random
+    )
     reward = right.float()
     advantage = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
     advantages = advantage.flatten()[:, None].repeat(1, width)

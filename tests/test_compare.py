@@ -18,12 +18,14 @@ import pytest
 import scripted_train
 from small import SMALL
 
+from entropy_polarity import cli
 from entropy_polarity.experiments.compare import runs as runs_module
-from entropy_polarity.experiments.compare.experiment import compare, read_comparison, search, write_page
+from entropy_polarity.experiments.compare.experiment import compare, default_jobs, read_comparison, search, write_page
 from entropy_polarity.experiments.compare.plan import Plan, Search, load_plan, methods_of
 from entropy_polarity.experiments.compare.runs import Job, locked, refuse_others
 from entropy_polarity.experiments.compare.search import candidates_of, choose, judge, search_plan, unseen_problems
 from entropy_polarity.experiments.compare.summary import Facts, summarise
+from entropy_polarity.experiments.train import checked, prompts_of
 from entropy_polarity.record import Run
 from entropy_polarity.report.comparison import render_comparison
 from entropy_polarity.report.progress import ComparisonView, RunState
@@ -213,6 +215,32 @@ def test_nothing_finished_is_one_line(scripted, tmp_path):
     scripted(**{"grpo-0": "fail", "papo-0": "fail"})
     with pytest.raises(ValueError, match="no run finished: grpo-0: the disk is on fire; papo-0: the disk"):
         compare(plan_of(seeds=[0]), tmp_path / "c")
+
+
+def test_the_command_says_what_failed_and_prints_a_result_file_again(scripted, tmp_path, monkeypatch, capfd):
+    def papo(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["papo", "compare", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capfd.readouterr()
+
+    scripted(**{"papo-1": "fail"})
+    flags = ["--methods", "grpo", "papo:controller=trend", "--seeds", "0", "1", *(f"--set={o}" for o in TINY)]
+    code, out, _ = papo(*flags, "--output", str(tmp_path / "c"))
+    assert code == 1
+    assert "papo, seed 1: failed: the disk is on fire" in out
+    tables = out[out.index("Methods") : out.index("failed: papo-1: the disk is on fire")]
+    code, again, _ = papo("--from", str(tmp_path / "c/comparison.json"), "--output", str(tmp_path / "page"))
+    assert code == 0
+    assert again.startswith(tables)
+    assert (tmp_path / "page/comparison.html").read_text() == (tmp_path / "c/comparison.html").read_text()
+    code, out, err = papo("--methods", "grpo", "pappo", "--output", str(tmp_path / "other"))
+    assert (code, out) == (2, "")
+    assert err.startswith("papo: [methods.pappo] unknown method 'pappo': did you mean 'papo'?")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_run_killed_while_it_was_made_is_made_again(scripted, tmp_path):
@@ -501,47 +529,65 @@ def test_a_hundred_runs_are_less_than_a_megabyte():
 # Trained
 
 
-def test_methods_are_compared_on_the_same_prompts_and_problems(tmp_path):
-    """Two methods, two seeds, four updates each, by the command itself."""
-    flags = ["--methods", "grpo", "papo:controller=trend", "--seeds", "0", "1", "--jobs", "2", "--max-steps", "4"]
-    command = [*PAPO, "compare", *flags, "--output", str(tmp_path / "c"), *(f"--set={o}" for o in TINY), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["summary"]["against"]["grpo"]["papo"]["seeds"] == [0, 1]
-    assert "[4/4] " in done.stderr
-    runs = {name: Run.read(tmp_path / "c/runs" / name) for name in ("grpo-0", "papo-0", "grpo-1", "papo-1")}
-    prompts = {name: [row["prompt"] for row in run.rollouts] for name, run in runs.items()}
-    assert prompts["grpo-0"] == prompts["papo-0"] != prompts["grpo-1"] == prompts["papo-1"]
-    before = [run.summary["before"] for run in runs.values()]
-    assert before.count(before[0]) == 4
+def test_methods_are_compared_on_the_same_prompts_and_problems(tmp_path, monkeypatch, capfd):
+    """Two methods, four updates each, trained by the command itself."""
+    flags = ["--methods", "grpo", "papo:controller=trend", "--seeds", "3", "--jobs", "2", "--max-steps", "4"]
+    output = ["--output", str(tmp_path / "c"), *(f"--set={o}" for o in TINY), "--json"]
+    monkeypatch.setattr(sys, "argv", ["papo", "compare", *flags, *output])
+    cli.main()
+    out, err = capfd.readouterr()
+    assert json.loads(out)["summary"]["against"]["grpo"]["papo"]["seeds"] == [3]
+    assert "[2/2] " in err
+    grpo, papo = (Run.read(tmp_path / "c/runs" / name) for name in ("grpo-3", "papo-3"))
+    assert grpo.config["method"] == {"name": "grpo"}
+    assert papo.config["method"] == {"name": "papo", "controller": "trend"}
+    assert [row["prompt"] for row in grpo.rollouts] == [row["prompt"] for row in papo.rollouts]
+    assert grpo.summary["before"] == papo.summary["before"]
     document = json.loads((tmp_path / "c/comparison.json").read_text())
-    for kept in document["runs"]:
-        run = runs[f"{kept['label']}-{kept['seed']}"]
+    for kept, run in zip(document["runs"], (grpo, papo), strict=True):
         assert kept["after"] == {name: run.summary["after"][name] for name in ("successes", "greedy")}
-        assert kept["reward"]["steps"] == [1, 3]
+        assert kept["reward"]["steps"] == kept["entropy"]["steps"] == [1, 3]
         assert len(kept["step_seconds"]) == 4
 
 
+def test_prompts_are_those_of_the_seed_whatever_the_method(tmp_path):
+    plan, prompts = plan_of("grpo", "papo:controller=balance", "other=papo:conserve=true"), {}
+    for job in jobs_of(plan, tmp_path):
+        task, config = checked(job.recipe, tmp_path)
+        prompts[job.name] = prompts_of(task, config, job.seed)[0]["prompt"][:]
+    assert prompts["grpo-0"] == prompts["papo-0"] == prompts["other-0"]
+    assert prompts["grpo-1"] == prompts["papo-1"] == prompts["other-1"] != prompts["grpo-0"]
+
+
+def test_as_many_runs_at_once_as_there_are_threads_for(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    for threads, expected in (("1", 8), ("3", 2), ("16", 1), ("", 8)):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        assert default_jobs() == expected
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("wait", [2.0, 9.0, 14.0])
-def test_a_killed_comparison_goes_on_to_the_same_numbers(tmp_path, wait):
-    """SIGKILL at some moment, the same command again: the numbers of a comparison that was never killed."""
+def test_a_killed_comparison_goes_on_to_the_same_numbers(tmp_path):
+    """SIGKILL as the first run is made, and again in the middle of training: the numbers of one never killed."""
 
     def command(output: Path) -> list[str]:
-        flags = ["--methods", "grpo", "papo:controller=trend", "--seeds", "0", "1", "--jobs", "2", "--max-steps", "30"]
-        return [*PAPO, "compare", *flags, "--output", str(output), *(f"--set={o}" for o in TINY), "--json"]
+        flags = ["--methods", "grpo", "papo:controller=trend", "--seeds", "0", "1", "--jobs", "2", "--max-steps", "20"]
+        return [*PAPO, "compare", *flags, "--output", str(output), *(f"--set={o}" for o in TINY)]
 
     def numbers(output: Path) -> tuple[list[dict], dict]:
         document = json.loads((output / "comparison.json").read_text())
         return [undated(run, "step_seconds") for run in document["runs"]], document["failed"]
 
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    process = subprocess.Popen(command(tmp_path / "killed"), **quiet)
-    while process.poll() is None and not (tmp_path / "killed/runs").exists():
-        time.sleep(0.05)
-    time.sleep(wait)
-    process.kill()
-    process.wait()
-    subprocess.run(command(tmp_path / "killed"), check=True, **quiet)
-    subprocess.run(command(tmp_path / "whole"), check=True, **quiet)
-    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+    killed = tmp_path / "killed"
+    for found in ("runs/*/environment.json", "runs/*/checkpoints/checkpoint-4/polarity_state.json"):
+        process = subprocess.Popen(command(killed), **quiet)
+        while process.poll() is None and not list(killed.glob(found)):
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert not (killed / "comparison.json").exists()
+    for output in (killed, tmp_path / "whole"):
+        subprocess.run(command(output), check=True, **quiet)
+    assert numbers(killed) == numbers(tmp_path / "whole")
+    assert any(re.search("training from step [1-9]", log.read_text()) for log in (killed / "logs").iterdir())

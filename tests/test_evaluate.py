@@ -1,13 +1,23 @@
 """Estimates by enumeration, intervals by simulation, and an evaluation whose every answer is known."""
 
 from itertools import combinations
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from entropy_polarity.evaluate import Estimate, bootstrap_interval, evaluate, pass_at_k
+from entropy_polarity.evaluate import (
+    Estimate,
+    area_under_curve,
+    bootstrap_interval,
+    evaluate,
+    moving_average,
+    paired_bootstrap,
+    pass_at_k,
+    steps_to_reach,
+    t_interval,
+    t_quantile,
+)
 from entropy_polarity.tasks import distinct_problems
 from entropy_polarity.tasks.countdown import Countdown
 
@@ -83,6 +93,108 @@ def test_an_estimate_prints_its_interval():
     assert Estimate.of(np.array([1.0, 1.0])) == Estimate(1.0, 1.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("freedom", "table"),  # two-sided 90 %, 95 %, 99 %, as in every table of Student's t
+    [
+        (1, (6.314, 12.706, 63.657)),
+        (2, (2.920, 4.303, 9.925)),
+        (3, (2.353, 3.182, 5.841)),
+        (4, (2.132, 2.776, 4.604)),
+        (5, (2.015, 2.571, 4.032)),
+        (9, (1.833, 2.262, 3.250)),
+        (30, (1.697, 2.042, 2.750)),
+        (120, (1.658, 1.980, 2.617)),
+    ],
+)
+def test_quantiles_of_students_t_are_those_of_the_tables(freedom, table):
+    assert [round(t_quantile(level, freedom), 3) for level in (0.90, 0.95, 0.99)] == list(table)
+
+
+def test_quantiles_of_students_t_to_many_digits():
+    # ν = 1: tan(π · level / 2). ν = 2: P = t / √(2 + t²), hence t = P √(2 / (1 - P²)).
+    assert t_quantile(0.95, 1) == pytest.approx(np.tan(np.pi * 0.95 / 2), rel=1e-12)
+    assert t_quantile(0.95, 2) == pytest.approx(0.95 * np.sqrt(2 / (1 - 0.95**2)), rel=1e-12)
+    assert t_quantile(0.95, 1_000_000) == pytest.approx(1.959964, abs=1e-5)  # the normal distribution's
+    stats = pytest.importorskip("scipy.stats", reason="pip install scipy")
+    for freedom in range(1, 40):
+        assert t_quantile(0.95, freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-10)
+
+
+def test_a_t_interval_by_hand():
+    # 1, 2, 3, 6: mean 3, sd √(14/3), half 3.18245 · √(14/3) / 2 = 3.43743
+    interval = t_interval(np.array([1.0, 2.0, 3.0, 6.0]))
+    assert (interval.value, interval.low, interval.high) == pytest.approx((3, 3 - 3.43743, 3 + 3.43743), abs=1e-5)
+    assert t_interval(np.full(3, 0.5)) == Estimate(0.5, 0.5, 0.5)
+    with pytest.raises(ValueError, match="1 differences; a spread over seeds needs at least two"):
+        t_interval(np.array([0.5]))
+
+
+def test_a_t_interval_of_three_seeds_covers_the_truth_as_often_as_it_says():
+    # 2000 data sets: the coverage has a standard error of 0.5 %.
+    data = np.random.default_rng(2).normal(1.0, 3.0, size=(2000, 3))
+    covered = np.mean([(e := t_interval(row)).low <= 1.0 <= e.high for row in data])
+    assert covered == pytest.approx(0.95, abs=0.015)
+
+
+def test_a_paired_bootstrap_sees_only_the_difference():
+    """What seeds and problems have in common cancels: a constant difference has an interval without width."""
+    rng = np.random.default_rng(0)
+    b = rng.normal(size=(4, 1)) + rng.normal(size=(1, 50))
+    constant = paired_bootstrap(b + 0.25, b)
+    assert (constant.value, constant.low, constant.high) == pytest.approx((0.25, 0.25, 0.25))
+    a = b + rng.normal(0.1, 1.0, size=(4, 50))
+    there, back = paired_bootstrap(a, b, seed=1), paired_bootstrap(b, a, seed=1)
+    assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low))
+    assert paired_bootstrap(a, b, level=0.5).high < paired_bootstrap(a, b).high
+
+
+def test_a_paired_bootstrap_by_enumeration():
+    """Two seeds, one problem, differences 0 and 1: the draws are 0, 1/2, 1/2, 1 with equal chance."""
+    interval = paired_bootstrap(np.array([[0.0], [1.0]]), np.zeros((2, 1)), level=0.4)
+    assert (interval.value, interval.low, interval.high) == (0.5, 0.5, 0.5)  # the middle half of them
+    interval = paired_bootstrap(np.array([[0.0], [1.0]]), np.zeros((2, 1)), level=0.6)
+    assert (interval.low, interval.high) == (0.0, 1.0)
+    # The same over problems, and of a single seed nothing else is resampled.
+    assert paired_bootstrap(np.array([[0.0, 1.0]]), np.zeros((1, 2)), level=0.6) == interval
+
+
+@pytest.mark.parametrize(("seeds", "problems", "noise"), [(1.0, 1.0, 0.0), (0.3, 1.0, 1.0), (1.0, 0.0, 1.0)])
+def test_a_paired_bootstrap_covers_the_truth_as_often_as_it_says(seeds, problems, noise):
+    """Differences 0.5 + seed + problem + noise, for 20 seeds and 40 problems; where noise rules it may be wider."""
+    rng, covered = np.random.default_rng(3), []
+    for number in range(300):  # the coverage has a standard error of 1.3 %
+        d = 0.5 + seeds * rng.normal(size=(20, 1)) + problems * rng.normal(size=(1, 40))
+        d = d + noise * rng.normal(size=(20, 40))
+        interval = paired_bootstrap(d, np.zeros_like(d), draws=500, seed=number)
+        covered.append(interval.low <= 0.5 <= interval.high)
+    assert 0.95 - 0.05 < np.mean(covered) <= 0.95 + 0.035
+
+
+def test_a_paired_bootstrap_refuses_what_cannot_be_paired(untyped):
+    for a, b in (((2, 3), (2, 4)), ((0, 3), (0, 3))):
+        with pytest.raises(ValueError, match=r"expected one \(seeds, problems\) for both"):
+            paired_bootstrap(np.zeros(a), np.zeros(b))
+
+
+def test_the_area_is_the_mean_over_rollouts():
+    assert area_under_curve(np.array([0.0, 0.5, 1.0, 1.0])) == 0.625
+
+
+def test_a_moving_average_has_whole_windows_only():
+    np.testing.assert_allclose(moving_average(np.array([0.0, 3.0, 6.0, 0.0]), 3), [3, 3])
+    np.testing.assert_allclose(moving_average(np.array([1.0, 2.0]), 10), [1.5])
+
+
+def test_a_level_is_reached_at_the_end_of_the_first_window_that_has_it():
+    steps, values = [1, 3, 5, 7, 9], np.array([1.0, 0.0, 0.2, 0.4, 0.6])
+    # Averages of two: 0.5 (step 3), 0.1, 0.3 (step 7), 0.5 (step 9)
+    assert steps_to_reach(steps, values, 0.5, window=2) == 3
+    assert steps_to_reach(steps, values, 0.51, window=2) is None
+    assert steps_to_reach(steps[1:], values[1:], 0.3, window=2) == 7
+    assert steps_to_reach(steps, values, 0.44, window=9) == 9  # as wide as there are values
+    assert steps_to_reach(steps, values, float(moving_average(values, 3).max()), window=3) == 5  # its own best
+
+
 class Scripted:
     """Tokenizer and model in one: prompts are numbered, and the k-th sample of a prompt is `script[k]`.
 
@@ -96,7 +208,7 @@ class Scripted:
         chosen = distinct_problems(task, 0, "test", problems)
         solutions = dict(self.solution(task, i) for i in range(2_000))
         self.answers = {p.prompt: solutions[p.prompt] for p in chosen}
-        self.script, self.training, self.asked, self.drawn = script, True, [], []
+        self.script, self.training, self.asked, self.drawn, self.settings = script, True, [], [], []
 
     @staticmethod
     def solution(task: Countdown, index: int) -> tuple[str, str]:
@@ -109,9 +221,9 @@ class Scripted:
         ids = torch.arange(start, len(self.asked))[:, None]
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def generate(self, input_ids, temperature, max_new_tokens, **_):
+    def generate(self, input_ids, max_new_tokens, do_sample, temperature=None, **_):
         assert not self.training
-        self.settings = SimpleNamespace(temperature=temperature, max_new_tokens=max_new_tokens)
+        self.settings.append((do_sample, temperature, max_new_tokens))
         self.drawn.append(torch.rand(1).item())
         return input_ids.repeat(1, 2)  # the prompt, and its number as the completion
 
@@ -143,7 +255,11 @@ def test_an_evaluation_counts_each_verdict_and_estimates_pass_at_k():
         "not an expression": 0.25,
         "too long": 0.0,
     }
-    assert scripted.settings == SimpleNamespace(temperature=0.7, max_new_tokens=16)
+    assert result.successes == [2] * 6
+    # After 24 samples the script begins again: one greedy answer for each of the six problems.
+    assert result.greedy == [1, 0, 0, 1, 1, 0]
+    assert result.greedy_pass == Estimate.of(np.array([1.0, 0, 0, 1, 1, 0]))
+    assert scripted.settings == [(True, 0.7, 16), (False, None, 16)]
     assert result.to_json()["pass_at"]["4"] == {"value": 1.0, "low": 1.0, "high": 1.0}
 
 
@@ -157,7 +273,7 @@ def test_an_evaluation_leaves_the_mode_of_the_model_and_the_random_state_as_they
         evaluate(scripted, scripted, Countdown(), problems=2, samples=1, seed=0)
         assert scripted.training is training
     assert torch.rand(3).equal(expected)
-    assert scripted.drawn[0] == scripted.drawn[1]  # and samples from its own seed
+    assert scripted.drawn[:2] == scripted.drawn[2:]  # and samples from its own seed
 
 
 def test_an_evaluation_of_nothing_is_refused():

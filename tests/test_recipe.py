@@ -117,6 +117,13 @@ def test_a_recipe_that_does_not_exist_is_named_with_those_that_do(tmp_path):
         load_recipe("countdwn")
 
 
+def test_the_evaluation_has_a_seed_of_its_own():
+    assert load_recipe("countdown", ["seed=5"]).evaluation.seed == 0
+    assert load_recipe("countdown", ["evaluation.seed=5"]).evaluation.seed == 5
+    with pytest.raises(ValueError, match=r"'evaluation.seed' is -1; expected at least 0"):
+        load_recipe("countdown", ["evaluation.seed=-1"])
+
+
 def test_another_method_takes_no_settings_along():
     recipe = load_recipe("countdown", ["method.name=papo", "method.gain=3"])
     assert recipe.with_method("papo") is recipe

@@ -200,20 +200,24 @@ def thermostat(
     fraction: float | None = None,
     path: Literal["constant", "linear", "cosine"] = "constant",
     horizon: int = 0,
+    memory: float = 0.8,
 ) -> Controller:
     """Bring the entropy to any level or path and hold it there, learning on the way what a weight does. Batch.
 
     The policy's own entropy h, seen through H_k = h_k + noise of standard error σ_k, is taken to answer to the net
     flow as a share of the total flow, u = net / (D+ + D-) (an optimiser that normalises its step answers to the
-    balance of the flows, not to their size):
+    balance of the flows, not to their size), through the optimiser's momentum:
 
-        h_{k+1} = h_k + κ u_k + b
+        m_{k+1} = ρ m_k + (1 - ρ) u_k        h_{k+1} = h_k + κ m_{k+1} + b
 
+    ρ is `memory`: Adam's β1 to the power of the updates a rollout (0.81 for two), 0 for an optimiser without momentum.
     A Kalman filter estimates (h, κ, b) from the levels H_k: one-step differences carry noise several times the drift.
     κ and b may wander slowly; with no excitation they are left alone; u_k is the flow achieved within the clip, so
-    nothing winds up at it. The flow asked for removes the part `gain` of the error by the next rollout:
+    nothing winds up at it. Where momentum will carry h, h + (κ m + b) ρ / (1 - ρ), obeys h' = h + κ u + b without lag,
+    so that is what is steered: the flow asked for removes the part `gain` of its error,
 
-        u = (gain (H_ref(k+1) - h) - b) / κ        λ = (x - F) / (G - x m),  x = u (D+ + D-),  F = D+ - D-
+        u = (gain (H_ref(k+1) - h - (κ m + b) ρ / (1 - ρ)) - b) / κ
+        λ = (x - F) / (G - x m_A),      x = u (D+ + D-),  F = D+ - D-,  m_A the `tilt`
 
     which makes the predicted net flow of the reweighted batch x, |λ| <= `lambda_max`. H_ref is as in `reference`.
     Source: ours.
@@ -224,21 +228,23 @@ def thermostat(
     True
     """
     _check_gain(gain, lambda_max)
+    _check_range("memory", memory, 0, 0.99)
     wanted = _entropy_path("thermostat", level, fraction, path, horizon)
 
     def init() -> State:
-        return {"k": 0, "first_entropy": None, "flow": 0.0, "mean": None, "covariance": None}
+        return {"k": 0, "first_entropy": None, "momentum": 0.0, "mean": None, "covariance": None}
 
     def update(observed: Observation, state: State) -> tuple[float, State, Metrics]:
         if not math.isfinite(observed.entropy):
-            return 0.0, state | {"k": state["k"] + 1, "flow": 0.0}, {}
+            return 0.0, state | {"k": state["k"] + 1}, {}
         first = observed.entropy if state["first_entropy"] is None else state["first_entropy"]
         error = observed.entropy_error or 0.05 * max(observed.entropy, 1e-6)
         mean, covariance = _filtered(state, observed.entropy, error, first)
         entropy, response, drift = mean
+        coasting = entropy + (response * state["momentum"] + drift) * memory / (1 - memory)
         target = wanted(state["k"] + 1, first)
         # The response cannot be known to be this small: dividing by less would turn noise into pressure.
-        asked = (gain * (target - entropy) - drift) / max(response, 0.1 * _RESPONSE * first)
+        asked = (gain * (target - coasting) - drift) / max(response, 0.1 * _RESPONSE * first)
         lam, flow = _lambda_for(asked, observed, lambda_max)
         metrics = {
             "polarity/entropy_reference": wanted(state["k"], first),
@@ -246,15 +252,21 @@ def thermostat(
             "polarity/entropy_response": float(response),
             "polarity/entropy_drift": float(drift),
         }
-        following = {"k": state["k"] + 1, "first_entropy": first, "flow": flow}
-        return lam, following | {"mean": mean.tolist(), "covariance": covariance.tolist()}, metrics
+        following = {
+            "k": state["k"] + 1,
+            "first_entropy": first,
+            "momentum": memory * state["momentum"] + (1 - memory) * flow,
+            "mean": mean.tolist(),
+            "covariance": covariance.tolist(),
+        }
+        return lam, following, metrics
 
     return Controller(init, update, causal=False)
 
 
 # What is believed before anything was seen, in parts of the first entropy: all pressure on one side moves the entropy
-# by a tenth of it in a rollout, give or take as much, and without pressure it drifts by up to a fiftieth.
-_RESPONSE, _DRIFT = 0.1, 0.02
+# by a twentieth of it in a rollout, give or take as much, and without pressure it drifts by up to a fiftieth.
+_RESPONSE, _DRIFT = 0.05, 0.02
 # How far the policy's entropy, the response and the drift wander in a rollout: in standard errors of the
 # measurement, in parts of the response, and in standard errors.
 _WANDER = (0.25, 0.03, 0.03)
@@ -265,7 +277,7 @@ def _filtered(state: State, entropy: float, error: float, first: float) -> tuple
     prior = np.array([error, _RESPONSE * first, _DRIFT * first])
     if state["mean"] is None:
         return np.array([entropy, prior[1], 0.0]), np.diag(prior**2)
-    step = np.array([[1.0, state["flow"], 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    step = np.array([[1.0, state["momentum"], 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     wander = np.array(_WANDER) * [error, prior[1], error]
     mean = step @ np.array(state["mean"])
     covariance = step @ np.array(state["covariance"]) @ step.T + np.diag(wander**2)

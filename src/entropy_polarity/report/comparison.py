@@ -17,6 +17,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _MARKERS = ("circle", "square", "diamond", "cross")
 _GREY, _INK = "#8a8f98", "#1d2129"
+_LEGEND = {"orientation": "v", "x": 1.01, "y": 1}  # beside the chart: many methods would cover it
 _SMOOTH = 10  # rollouts
 
 
@@ -64,7 +65,10 @@ def _forests(summary: dict[str, Any]) -> Iterator[Chart]:
             for label, row in paired.items():
                 for trace in _interval_traces(label, row[name], styles[label]):
                     figure.add_trace(trace, row=1, col=column)
-        figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=[*map(escape, paired)])
+            figure.update_xaxes(range=_room([row[name] for row in paired.values()]), col=column)
+        figure.update_yaxes(
+            ticksuffix="  ", autorange="reversed", categoryorder="array", categoryarray=[*map(escape, paired)]
+        )
         figure.update_xaxes(zeroline=True, zerolinecolor=_INK, zerolinewidth=1)
         figure.update_layout(showlegend=False, hovermode="closest")
         yield Chart(
@@ -92,29 +96,37 @@ def _interval_traces(label: str, number: dict[str, Any], style: dict[str, str]) 
     )
 
 
+def _room(numbers: list[dict[str, Any]]) -> list[float]:
+    """From the lowest to the highest bound, zero included, and a little more, so that no bar ends at the frame."""
+    bounds = [0.0, *(bound for number in numbers for bound in number["bootstrap"] + (number["t"] or []))]
+    spare = 0.05 * (max(bounds) - min(bounds)) or 0.01
+    return [min(bounds) - spare, max(bounds) + spare]
+
+
 def _curves(runs: list[dict[str, Any]]) -> Iterator[Chart]:
     legend = "Band: lowest to highest seed. A click on a name hides a method, a double click shows it alone."
     yield Chart(
         "Reward in training",
         f"Mean reward of each rollout batch, averaged over ten rollouts, then over seeds. {legend}",
-        _seed_curves(runs, "reward", smooth=_SMOOTH),
+        _seed_curves(runs, "reward"),
     )
     yield Chart(
         "Entropy in training",
-        f"Mean entropy of the policy at the tokens it wrote, in nats, averaged over seeds. {legend}",
+        f"Mean entropy of the policy at the tokens it wrote, in nats, averaged likewise. {legend}",
         _seed_curves(runs, "entropy"),
     )
 
 
-def _seed_curves(runs: list[dict[str, Any]], name: str, smooth: int = 1) -> go.Figure:
+def _seed_curves(runs: list[dict[str, Any]], name: str) -> go.Figure:
     """A line and a band for each method, as far as all of its seeds have come."""
-    figure, labels = blank_figure(height=380), list(dict.fromkeys(run["label"] for run in runs))
+    labels = list(dict.fromkeys(run["label"] for run in runs))
+    figure = blank_figure(_height(len(labels)))
     for label, style in _styles(labels).items():
         curves = [run[name] for run in runs if run["label"] == label]
         length = min(len(curve["values"]) for curve in curves)
         steps = curves[0]["steps"][:length]
         values = np.array([curve["values"][:length] for curve in curves], dtype=float)
-        rows = np.array([smoothed(list(row), smooth) for row in values])
+        rows = np.array([smoothed(list(row), _SMOOTH) for row in values])
         line = {"color": style["colour"], "width": 2, "dash": style["dash"]}
         shared = {"x": steps, "mode": "lines", "legendgroup": label}
         edge = shared | {"line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
@@ -122,12 +134,13 @@ def _seed_curves(runs: list[dict[str, Any]], name: str, smooth: int = 1) -> go.F
             figure.add_scatter(y=_shown(rows.min(axis=0)), **edge)
             figure.add_scatter(y=_shown(rows.max(axis=0)), fill="tonexty", fillcolor=_faint(style["colour"]), **edge)
         figure.add_scatter(y=_shown(rows.mean(axis=0)), name=escape(label), line=line, **shared)
-    figure.update_layout(xaxis_title="step", showlegend=True)
+    figure.update_layout(xaxis_title="step", showlegend=True, legend=_LEGEND)
     return figure
 
 
 def _pass_at_k(summary: dict[str, Any]) -> Chart:
-    figure, methods = blank_figure(height=380), summary["methods"]
+    methods = summary["methods"]
+    figure = blank_figure(_height(len(methods)))
     before = next(iter(methods.values()))["pass_at"]["before"]
     lines = [("before training", before, {"colour": _GREY, "dash": "dot", "marker": "circle"})]
     styles = _styles(list(methods))
@@ -142,13 +155,18 @@ def _pass_at_k(summary: dict[str, Any]) -> Chart:
             marker={"symbol": style["marker"]},
         )
     pass_at_k_axes(figure, list(before))
-    figure.update_layout(showlegend=True, yaxis_range=None, yaxis_rangemode="normal")
+    figure.update_layout(showlegend=True, legend=_LEGEND, yaxis_range=None, yaxis_rangemode="normal")
     return Chart(
         "pass@k, held out",
         "Unbiased pass@k before and after, mean over seeds and problems. pass@1 is what reinforcement raises; a pass@k "
         "at large k that ends below its start means that exploration died.",
         figure,
     )
+
+
+def _height(methods: int) -> int:
+    """Room for the legend beside the chart."""
+    return max(380, 90 + 20 * methods)
 
 
 def _faint(colour: str) -> str:

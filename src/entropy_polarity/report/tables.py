@@ -88,19 +88,19 @@ def _difference_table(baseline: str, rows: dict[str, Summary]) -> TextTable:
         ),
         Column("Δ reward", "Difference of the mean reward in training, with the t interval over seeds."),
         Column(
-            "steps to its best",
+            "time to its best",
             f"Steps until the moving average of the reward over ten rollouts reaches the best that {baseline} reached "
-            "with the same seed, as a multiple of its own steps. Below 1: sooner. Mean over the seeds that reach it.",
+            "with the same seed, as a multiple of its own steps; then the same in seconds of training steps. Below 1: "
+            "sooner. Means over the seeds that reach it.",
         ),
-        Column("seconds to its best", "The same in seconds of training steps on this machine."),
     ]
     cells = []
     for label, row in rows.items():
         if not row["seeds"]:
             cells.append([label, "0", *[""] * (len(columns) - 2)])
             continue
-        reach = [_reach(row["reach"], name) for name in ("steps", "seconds")]
-        cells.append([label, str(len(row["seeds"])), *(_difference(row[n]) for n in [*names, "reward_area"]), *reach])
+        differences = [_difference(row[name]) for name in [*names, "reward_area"]]
+        cells.append([label, str(len(row["seeds"])), *differences, _reach(row["reach"])])
     return TextTable(f"Against {baseline}", columns, cells)
 
 
@@ -130,11 +130,14 @@ def _interval(bounds: list[float]) -> str:
     return f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
 
 
-def _reach(reach: Summary, unit: str) -> str:
+def _reach(reach: Summary) -> str:
+    lines = [
+        f"× {reach[f'{unit}_ratio']:.2f} ({reach[unit]:.0f} {unit})"
+        for unit in ("steps", "seconds")
+        if reach["reached"]
+    ]
     missed = reach["pairs"] - reach["reached"]
-    never = f"not reached in {missed} of {reach['pairs']} seeds" if missed else ""
-    ratio = f"× {reach[f'{unit}_ratio']:.2f} ({reach[unit]:.0f} {unit})" if reach["reached"] else ""
-    return "\n".join(filter(None, (ratio, never)))
+    return "\n".join([*lines, *([f"not reached in {missed} of {reach['pairs']} seeds"] if missed else [])])
 
 
 def _listed(seeds: list[int]) -> str:

@@ -272,8 +272,7 @@ class PolarityTrainer(GRPOTrainer):
             loss = super()._compute_loss(model, self._loss_inputs)
         finally:
             self._loss_inputs, live, self._live = None, self._live, None
-        terms = loss_terms(live)
-        if terms is not None:
+        if live is not None and (terms := loss_terms(live)) is not None:
             loss = loss + averaged(self, terms, live.mask, inputs)
         if position == self._steps_per_generation - 1 and self._seen:  # the first pass over the rollout is complete
             tokens = concatenate(self._seen)

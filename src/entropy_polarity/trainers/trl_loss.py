@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from entropy_polarity.polarity import surviving_ratio
 from entropy_polarity.tokens import Tokens
@@ -21,7 +21,6 @@ def fix_loss(config: GRPOConfig, method: str, loss: Loss) -> None:
     wanted = {
         "epsilon": loss.clip_low,
         "epsilon_high": loss.clip_high,
-        "delta": loss.dual_clip,
         "loss_type": "dapo" if loss.average == "token" else None,
     }
     defaults = {f.name: f.default for f in fields(GRPOConfig)}
@@ -42,8 +41,9 @@ def fix_loss(config: GRPOConfig, method: str, loss: Loss) -> None:
         )
 
 
-def importance(trainer: GRPOTrainer, tokens: Tokens, correction: Tensor | None) -> Tensor:
-    """w: what TRL's loss leaves of each token's policy gradient, as a factor on A grad log p.
+def importance(trainer: Any, tokens: Tokens, correction: Tensor | None) -> Tensor:
+    """w: what the loss of `trainer`, a GRPOTrainer, leaves of each token's policy gradient, as a factor on
+    A grad log p.
 
     Not counted: tokens that TRL masks by `top_entropy_quantile` or `off_policy_mask_threshold`.
     """
@@ -69,7 +69,7 @@ def importance(trainer: GRPOTrainer, tokens: Tokens, correction: Tensor | None) 
     return weight if correction is None else weight * correction
 
 
-def averaged(trainer: GRPOTrainer, values: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
+def averaged(trainer: Any, values: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
     """`values` (B, T) averaged over a micro-batch as TRL averages its policy loss, accumulation included."""
     accumulation = trainer.current_gradient_accumulation_steps
     values = torch.where(mask, values, 0.0)
@@ -79,7 +79,6 @@ def averaged(trainer: GRPOTrainer, values: Tensor, mask: Tensor, inputs: dict[st
         return values.sum() / mask.sum().clamp(min=1) / accumulation
     if trainer.loss_type == "dr_grpo":
         return values.sum() / (len(values) * trainer.max_completion_length) / accumulation
-    assert trainer.args.steps_per_generation is not None
     windows = trainer.args.steps_per_generation / accumulation  # the rollout's tokens are met in so many windows
     return values.sum() / (inputs["num_items_in_batch"].clamp(min=1) / trainer.accelerator.num_processes) * windows
 

@@ -28,18 +28,16 @@ class Loss(NamedTuple):
     """What a method fixes of the trainer's loss; None leaves the trainer's own setting.
 
     clip_low, clip_high   the PPO clip of the importance ratio, [1 - clip_low, 1 + clip_high]
-    dual_clip             an upper bound on the ratio where A < 0
     average               "token": the mean over all model tokens of the rollout
     """
 
     clip_low: float | None = None
     clip_high: float | None = None
-    dual_clip: float | None = None
     average: Literal["token"] | None = None
 
     def over(self, other: "Loss") -> "Loss":
         """Both; where both fix a setting, this one."""
-        return Loss(*(mine if mine is not None else theirs for mine, theirs in zip(self, other, strict=True)))
+        return self._replace(**{name: value for name, value in other._asdict().items() if getattr(self, name) is None})
 
 
 class Transform(NamedTuple):
