@@ -5,11 +5,12 @@ Every figure of that page stands between two marker comments and is written here
 
 import json
 import math
-import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from blocks import filled
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, FIGURE = ROOT / "docs/performance.md", ROOT / "docs/growth.svg"
@@ -40,12 +41,7 @@ def page(text: str, results: list[Result]) -> str:
         "kernels:cuda": "\n\n".join(filter(None, [tables(cuda), growth(cuda) if cuda else "", tuned(cuda)])),
         "kernel_code": instructions(code),
     }
-    for name, block in blocks.items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not marked.search(text):
-            raise ValueError(f"{PAGE.name} has no block between <!-- {name} --> and <!-- /{name} -->")
-        text = marked.sub(lambda match, block=block: f"{match[1]}\n{block}\n\n{match[2]}", text)
-    return text
+    return filled(text, blocks, PAGE.name)
 
 
 def _find(results: list[Result], benchmark: str, device: str | None = None) -> Result:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blocks import markdown
 from transformers import TrainerCallback
 
 STEPS, ROLLOUTS_FROZEN = 200, 50
@@ -247,30 +248,39 @@ NAMES = {
 def table(results: list[dict[str, Any]]) -> str:
     """Held levels: method by target, the mean over the second half, its error, and the deviation against noise."""
     judged = [run for run in results if run["kind"] in NAMES and "disturbance" not in run]
-    lines = [
-        "| what steers | target | mean entropy | error | deviation / frozen | reward |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     order = {kind: place for place, kind in enumerate(NAMES)}
     for run in sorted(judged, key=lambda run: (order[run["kind"]], str(run["target"]), run["seed"])):
         verdict = judge(run, noise_of(results, run))
         half = run["entropy"][len(run["entropy"]) // 2 :]
         target = f"0.59 to {PATH['level']}" if run["target"] == "path" else f"{run['target']:.2f}"
-        lines.append(
-            f"| {NAMES[run['kind']]} | {target} | {np.mean(half):.3f} | {verdict['bias']:+.1%} | "
-            f"{verdict['deviation_ratio']:.2f} | {verdict['reward']:.2f} |"
+        kept = abs(verdict["bias"]) <= 0.02 and verdict["deviation_ratio"] <= 1.3
+        rows.append(
+            [
+                NAMES[run["kind"]],
+                target,
+                f"{np.mean(half):.3f}",
+                f"{verdict['bias']:+.1%}",
+                f"{verdict['deviation_ratio']:.2f}",
+                "yes" if kept else "no",
+                f"{verdict['reward']:.2f}",
+            ]
         )
-    return "\n".join(lines)
+    return markdown(
+        ["what steers", "target, nats", "mean entropy", "off by", "deviation / frozen", "both kept", "reward"], rows
+    )
 
 
 def disturbances(results: list[dict[str, Any]]) -> str:
     """Disturbed at mid-run, target 0.45: rollouts until the entropy is back."""
-    lines = ["| disturbance at mid-run | rollouts to recover | error after |", "|---|---|---|"]
+    names = {"learning-rate": "the learning rate doubled", "prompts": "prompts with three numbers instead of four"}
+    rows = []
     for run in results:
         if "disturbance" in run:
             verdict = judge(run, noise_of(results, run))
-            lines.append(f"| {run['disturbance']} | {verdict['recovered_after']} | {verdict['bias']:+.1%} |")
-    return "\n".join(lines)
+            recovered = verdict["recovered_after"]
+            rows.append([names[run["disturbance"]], str(recovered), "yes" if recovered <= 15 else "no"])
+    return markdown(["at mid-run", "rollouts until it is back", "within 15"], rows)
 
 
 def main() -> None:

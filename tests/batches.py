@@ -21,7 +21,7 @@ OUTPUTS = ("advantages", "entropy_bonus", "ratio_penalty")
 def sampled_batch(seed: int, scale: float = 2.0, groups: int = 4, size: int = 4, width: int = 6) -> Tokens:
     """Prompts x completions of a softmax over 12 words, rewarded 0 or 1, no group with equal rewards.
 
-    A larger `scale` of the logits makes a lower entropy: 2 about 1.4 nats, 6 about 0.5. Made once: not to be written to.
+    A larger `scale` of the logits makes a lower entropy: 2 about 1.4 nats, 6 about 0.5. Do not write to it.
     """
     random = torch.Generator().manual_seed(seed)
     rows = groups * size

@@ -1,12 +1,13 @@
 """`papo train` without training: writes a run directory as the real one does, with numbers made up from its title.
 
-What a run does is told by SCRIPT, JSON from the name of its directory to "fail", "stall" (until it is killed), or
-"slow" (half a second a step); the rest is done at once.
+What a run does is told by SCRIPT, JSON from the name of its directory to "fail", "kill" (itself), "stall" (until it is
+killed), or "slow" (half a second a step); the rest is done at once.
 """
 
 import json
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,8 @@ if __name__ == "__main__":
     print("started", os.environ["OMP_NUM_THREADS"], flush=True)
     if act == "fail":
         sys.exit("the disk is on fire")
+    if act == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
     if resumed:
         writer = RunWriter.resume(directory, recipe.to_dict())[0]
     else:

@@ -57,6 +57,7 @@ grpo = {}
 def scripted(monkeypatch):
     """Runs are scripted; call it with what they do."""
     monkeypatch.setattr(runs_module, "TRAIN", [sys.executable, scripted_train.__file__])
+    monkeypatch.setattr(runs_module, "_LOOK", 0.05)
     return lambda **acts: monkeypatch.setenv("SCRIPT", json.dumps(acts))
 
 
@@ -335,6 +336,11 @@ def test_ctrl_c_stops_the_runs_once_and_starts_no_other(scripted, tmp_path):
     assert errors.decode().rstrip().endswith("KeyboardInterrupt")
     assert set(starts(tmp_path / "c")) == {"grpo-0", "papo-0"}
     assert not any(job.finished for job in jobs_of(plan_of(), tmp_path / "c"))
+
+
+def test_a_run_that_was_killed_says_by_what(scripted, tmp_path):
+    scripted(**{"grpo-0": "kill"})
+    assert compare(plan_of(seeds=[0]), tmp_path / "c")["failed"] == {"grpo-0": "killed by SIGKILL"}
 
 
 def test_progress_is_a_line_for_each_change_where_there_is_no_terminal(capsys):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import demo_seeds
@@ -11,6 +12,7 @@ import torch
 import trainer_step
 
 from entropy_polarity.methods import METHODS, make_transform
+from entropy_polarity.phase import CONTROLLERS
 from entropy_polarity.tokens import Tokens
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +81,17 @@ def test_the_readmes_tree_names_what_is_there():
         assert path.exists() or list(path.parent.glob(path.name)), f"{name} is in the README's tree but not there"
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/performance.md"])
+def test_the_worked_example_is_the_code_and_the_readme_names_every_method():
+    code, row = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    source = (ROOT / "src/entropy_polarity/transforms/shaping.py").read_text()
+    assert textwrap.indent(code, "    ") in source
+    # The table may have notes of its own in the row.
+    assert row.strip() in (ROOT / "src/entropy_polarity/methods.py").read_text()
+    (table,) = re.findall(r"\| family \| methods \|\n(.*?)\n\n", README, re.DOTALL)
+    assert METHODS.keys() | CONTROLLERS.keys() == set(re.findall(r"`(\w+)`", table))
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/performance.md", "docs/results.md"])
 def test_links_to_files_of_the_repository_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text()):
         assert (ROOT / document).parent.joinpath(target).exists(), target

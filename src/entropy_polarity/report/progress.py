@@ -49,7 +49,7 @@ class ComparisonView:
 
     def __enter__(self) -> "ComparisonView":
         if self.console.is_terminal:
-            self.live = Live(console=self.console, refresh_per_second=4)
+            self.live = Live(console=self.console, refresh_per_second=2)
             self.live.__enter__()
         return self
 

@@ -17,75 +17,29 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
 from entropy_polarity.methods import make_transform
 from entropy_polarity.record import CHECKPOINT_IS_WHOLE as STATE_FILE
 from entropy_polarity.tokens import Tokens, concatenate
-from entropy_polarity.trainers.trl_loss import averaged, fix_loss, importance, restrict
-from entropy_polarity.trainers.trl_seam import HEADS, Request, StatisticsHead
+from entropy_polarity.trainers.trl_config import PolarityConfig
+from entropy_polarity.trainers.trl_loss import averaged, importance, restrict
+from entropy_polarity.trainers.trl_seam import Request, StatisticsHead
 from entropy_polarity.transforms import loss_terms, measure
 
 # Extra per-row columns that travel with TRL's batch through its shuffle and split.
 REWARD, GROUP, SAMPLE_ID = "polarity_reward", "polarity_group", "polarity_sample_id"
 # The trainer's own advantages, where a method changed them before the first pass; and its loss terms.
 PLAIN, BONUS, PENALTY = "polarity_plain_advantages", "polarity_entropy_bonus", "polarity_ratio_penalty"
-
-
-@dataclass
-class PolarityConfig(GRPOConfig):
-    """GRPOConfig plus the method (`papo methods` lists them) and its settings, as its builder names them.
-
-    >>> config = PolarityConfig("out", method="papo", method_settings={"controller": "balance"}, use_cpu=True,
-    ...                         bf16=False, report_to="none")
-    >>> config.method_settings["controller"]
-    'balance'
-    """
-
-    _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "method_settings"]
-
-    method: str = field(default="papo", metadata={"help": "Name of a method in entropy_polarity.methods."})
-    method_settings: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": 'Settings of the method, e.g. \'{"controller": "trend", "gain": 5}\'.'},
-    )
-    statistics_head: str = field(
-        default="fused",
-        metadata={
-            "help": "'fused': log-probs, entropy and statistics from one product with the output head. 'trl': TRL's "
-            "own head, with which λ = 0 is GRPOTrainer to the last bit, and a second product for the statistics."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.importance_sampling_level != "token":
-            raise ValueError(
-                f"importance_sampling_level={self.importance_sampling_level!r} averages the advantage over each "
-                "sequence, which cancels token weights: use importance_sampling_level='token'"
-            )
-        if self.loss_type == "luspo":
-            raise ValueError(
-                "loss_type='luspo' weighs whole sequences, which cancels token weights: use 'dapo', 'grpo', "
-                "'bnpo', 'dr_grpo', 'cispo', 'sapo' or 'vespo'"
-            )
-        if self.statistics_head not in HEADS:
-            raise ValueError(f"statistics_head={self.statistics_head!r}: expected {' or '.join(map(repr, HEADS))}")
-        transform = make_transform(self.method, self.settings)  # unknown names fail here, before a model is loaded
-        fix_loss(self, self.method, transform.loss)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return json.loads(self.method_settings) if isinstance(self.method_settings, str) else self.method_settings or {}
 
 
 class Rollout(NamedTuple):
@@ -141,6 +95,7 @@ class PolarityTrainer(GRPOTrainer):
         self.method_state = self._next_state = self.transform.init()
         self.on_rollout = None
         self._seen: list[Tokens] = []
+        self._decision_metrics: dict[str, float] = {}
         self._passes: list[tuple[Tensor, tuple[Tensor, ...]]] | None = None
         self._loss_inputs: dict[str, Any] | None = None
         self._live: Tokens | None = None
@@ -194,7 +149,9 @@ class PolarityTrainer(GRPOTrainer):
         self._rollout_inputs = batch
         if self.transform.decides == "rewards":
             batch[PLAIN] = batch["advantages"]
-            self._put(batch, self._run_method(self._tokens(batch)))
+            decision = self._run_method(self._tokens(batch))
+            self._decision_metrics = decision.metrics
+            self._put(batch, decision)
         elif self.transform.decides == "whole batch":
             # TRL's pass for old log-probs, if it made one, was served with statistics.
             made = [columns for logp, columns in passes or () if logp is batch.get("old_per_token_logps")]
@@ -227,8 +184,8 @@ class PolarityTrainer(GRPOTrainer):
         quiet = checkpointing(self.model, self.args.gradient_checkpointing_kwargs)  # type: ignore[arg-type]
         with torch.no_grad(), torch.random.fork_rng(), quiet:
             size = self.args.per_device_train_batch_size
-            columns = self._statistics(self.model, ids, attention, keep, batch_size=size, **extra)
-        return self._tokens(batch, *columns)
+            result, captured = self._with_statistics(self.model, ids, attention, keep, batch_size=size, **extra)
+        return self._tokens(batch, result[0], result[1], *captured)
 
     def _run_method(self, local: Tokens) -> Decision:
         """Run the method once on the global rollout batch.
@@ -289,44 +246,44 @@ class PolarityTrainer(GRPOTrainer):
         before = replace(tokens, advantages=self._rollout_inputs[PLAIN][:, None].expand_as(tokens.advantages))
         seen, metrics = measure(self._gather(before), self._gather(tokens), {"entropy": self._next_state["entropy"]})
         self._next_state = self._next_state | seen
-        self._report(before, tokens, metrics)
+        self._report(before, tokens, metrics | self._decision_metrics)
 
     def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
-        if self._loss_inputs is None and self._passes is not None and not compute_entropy:
-            keep = args[2] if len(args) > 2 else kwargs["logits_to_keep"]
-            result, captured = self._capture(model, keep, *args, **kwargs)
+        if self._loss_inputs is not None and compute_entropy:
+            return self._loss_pass(self._loss_inputs, model, *args, **kwargs)
+        if self._passes is not None and not compute_entropy:
+            result, captured = self._with_statistics(model, *args, **kwargs)
             self._passes.append((result[0], (result[0], result[1], *captured)))
             return result[0], None, result[2]
-        if self._loss_inputs is None or not compute_entropy:
-            # The same head in every pass: old and new log-probs of one policy are equal then, and their ratio 1.
+        # The same head in every pass: old and new log-probs of one policy are equal then, and their ratio 1.
+        with StatisticsHead.serving(self._request(statistics=False)):
+            return super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **kwargs)
+
+    def _loss_pass(self, inputs: dict[str, Any], model, *args, **kwargs):
+        """The forward pass of the loss, and the advantages that TRL reads right after it."""
+        if self.transform.decides == "whole batch":  # decided when the rollout was generated
             with StatisticsHead.serving(self._request(statistics=False)):
-                return super()._get_per_token_logps_and_entropies(
-                    model, *args, compute_entropy=compute_entropy, **kwargs
-                )
-        inputs, keep = self._loss_inputs, args[2] if len(args) > 2 else kwargs["logits_to_keep"]
-        result, captured = self._capture(model, keep, *args, **kwargs)
-        tokens = self._tokens(inputs, result[0].detach(), result[1].detach(), *captured)
-        rewritten = tokens
-        if self.transform.local is not None:
-            rewritten = self.transform.local(tokens, self.method_state)
-            inputs["advantages"] = rewritten.advantages
-        if self.transform.decides != "whole batch" and self._in_first_pass:
-            self._seen.append(tokens)  # later visits see an already updated policy
+                result = super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=True, **kwargs)
+            tokens = self._tokens(inputs)
+        else:
+            result, captured = self._with_statistics(model, *args, **kwargs)
+            tokens = self._tokens(inputs, result[0].detach(), result[1].detach(), *captured)
+            if self._in_first_pass:
+                self._seen.append(tokens)  # later visits see an already updated policy
+            if self.transform.local is not None:
+                tokens = self.transform.local(tokens, self.method_state)
+                inputs["advantages"] = tokens.advantages
         old_logp = inputs.get("old_per_token_logps", result[0].detach())
-        self._live = replace(rewritten, logp=result[0], entropy=result[1], old_logp=old_logp)
+        self._live = replace(tokens, logp=result[0], entropy=result[1], old_logp=old_logp)
         return result
 
     @property
     def _in_first_pass(self) -> bool:
         return self._step % self.micro_steps_per_rollout < self._steps_per_generation
 
-    def _statistics(self, model, ids, attention, keep, **kwargs) -> tuple[Tensor, ...]:
-        result, captured = self._capture(model, keep, ids, attention, keep, **kwargs)
-        return result[0], result[1], *captured
-
-    def _capture(self, model, keep: int, *args, **kwargs) -> tuple[tuple, tuple[Tensor, ...]]:
+    def _with_statistics(self, model, *args, **kwargs) -> tuple[tuple, tuple[Tensor, ...]]:
         """TRL's log-probs and entropies, and beside them Σp², T, Σp² log p of the completion tokens."""
-        outputs = []
+        keep, outputs = args[2] if len(args) > 2 else kwargs["logits_to_keep"], []
 
         def watched(**model_inputs):
             outputs.append(model(**model_inputs))

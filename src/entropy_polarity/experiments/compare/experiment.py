@@ -56,7 +56,7 @@ def search(plan: Plan, output: Path, at_once: int | None = None, watch: Watch = 
         "search": 1,
         "plan": _portable(plan),
         "environment": _environment(),
-        "criterion": "highest mean over the search's seeds of the final held-out pass@1; ties: of pass@many",
+        "criterion": "highest mean over the search's seeds of the final held-out pass@1; ties: of pass@16",
         "problems": len(kept),
         "failed": failed,
         "rows": rows,

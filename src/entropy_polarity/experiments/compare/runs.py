@@ -31,7 +31,7 @@ from entropy_polarity.report.progress import RunState
 TRAIN = [sys.executable, "-m", "entropy_polarity.cli", "train"]
 # What a run directory can hold before it is a run (`RunWriter.create`), drafts included.
 _UNBORN = {f"{name}{draft}" for name in (ENVIRONMENT, SUMMARY, CONFIG) for draft in ("", ".part")} - {CONFIG}
-_LOOK = 0.2  # seconds between two looks at the runs
+_LOOK = 0.5  # seconds between two looks at the runs
 _LET_GO = 2.0  # seconds that runs of a killed comparison may take to die
 
 
@@ -156,7 +156,7 @@ class Queue:
                     self._start(waiting.popleft())
                 self._look()
                 time.sleep(_LOOK)
-            if self.stopping and (waiting or self.notes):
+            if any(state.kind in ("waiting", "stopped") for state in self.states.values()):
                 raise KeyboardInterrupt
         finally:
             for number, handler in previous.items():
@@ -177,6 +177,8 @@ class Queue:
                 process_group=0,  # a terminal's Ctrl-C reaches us alone, so that runs get it once
                 pass_fds=(self.lock,),
             )
+        if self.stopping:  # asked while the process was being made
+            self.processes[job].send_signal(signal.SIGINT)
 
     def _look(self) -> None:
         for job, process in list(self.processes.items()):
@@ -184,9 +186,9 @@ class Queue:
                 self.states[job.name] = job.state("stopping" if self.stopping else "running")
                 continue
             del self.processes[job]
-            if not job.finished:
-                self.notes[job.name] = _last_line(job.log) or f"exit code {process.returncode}"
             kind = "finished" if job.finished else "stopped" if self.stopping else "failed"
+            if kind == "failed":
+                self.notes[job.name] = _reason(process.returncode, job.log)
             self.states[job.name] = job.state(kind, self.notes.get(job.name, ""))
         self.watch(list(self.states.values()))
 
@@ -196,6 +198,9 @@ class Queue:
             process.send_signal(signal.SIGINT)
 
 
-def _last_line(log: Path) -> str:
+def _reason(code: int, log: Path) -> str:
+    """Why a run failed: the signal that killed it, or what it said last."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else ""
+    return lines[-1].strip() if lines else f"exit code {code}"

@@ -1,0 +1,43 @@
+"""docs/results.md from the result files: python benchmarks/results_page.py."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import thermostat
+from blocks import filled, markdown
+
+from entropy_polarity.report.tables import TextTable, comparison_tables, search_table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "docs/results.md"
+MISSING = "Not measured yet."
+DIFFICULTIES = (3, 4)
+
+
+def page(text: str, folder: Path = RESULTS) -> str:
+    """The page with every marked block written anew."""
+    held = _read(folder / "thermostat.json")
+    search = _read(folder / "search.json")
+    blocks = {
+        "thermostat": thermostat.table(held["runs"]) if held else MISSING,
+        "thermostat:disturbances": thermostat.disturbances(held["runs"]) if held else MISSING,
+        "search": _markdown(search_table(search)) if search else MISSING,
+    }
+    for numbers in DIFFICULTIES:
+        compared = _read(folder / f"comparison-{numbers}.json")
+        tables = comparison_tables(compared["summary"]) if compared else []
+        blocks[f"comparison:{numbers}"] = "\n\n".join(f"{t.title}\n\n{_markdown(t)}" for t in tables) or MISSING
+    return filled(text, blocks, PAGE.name)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _markdown(table: TextTable) -> str:
+    return markdown([column.name for column in table.columns], table.rows)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
