@@ -194,7 +194,7 @@ def balance(lambda_max: float = 0.8) -> Controller:
 
 
 def thermostat(
-    gain: float = 0.5,
+    gain: float = 0.7,
     lambda_max: float = 0.8,
     level: float | None = None,
     fraction: float | None = None,
@@ -269,7 +269,7 @@ def thermostat(
 _RESPONSE, _DRIFT = 0.05, 0.02
 # How far the policy's entropy, the response and the drift wander in a rollout: in standard errors of the
 # measurement, in parts of the response, and in standard errors.
-_WANDER = (0.25, 0.03, 0.03)
+_WANDER = (0.25, 0.03, 0.1)
 
 
 def _filtered(state: State, entropy: float, error: float, first: float) -> tuple[np.ndarray, np.ndarray]:
