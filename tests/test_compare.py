@@ -22,7 +22,7 @@ from entropy_polarity import cli
 from entropy_polarity.experiments.compare import runs as runs_module
 from entropy_polarity.experiments.compare.experiment import compare, default_jobs, read_comparison, search, write_page
 from entropy_polarity.experiments.compare.plan import Plan, Search, load_plan, methods_of
-from entropy_polarity.experiments.compare.runs import Job, locked, refuse_others
+from entropy_polarity.experiments.compare.runs import Job, Queue, locked, refuse_others
 from entropy_polarity.experiments.compare.search import candidates_of, choose, judge, search_plan, unseen_problems
 from entropy_polarity.experiments.compare.summary import Facts, summarise
 from entropy_polarity.experiments.train import checked, prompts_of
@@ -214,7 +214,7 @@ def test_a_failed_run_stops_no_other_and_is_tried_again(scripted, tmp_path):
 
 def test_nothing_finished_is_one_line(scripted, tmp_path):
     scripted(**{"grpo-0": "fail", "papo-0": "fail"})
-    with pytest.raises(ValueError, match="no run finished: grpo-0: the disk is on fire; papo-0: the disk"):
+    with pytest.raises(ValueError, match="no run finished; grpo-0: the disk is on fire; papo-0: the disk"):
         compare(plan_of(seeds=[0]), tmp_path / "c")
 
 
@@ -338,6 +338,43 @@ def test_ctrl_c_stops_the_runs_once_and_starts_no_other(scripted, tmp_path):
     assert not any(job.finished for job in jobs_of(plan_of(), tmp_path / "c"))
 
 
+def test_what_is_finished_is_summarised_after_a_stop_and_while_others_run(scripted, tmp_path, monkeypatch):
+    work = Queue.run
+
+    def stopped(self):
+        self.jobs = self.jobs[:1]
+        self.states = {job.name: self.states[job.name] for job in self.jobs}
+        work(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Queue, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare(plan_of(), tmp_path / "c", at_once=1)
+    written = json.loads((tmp_path / "c/comparison.json").read_text())
+    assert [run["label"] for run in written["runs"]] == ["grpo"]
+    with locked(tmp_path / "c"):  # as another process would
+        looked = compare(plan_of(), tmp_path / "c", at_once=0)
+    assert looked["runs"] == written["runs"]
+    assert starts(tmp_path / "c") == {"grpo-0": 1}
+    with pytest.raises(ValueError, match="no run finished"):
+        compare(plan_of(), tmp_path / "new", at_once=0)
+    compare(plan_of(), tmp_path / "c", at_once=0)  # a look leaves the folder as one that can be worked in
+
+
+def test_runs_of_another_machine_count_as_finished(scripted, tmp_path):
+    first = compare(plan_of(seeds=(0,)), tmp_path / "a", at_once=2)
+    whole = compare(plan_of(seeds=(0, 1)), tmp_path / "b", at_once=2, known=[tmp_path / "a/comparison.json"])
+    assert whole["runs"][:2] == first["runs"]
+    assert set(starts(tmp_path / "b")) == {"grpo-1", "papo-1"}
+    other = plan_of("grpo", "papo:controller=balance", seeds=(0,))
+    compare(other, tmp_path / "c", known=[tmp_path / "b/comparison.json"])
+    assert set(starts(tmp_path / "c")) == {"papo-0"}  # the same label with other settings is another run
+    with pytest.raises(ValueError, match=r"comparison.json is of another recipe than the plan"):
+        compare(
+            plan_of(overrides=["trainer.learning_rate=1e-3"]), tmp_path / "d", known=[tmp_path / "a/comparison.json"]
+        )
+
+
 def test_a_run_that_was_killed_says_by_what(scripted, tmp_path):
     scripted(**{"grpo-0": "kill"})
     assert compare(plan_of(seeds=[0]), tmp_path / "c")["failed"] == {"grpo-0": "killed by SIGKILL"}
@@ -358,7 +395,9 @@ def facts(label: str, seed: int, successes: list[int], reward: list[float], gree
     start = {"successes": [0] * len(successes), "greedy": [0] * len(greedy)}
     curve = {"steps": steps, "values": reward}
     after = {"successes": successes, "greedy": greedy}
-    return Facts(label, seed, "today", None, 8, start, after, curve, curve, [seconds] * 2 * len(reward))
+    return Facts(
+        label, seed, {"name": "papo"}, "today", None, 8, start, after, curve, curve, [seconds] * 2 * len(reward)
+    )
 
 
 def test_a_summary_pairs_seeds_and_problems():

@@ -1,4 +1,4 @@
-"""Every method inside TRL's trainer: the same for any split and any number of processes, equal to TRL where TRL has it."""
+"""Every method inside TRL's trainer: the same for any split or number of processes, equal to TRL where TRL has it."""
 
 import math
 import subprocess

@@ -135,6 +135,7 @@ def compare(
     jobs: int | None = None,
     max_steps: int | None = None,
     search: FlagCreatePairsOff[bool] = False,
+    known: tuple[Path, ...] = (),
     finished: Annotated[Path | None, arg(name="from")] = None,
     overrides: Overrides = (),
     as_json: Json = False,
@@ -147,9 +148,11 @@ def compare(
         seeds: each method is trained with each of them (default: those of the plan, or 0 1 2)
         baselines: labels that the others are compared with (default: grpo and dapo where present, else the first)
         output: where runs, comparison.json and comparison.html go (default: runs/compare-<plan>)
-        jobs: runs at a time (default: one for each CPU; each run has one thread unless OMP_NUM_THREADS is set)
+        jobs: runs at a time (default: one for each CPU; each run has one thread unless OMP_NUM_THREADS is set); 0: no
+            runs, only a summary of what is finished
         max_steps: optimiser steps of each run
         search: try the constants of the plan's [search] instead, and print what to paste into the plan
+        known: result files (comparison.json, search.json) whose runs count as finished, as of another machine
         finished: print the tables of a comparison.json again, and write its page with --output; nothing is run
         overrides: any key of the recipe, e.g. trainer.learning_rate=1e-4; can be repeated
     """
@@ -167,7 +170,7 @@ def compare(
     do = experiment.search if search else experiment.compare
     with ComparisonView(str(directory), sys.stderr if as_json else sys.stdout) as view:
         try:
-            document = do(planned, directory, jobs, view.watch)
+            document = do(planned, directory, jobs, view.watch, known)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command goes on; finished runs are kept") from None
     if as_json:

@@ -9,7 +9,7 @@ from typing import Any
 
 from entropy_polarity._errors import unknown_name
 from entropy_polarity.experiments.compare.plan import Plan
-from entropy_polarity.experiments.compare.runs import Job, Queue, locked, refuse_others
+from entropy_polarity.experiments.compare.runs import Job, Queue, claim, locked, refuse_others
 from entropy_polarity.experiments.compare.search import candidates_of, choose, judge, search_plan, unseen_problems
 from entropy_polarity.experiments.compare.summary import Facts, summarise
 from entropy_polarity.record import Run, environment
@@ -20,14 +20,22 @@ COMPARISON, PAGE, SEARCH = "comparison.json", "comparison.html", "search.json"
 Watch = Callable[[list[RunState]], None]
 
 
-def compare(plan: Plan, output: Path, at_once: int | None = None, watch: Watch = lambda states: None) -> dict[str, Any]:
+def compare(
+    plan: Plan,
+    output: Path,
+    at_once: int | None = None,
+    watch: Watch = lambda states: None,
+    known: Sequence[Path] = (),
+) -> dict[str, Any]:
     """Train and evaluate every method of `plan` on every seed into `output`; what is finished there is kept.
 
-    Returns the document that is written to comparison.json; its "failed" names the runs that did not finish, with
-    the last line of their logs. Raises ValueError for a plan that cannot run, or a directory that holds other runs,
-    before anything starts, and if no run finished; KeyboardInterrupt after a stop.
+    Runs that the result files `known` hold are finished too: several machines can share a plan. `at_once` runs are made
+    at a time; with 0 none is made, and what is finished is summarised, even while another process is at work.
+    Returns the document that is written to comparison.json, after a stop as well; its "failed" names the runs that
+    did not finish, with the last line of their logs. Raises ValueError for a plan that cannot run, or a directory that
+    holds other runs, before anything starts, and if no run finished; KeyboardInterrupt after a stop.
     """
-    runs, failed = _run(plan, output, output, at_once, watch)
+    runs, failed, stopped = _run(plan, output, output, at_once, watch, known)
     document = {
         "comparison": 1,  # version of this layout
         "plan": _portable(plan),
@@ -38,10 +46,18 @@ def compare(plan: Plan, output: Path, at_once: int | None = None, watch: Watch =
     }
     _write(output / COMPARISON, document)
     write_page(document, output)
+    if stopped:
+        raise KeyboardInterrupt
     return document
 
 
-def search(plan: Plan, output: Path, at_once: int | None = None, watch: Watch = lambda states: None) -> dict[str, Any]:
+def search(
+    plan: Plan,
+    output: Path,
+    at_once: int | None = None,
+    watch: Watch = lambda states: None,
+    known: Sequence[Path] = (),
+) -> dict[str, Any]:
     """Try the values of [search.values] on the search's seeds and problems; runs go into `output`/search.
 
     Returns the document that is written to search.json: one row a candidate, and the method tables of the chosen.
@@ -49,12 +65,12 @@ def search(plan: Plan, output: Path, at_once: int | None = None, watch: Watch = 
     """
     trial = search_plan(plan)
     kept = unseen_problems(plan, trial)
-    runs, failed = _run(trial, output / "search", output, at_once, watch)
+    runs, failed, stopped = _run(trial, output / "search", output, at_once, watch, known)
     rows = judge(candidates_of(plan), runs, trial.seeds, kept)
     chosen = choose(rows)
     document = {
         "search": 1,
-        "plan": _portable(plan),
+        "plan": _portable(plan) | {"resolved": _portable(trial)["resolved"]},
         "environment": _environment(),
         "criterion": "highest mean over the search's seeds of the final held-out pass@1; ties: of pass@16",
         "problems": len(kept),
@@ -64,6 +80,8 @@ def search(plan: Plan, output: Path, at_once: int | None = None, watch: Watch = 
         "runs": [run.to_json() for run in runs],
     }
     _write(output / SEARCH, document)
+    if stopped:
+        raise KeyboardInterrupt
     return document
 
 
@@ -93,22 +111,53 @@ def default_jobs() -> int:
     return max(1, cores // int(os.environ.get("OMP_NUM_THREADS") or 1))
 
 
-def _run(plan: Plan, root: Path, output: Path, at_once: int | None, watch: Watch) -> tuple[list[Facts], dict[str, str]]:
-    """The facts of all finished runs of `plan`, made in `root` under the lock of `output`; and what failed."""
-    if at_once is not None and at_once < 1:
-        raise ValueError(f"jobs is {at_once}; expected at least 1")
+def _run(
+    plan: Plan, root: Path, output: Path, at_once: int | None, watch: Watch, known: Sequence[Path]
+) -> tuple[list[Facts], dict[str, str], bool]:
+    """The facts of all finished runs of `plan`, made in `root` under the lock of `output`; what failed; and whether
+    it was stopped."""
+    if at_once is not None and at_once < 0:
+        raise ValueError(f"jobs is {at_once}; expected at least 1, or 0 to summarise what is finished")
     _check(plan)
+    elsewhere = _known(known, plan)
     # Seed by seed: what a stopped comparison has finished are complete pairs.
-    jobs = [Job(label, seed, plan.recipe_of(label, seed), root) for seed in plan.seeds for label in plan.methods]
-    with locked(output) as lock:
+    wanted = [(label, seed) for seed in plan.seeds for label in plan.methods]
+    jobs = [
+        Job(label, seed, plan.recipe_of(label, seed), root) for label, seed in wanted if (label, seed) not in elsewhere
+    ]
+    failed, stopped = {}, False
+    if at_once == 0:
+        claim(output)
         refuse_others(jobs)
-        for folder in ("recipes", "runs", "logs"):
-            (root / folder).mkdir(parents=True, exist_ok=True)
-        failed = Queue(jobs, at_once or default_jobs(), lock, watch).run()
-        runs = [Facts.of(job.label, Run.read(job.directory)) for job in jobs if job.finished]
+    else:
+        with locked(output) as lock:
+            refuse_others(jobs)
+            for folder in ("recipes", "runs", "logs"):
+                (root / folder).mkdir(parents=True, exist_ok=True)
+            try:
+                failed = Queue(jobs, at_once or default_jobs(), lock, watch).run()
+            except KeyboardInterrupt:
+                stopped = True
+    made = {(job.label, job.seed): Facts.of(job.label, Run.read(job.directory)) for job in jobs if job.finished}
+    runs = [facts for key in wanted if (facts := (elsewhere | made).get(key))]
+    if stopped and not runs:
+        raise KeyboardInterrupt
     if not runs:
-        raise ValueError("no run finished: " + "; ".join(f"{name}: {line}" for name, line in failed.items()))
-    return runs, failed
+        raise ValueError("no run finished" + "".join(f"; {name}: {line}" for name, line in sorted(failed.items())))
+    return runs, failed, stopped
+
+
+def _known(files: Sequence[Path], plan: Plan) -> dict[tuple[str, int], Facts]:
+    """The runs of `plan` that result files hold. Raises ValueError for a file of another setting."""
+    runs: dict[tuple[str, int], Facts] = {}
+    for file in files:
+        document = json.loads(file.read_text())
+        if document.get("plan", {}).get("resolved") != json.loads(json.dumps(_portable(plan)["resolved"])):
+            raise ValueError(f"{file} is of another recipe than the plan: its runs cannot be taken over")
+        for run in (Facts(**run) for run in document["runs"]):
+            if plan.methods.get(run.label) == run.method and run.seed in plan.seeds:
+                runs[run.label, run.seed] = run
+    return runs
 
 
 def _check(plan: Plan) -> None:

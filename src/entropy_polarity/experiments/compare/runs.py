@@ -78,18 +78,24 @@ class Job:
         return RunState(self.label, self.seed, kind, steps, self.recipe.trainer["max_steps"], note)
 
 
-@contextmanager
-def locked(directory: Path) -> Iterator[int]:
-    """Hold the lock of a comparison directory; runs that inherit the handle hold it as long as they live.
-
-    Raises BlockingIOError if another comparison, or a run that it left behind, works there, and FileExistsError for
-    a folder that holds something else.
-    """
+def claim(directory: Path) -> Path:
+    """The lock file of a comparison directory, made with it. Raises FileExistsError for a folder that holds something
+    else."""
     lock = directory / "lock"
     if directory.exists() and not lock.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} is neither an empty folder nor a comparison: give another --output")
     directory.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as file:
+    lock.touch()
+    return lock
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[int]:
+    """Hold the lock of a comparison directory; runs that inherit the handle hold it as long as they live.
+
+    Raises BlockingIOError if another comparison, or a run that it left behind, works there.
+    """
+    with claim(directory).open("a") as file:
         until = time.monotonic() + _LET_GO
         while True:
             try:

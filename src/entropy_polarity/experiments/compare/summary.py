@@ -34,6 +34,7 @@ class Facts:
 
     label: str
     seed: int
+    method: dict[str, Any]
     date: str
     commit: str | None
     samples: int
@@ -53,6 +54,7 @@ class Facts:
         return cls(
             label,
             run.config["seed"],
+            run.config["method"],
             run.environment["date"],
             run.environment["commit"],
             run.summary["after"]["samples"],
