@@ -216,11 +216,11 @@ def thermostat(
     nothing winds up at it. Where momentum will carry h, h + (κ m + b) ρ / (1 - ρ), obeys h' = h + κ u + b without lag,
     so that is what is steered: the flow asked for removes the part `gain` of its error,
 
-        u = (gain (H_ref(k+1) - h - (κ m + b) ρ / (1 - ρ)) - b) / κ
+        u = (gain (H_ref(k+1) - h - (κ m + b) ρ / (1 - ρ)) - b) / (κ + σ_κ² / κ)
         λ = (x - F) / (G - x m_A),      x = u (D+ + D-),  F = D+ - D-,  m_A the `tilt`
 
-    which makes the predicted net flow of the reweighted batch x, |λ| <= `lambda_max`. H_ref is as in `reference`.
-    Source: ours.
+    which makes the predicted net flow of the reweighted batch x, |λ| <= `lambda_max`. σ_κ, the filter's own doubt about
+    κ, makes it cautious (Åström and Wittenmark, Adaptive Control). H_ref is as in `reference`. Source: ours.
 
     >>> law = thermostat(level=0.5)
     >>> lam, state, _ = law.update(Observation(0.3, 0.1, 0.1, entropy_error=0.01), law.init())
@@ -243,8 +243,11 @@ def thermostat(
         entropy, response, drift = mean
         coasting = entropy + (response * state["momentum"] + drift) * memory / (1 - memory)
         target = wanted(state["k"] + 1, first)
-        # The response cannot be known to be this small: dividing by less would turn noise into pressure.
-        asked = (gain * (target - coasting) - drift) / max(response, 0.1 * _RESPONSE * first)
+        # Cautious: dividing by a response that is small, or hardly known, would turn noise into pressure.
+        uncertainty = covariance[1, 1]
+        divisor = max(response, _FLOOR * first)
+        divisor += uncertainty / divisor
+        asked = (gain * (target - coasting) - drift) / divisor
         lam, flow = _lambda_for(asked, observed, lambda_max)
         metrics = {
             "polarity/entropy_reference": wanted(state["k"], first),
@@ -266,7 +269,8 @@ def thermostat(
 
 # What is believed before anything was seen, in parts of the first entropy: all pressure on one side moves the entropy
 # by a twentieth of it in a rollout, give or take as much, and without pressure it drifts by up to a fiftieth.
-_RESPONSE, _DRIFT = 0.05, 0.02
+# A response under the floor is taken for the floor.
+_RESPONSE, _DRIFT, _FLOOR = 0.05, 0.02, 0.01
 # How far the policy's entropy, the response and the drift wander in a rollout: in standard errors of the
 # measurement, in parts of the response, and in standard errors.
 _WANDER = (0.25, 0.03, 0.1)
