@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import regime
 import thermostat
 from blocks import filled, markdown
 
@@ -19,9 +20,11 @@ def page(text: str, folder: Path = RESULTS) -> str:
     """The page with every marked block written anew."""
     held = _read(folder / "thermostat.json")
     search = _read(folder / "search.json")
+    collapse = _read(folder / "regime.json")
     blocks = {
         "thermostat": thermostat.table(held["runs"]) if held else MISSING,
         "thermostat:disturbances": thermostat.disturbances(held["runs"]) if held else MISSING,
+        "regime": regime.table(collapse["runs"]) if collapse else MISSING,
         "search": _markdown(search_table(search)) if search else MISSING,
     }
     for numbers in DIFFICULTIES:
