@@ -69,7 +69,7 @@ def _clip(value: float, bound: float) -> float:
 
 def _entropy_path(
     owner: str, level: float | None, fraction: float | None, path: str, horizon: int
-) -> Callable[[int, float], float]:
+) -> Callable[[float, float], float]:
     """H_ref(k, H_0): the entropy wanted at rollout k."""
     if level is not None and fraction is not None:
         raise ValueError(f"{owner}: level={level} and fraction={fraction} were both given; give one of them")
@@ -82,7 +82,7 @@ def _entropy_path(
     if path != "constant" and horizon < 1:
         raise ValueError(f"{owner}: path {path!r} needs horizon >= 1 rollouts, got {horizon}")
 
-    def wanted(k: int, first: float) -> float:
+    def wanted(k: float, first: float) -> float:
         end = level if level is not None else first * (1.0 if fraction is None else fraction)
         done = 1.0 if path == "constant" else min(1.0, k / horizon)
         if path == "cosine":
@@ -213,10 +213,11 @@ def thermostat(
     ρ is `memory`: Adam's β1 to the power of the updates a rollout (0.81 for two), 0 for an optimiser without momentum.
     A Kalman filter estimates (h, κ, b) from the levels H_k: one-step differences carry noise several times the drift.
     κ and b may wander slowly; with no excitation they are left alone; u_k is the flow achieved within the clip, so
-    nothing winds up at it. Where momentum will carry h, h + (κ m + b) ρ / (1 - ρ), obeys h' = h + κ u + b without lag,
-    so that is what is steered: the flow asked for removes the part `gain` of its error,
+    nothing winds up at it. Where momentum will carry h, c = h + (κ m + b) a with a = ρ / (1 - ρ), obeys c' = c + κ u + b
+    without lag, so that is what is steered, along the path a rollouts ahead: the flow asked for goes with the path and
+    removes the part `gain` of the error,
 
-        u = (gain (H_ref(k+1) - h - (κ m + b) ρ / (1 - ρ)) - b) / (κ + σ_κ² / κ)
+        u = (gain (H_ref(k+a) - c) + H_ref(k+a+1) - H_ref(k+a) - b) / (κ + σ_κ² / κ)
         λ = (x - F) / (G - x m_A),      x = u (D+ + D-),  F = D+ - D-,  m_A the `tilt`
 
     which makes the predicted net flow of the reweighted batch x, |λ| <= `lambda_max`. σ_κ, the filter's own doubt about
@@ -241,13 +242,14 @@ def thermostat(
         error = observed.entropy_error or 0.05 * max(observed.entropy, 1e-6)
         mean, covariance = _filtered(state, observed.entropy, error, first)
         entropy, response, drift = mean
-        coasting = entropy + (response * state["momentum"] + drift) * memory / (1 - memory)
-        target = wanted(state["k"] + 1, first)
+        ahead = memory / (1 - memory)  # rollouts that momentum is worth
+        coasting = entropy + (response * state["momentum"] + drift) * ahead
+        target, following_target = (wanted(state["k"] + ahead + step, first) for step in (0, 1))
         # Cautious: dividing by a response that is small, or hardly known, would turn noise into pressure.
         uncertainty = covariance[1, 1]
         divisor = max(response, _FLOOR * first)
         divisor += uncertainty / divisor
-        asked = (gain * (target - coasting) - drift) / divisor
+        asked = (gain * (target - coasting) + following_target - target - drift) / divisor
         lam, flow = _lambda_for(asked, observed, lambda_max)
         metrics = {
             "polarity/entropy_reference": wanted(state["k"], first),
