@@ -558,6 +558,11 @@ def test_clip_b_by_hand():
     assert advantages(method("clip_b", deviations=2.1), batch) == batch.advantages.tolist()
     praised = replace(batch, advantages=-batch.advantages)
     assert advantages(method("clip_b", deviations=1.9), praised) == praised.advantages.tolist()
+    # It is p (log p + H): -1/e = -0.368 for p = 1/e, -2/e² = -0.271 for p = 1/e², three of 0. Mean -0.128, sd 0.159:
+    # 1.51 and 0.90 sd below.
+    two = literal(advantages=[[-1.0] * 5], logp=[[-1.0, -2.0, -1.0, -2.0, -3.0]], entropy=[[0.0, 0.0, 1.0, 2.0, 3.0]])
+    for deviations, found in ((1.55, [-1, -1]), (1.45, [0, -1]), (0.92, [0, -1]), (0.88, [0, 0])):
+        assert advantages(method("clip_b", deviations=deviations, denominator="all"), two) == [[*found, -1, -1, -1]]
 
 
 def test_clip_v_by_hand():
@@ -668,9 +673,9 @@ def test_stare_by_hand():
     assert advantages(method("stare", below=0.2), batch) == batch.advantages.tolist()  # the gate is strict
     assert run(method("stare", below=0.2), batch)[2] == {"polarity/stare_weight": 1.0}
     assert run(method("stare", positive=1.3), batch)[2] == {"polarity/stare_weight": 1.3}
-    # 0.1 · 30 = 3.0000000000000004 in floats is 3
-    thirty = literal(advantages=[[1.0] * 30], logp=[[-float(i) for i in range(30)]], entropy=[[0.1] * 30])
-    assert advantages(method("stare", positive=2.0), thirty)[0].count(2.0) == 3
+    assert 0.07 * 100 == 7.000000000000001  # and no eighth token
+    hundred = literal(advantages=[[1.0] * 100], logp=[[-float(i) for i in range(100)]], entropy=[[0.1] * 100])
+    assert advantages(method("stare", fraction=0.07, positive=2.0), hundred)[0].count(2.0) == 7
 
 
 def test_stare_adaptive_weights_move_before_they_are_used_and_keep_their_bounds():

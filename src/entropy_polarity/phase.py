@@ -213,9 +213,9 @@ def thermostat(
     ρ is `memory`: Adam's β1 to the power of the updates a rollout (0.81 for two), 0 for an optimiser without momentum.
     A Kalman filter estimates (h, κ, b) from the levels H_k: one-step differences carry noise several times the drift.
     κ and b may wander slowly; with no excitation they are left alone; u_k is the flow achieved within the clip, so
-    nothing winds up at it. Where momentum will carry h, c = h + (κ m + b) a with a = ρ / (1 - ρ), obeys c' = c + κ u + b
-    without lag, so that is what is steered, along the path a rollouts ahead: the flow asked for goes with the path and
-    removes the part `gain` of the error,
+    nothing winds up at it. Where momentum will carry h, c = h + (κ m + b) a with a = ρ / (1 - ρ), obeys
+    c' = c + κ u + b without lag, so that is what is steered, along the path a rollouts ahead: the flow asked for goes
+    with the path and removes the part `gain` of the error,
 
         u = (gain (H_ref(k+a) - c) + H_ref(k+a+1) - H_ref(k+a) - b) / (κ + σ_κ² / κ)
         λ = (x - F) / (G - x m_A),      x = u (D+ + D-),  F = D+ - D-,  m_A the `tilt`
