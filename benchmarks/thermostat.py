@@ -286,7 +286,7 @@ def disturbances(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/thermostat"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3])
     parser.add_argument("--only", default="", help="only runs whose name begins so")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--output", type=Path, help="write what the folder holds, and print the tables")

@@ -96,7 +96,6 @@ def test_lambda_by_hand():
         assert lam == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="src: phase._lambda_for takes |F m| for F m, and gives up where λ still works")
 def test_a_tilt_against_the_net_flow_does_not_stop_the_control():
     """P = -0.02 on twenty tokens of small advantage, 0.03 on one of large: with a soft sign G < |F m|, and F m < 0."""
     advantages = torch.tensor([[-0.01] * 20 + [10.0]], dtype=torch.float64)
@@ -208,7 +207,6 @@ def test_momentum_need_not_be_known_exactly(rho, kappa):
     assert abs(off).mean() < 1.4 * NOISE_ALONE
 
 
-@pytest.mark.xfail(strict=True, reason="src: one rollout's own σ says how far its reading is believed")
 def test_the_error_of_a_reading_may_be_a_rough_estimate():
     """With two prompts a rollout σ is |z| times what it should be, z a standard normal: often far too small."""
     off = []
@@ -320,22 +318,12 @@ BROKEN = {
 }
 
 
-ITS_OWN_ERROR = pytest.mark.xfail(
-    strict=True, reason="src: one rollout's own σ says how far all is believed and wanders"
-)
-FIRST_IS_ZERO = pytest.mark.xfail(strict=True, reason="src: everything is scaled by a first entropy of 0")
-
-
-def marked(**marks: pytest.MarkDecorator) -> list:
-    return [pytest.param(name, marks=marks.get(name.replace(" ", "_"), ())) for name in BROKEN]
-
-
-@pytest.mark.parametrize("name", marked(no_entropy_at_all=ITS_OWN_ERROR))
+@pytest.mark.parametrize("name", BROKEN)
 def test_broken_rollouts_in_mid_run_are_forgotten(name):
     assert_held(dict.fromkeys((20, 40, 41), BROKEN[name]))
 
 
-@pytest.mark.parametrize("name", marked(no_entropy_at_all=FIRST_IS_ZERO))
+@pytest.mark.parametrize("name", BROKEN)
 @pytest.mark.filterwarnings("error")
 def test_a_broken_first_rollout_is_forgotten(name):
     assert_held({0: BROKEN[name]})

@@ -324,7 +324,7 @@ def test_an_update_leaves_the_batch_it_was_given_alone(name, settings):
         ("papo", {"soft_sing": 0.1}, "did you mean 'soft_sign'"),
         ("papo", {"controler": "trend"}, "did you mean 'controller'"),
         ("papo", {"soft_sign": -0.1}, "soft_sign is -0.1; expected a width >= 0"),
-        ("papo", {"soft_sign": nan}, "soft_sign is nan"),
+        ("papo", {"soft_sign": nan}, "'soft_sign' of method 'papo' is nan"),
         ("papo", {"gain": -2}, "gain is -2"),
     ],
 )

@@ -1,5 +1,6 @@
 """One wording for one mistake: a name that is not known, a setting of the wrong type."""
 
+import math
 import types
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
@@ -35,6 +36,21 @@ def check_settings(owner: str, build: Callable[..., Any], settings: Mapping[str,
             hint = hints[name]
             wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
             raise ValueError(f"setting {name!r} of {owner} is {value!r}; expected {wanted}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"setting {name!r} of {owner} is {value!r}; expected a finite number")
+
+
+def check_range(owner: str, name: str, value: float, low: float = 0.0, high: float = math.inf) -> None:
+    """Raise ValueError unless low <= value <= high; NaN is outside every range.
+
+    >>> check_range("clip_cov", "fraction", 1.5, 0, 1)
+    Traceback (most recent call last):
+    ...
+    ValueError: clip_cov: fraction is 1.5; expected a value from 0 to 1
+    """
+    if not low <= value <= high:
+        wanted = f"a value from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
+        raise ValueError(f"{owner}: {name} is {value}; expected {wanted}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from entropy_polarity._errors import check_range
+
 # Nearer to 1 a float32 weight 1 - λ would round to 0, and a branch would be silenced after all.
 LAMBDA_LIMIT = 0.999
 
@@ -50,13 +52,8 @@ class Controller(NamedTuple):
     start: float = 0.0
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}; expected a value from {low} to {high}")
-
-
 def _check_gain(gain: float, lambda_max: float) -> None:
-    _check_range("gain", gain, 0, math.inf)
+    check_range("controller", "gain", gain)
     if not 0 <= lambda_max <= LAMBDA_LIMIT:
         raise ValueError(
             f"lambda_max is {lambda_max}; expected 0 <= lambda_max <= {LAMBDA_LIMIT}: no branch may be silenced"
@@ -117,8 +114,8 @@ def trend(gain: float = 5.0, lambda_max: float = 0.5, fast: float = 3.0, slow: f
     True
     """
     _check_gain(gain, lambda_max)
-    _check_range("fast", fast, 1, math.inf)
-    _check_range("slow", slow, fast, math.inf)
+    check_range("trend", "fast", fast, 1)
+    check_range("trend", "slow", slow, fast)
 
     def init() -> State:
         return {"fast": None, "slow": None}
@@ -174,9 +171,10 @@ def reference(
 
 
 def balance(lambda_max: float = 0.8) -> Controller:
-    """Zero predicted net flow on this very batch: λ = clip((D- - D+) / (D- + D+), ±lambda_max).
+    """Zero predicted net flow on this very batch: λ = clip((D- - D+) / G, ±lambda_max).
 
-    From D+ (1 + λ) = D- (1 - λ). With one branch empty there is nothing to balance: λ = 0. Batch.
+    G is what a unit of λ adds to the flow: D- + D+ with the hard sign, from D+ (1 + λ) = D- (1 - λ). With one branch
+    empty there is nothing to balance: λ = 0. Batch.
     Source: ours; without the clip it is OPEFO's rule (arXiv 2605.11491).
 
     >>> round(balance().update(Observation(1.0, 0.1, 0.3), {})[0], 6)
@@ -188,7 +186,8 @@ def balance(lambda_max: float = 0.8) -> Controller:
         positive, negative = observed.positive_flow, observed.negative_flow
         if min(positive, negative) <= 0:
             return 0.0, state, {}
-        return _clip((negative - positive) / (negative + positive), lambda_max), state, {}
+        per_lambda = negative + positive if observed.signed_flow is None else observed.signed_flow
+        return _clip((negative - positive) / per_lambda, lambda_max) if per_lambda > 0 else 0.0, state, {}
 
     return Controller(dict, update, causal=False)
 
@@ -204,15 +203,15 @@ def thermostat(
 ) -> Controller:
     """Bring the entropy to any level or path and hold it there, learning on the way what a weight does. Batch.
 
-    The policy's own entropy h, seen through H_k = h_k + noise of standard error σ_k, is taken to answer to the net
-    flow as a share of the total flow, u = net / (D+ + D-) (an optimiser that normalises its step answers to the
-    balance of the flows, not to their size), through the optimiser's momentum:
+    The policy's own entropy h, seen through H_k = h_k + noise (whose relative standard error is pooled over about ten
+    rollouts), is taken to answer to the net flow as a share of the total flow, u = net / (D+ + D-) (an optimiser that
+    normalises its step answers to the balance of the flows, not to their size), through the optimiser's momentum:
 
         m_{k+1} = ρ m_k + (1 - ρ) u_k        h_{k+1} = h_k + κ m_{k+1} + b
 
     ρ is `memory`: Adam's β1 to the power of the updates a rollout (0.81 for two), 0 for an optimiser without momentum.
     A Kalman filter estimates (h, κ, b) from the levels H_k: one-step differences carry noise several times the drift.
-    κ and b may wander slowly; with no excitation they are left alone; u_k is the flow achieved within the clip, so
+    κ and b may wander slowly, and κ is left alone without excitation; u_k is the flow achieved within the clip, so
     nothing winds up at it. Where momentum will carry h, c = h + (κ m + b) a with a = ρ / (1 - ρ), obeys
     c' = c + κ u + b without lag, so that is what is steered, along the path a rollouts ahead: the flow asked for goes
     with the path and removes the part `gain` of the error,
@@ -229,17 +228,19 @@ def thermostat(
     True
     """
     _check_gain(gain, lambda_max)
-    _check_range("memory", memory, 0, 0.99)
+    check_range("thermostat", "memory", memory, 0, 0.99)
     wanted = _entropy_path("thermostat", level, fraction, path, horizon)
 
     def init() -> State:
-        return {"k": 0, "first_entropy": None, "momentum": 0.0, "mean": None, "covariance": None}
+        return {"k": 0, "first_entropy": None, "noise": None, "momentum": 0.0, "mean": None, "covariance": None}
 
     def update(observed: Observation, state: State) -> tuple[float, State, Metrics]:
-        if not math.isfinite(observed.entropy):
+        if not 0 < observed.entropy < math.inf:
             return 0.0, state | {"k": state["k"] + 1}, {}
         first = observed.entropy if state["first_entropy"] is None else state["first_entropy"]
-        error = observed.entropy_error or 0.05 * max(observed.entropy, 1e-6)
+        noise = _pooled_noise(state, observed)
+        # Of the filtered entropy: a reading that is low by chance must not be believed for it.
+        error = math.sqrt(noise) * (observed.entropy if state["mean"] is None else max(state["mean"][0], 1e-3 * first))
         mean, covariance = _filtered(state, observed.entropy, error, first)
         entropy, response, drift = mean
         ahead = memory / (1 - memory)  # rollouts that momentum is worth
@@ -260,6 +261,7 @@ def thermostat(
         following = {
             "k": state["k"] + 1,
             "first_entropy": first,
+            "noise": noise,
             "momentum": memory * state["momentum"] + (1 - memory) * flow,
             "mean": mean.tolist(),
             "covariance": covariance.tolist(),
@@ -276,6 +278,13 @@ _RESPONSE, _DRIFT, _FLOOR = 0.05, 0.02, 0.01
 # How far the policy's entropy, the response and the drift wander in a rollout: in standard errors of the
 # measurement, in parts of the response, and in standard errors.
 _WANDER = (0.25, 0.03, 0.1)
+
+
+def _pooled_noise(state: State, observed: Observation) -> float:
+    """The relative variance of a reading: few prompts estimate it badly, so that of about ten rollouts is averaged."""
+    error = observed.entropy_error
+    relative = 0.05 if error is None or not error > 0 else min(1.0, error / observed.entropy)
+    return relative**2 if state["noise"] is None else state["noise"] + 0.1 * (relative**2 - state["noise"])
 
 
 def _filtered(state: State, entropy: float, error: float, first: float) -> tuple[np.ndarray, np.ndarray]:
@@ -296,7 +305,7 @@ def _lambda_for(asked: float, observed: Observation, lambda_max: float) -> tuple
     total = observed.positive_flow + observed.negative_flow
     net, tilt = observed.positive_flow - observed.negative_flow, observed.tilt
     per_lambda = total if observed.signed_flow is None else observed.signed_flow
-    if per_lambda - abs(net * tilt) <= 0:  # no flow, or none that λ could move
+    if not per_lambda - net * tilt > 1e-9 * total:  # no flow, or none that λ could move
         return 0.0, net / total if total > 0 else 0.0
     low, high = ((net + lam * per_lambda) / (1 + lam * tilt) for lam in (-lambda_max, lambda_max))
     flow = max(low, min(high, asked * total))

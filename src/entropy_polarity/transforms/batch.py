@@ -50,19 +50,27 @@ def quantile(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], q: float) 
     chosen = values[mask & values.isfinite()].sort().values
     if not len(chosen):
         return values.new_tensor(torch.nan)
-    place = q * (len(chosen) - 1)
+    place = round(q * (len(chosen) - 1), 9)  # 0.7 * 10 is a little more than 7
     below = int(place)
     above = min(below + 1, len(chosen) - 1)
     return torch.lerp(chosen[below], chosen[above], place - below)
 
 
-def largest(scores: Tensor, mask: Bool[Tensor, "B T"], count: int) -> Bool[Tensor, "B T"]:
-    """Where the `count` largest scores among `mask` stand; all of `mask` if there are no more. NaN is never chosen."""
-    eligible = (mask & ~scores.isnan()).flatten().nonzero().flatten()
-    chosen = eligible[scores.flatten()[eligible].topk(min(count, len(eligible))).indices]
-    picked = torch.zeros_like(mask.flatten())
-    picked[chosen] = True
-    return picked.view_as(mask)
+def largest(
+    scores: Tensor, mask: Bool[Tensor, "B T"], count: int, sample_id: Int[Tensor, " B"] | None = None
+) -> Bool[Tensor, "B T"]:
+    """Where the `count` largest scores among `mask` stand; all of `mask` if there are no more. NaN is never chosen.
+
+    Of equal scores those with the smaller `sample_id` come first, then those that stand first: completions that begin
+    alike do tie.
+    """
+    rows = torch.arange(len(scores), device=scores.device) if sample_id is None else sample_id.argsort(stable=True)
+    ordered = scores[rows].flatten()
+    eligible = (mask[rows] & ~scores[rows].isnan()).flatten().nonzero().flatten()
+    best = eligible[ordered[eligible].argsort(descending=True, stable=True)[:count]]
+    picked = torch.zeros_like(mask).flatten()
+    picked[best] = True
+    return torch.zeros_like(mask).index_copy(0, rows, picked.view_as(mask))
 
 
 def token_keys(sample_id: Int[Tensor, " B"], width: int, seed: int, rollout: int) -> Int[Tensor, "B T"]:
@@ -72,7 +80,7 @@ def token_keys(sample_id: Int[Tensor, " B"], width: int, seed: int, rollout: int
     Source: the finaliser of splitmix64 (Steele, Lea and Flood 2014).
     """
     position = torch.arange(width, device=sample_id.device)
-    key = _mixed(_mixed(_mixed(sample_id.new_full((), seed)) + rollout) + sample_id.long())[:, None] + position
+    key = _mixed(_mixed(_mixed(torch.full_like(position[:1], seed)) + rollout) + sample_id.long())[:, None] + position
     return _mixed(key)
 
 

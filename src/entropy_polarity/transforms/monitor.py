@@ -12,7 +12,7 @@ from entropy_polarity.transforms.weights import observe, token_polarity
 def measure(before: Tokens, after: Tokens, state: State) -> tuple[State, Metrics]:
     """Every polarity metric of a batch whose method made `after` of `before`; the state is the last entropy."""
     p, observed = token_polarity(before), observe(before)
-    changed = after.advantages != before.advantages
+    changed = (after.advantages != before.advantages) | (before.mask & ~after.mask)
     for term in (after.entropy_bonus, after.ratio_penalty):
         if term is not None:
             changed = changed | (term != 0)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from entropy_polarity._errors import check_range
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.transforms.batch import group_index
 from entropy_polarity.transforms.core import Loss, Transform, rewriting
@@ -41,6 +42,8 @@ def dapo(
     paper's c and L (4096, 20480) fit its own length limit: give yours. Which groups are equal is judged before the
     penalty. Source: arXiv 2503.14476.
     """
+    check_range("dapo", "clip_low", clip_low)
+    check_range("dapo", "clip_high", clip_high)
     if overlong_cache and (max_length is None or not 0 < overlong_cache <= max_length):
         raise ValueError(
             f"dapo: overlong_cache={overlong_cache} with max_length={max_length}; expected max_length, the limit of a "

@@ -1,11 +1,13 @@
 """Methods that select tokens over the whole batch: those that may teach, or those that are held back."""
 
+import math
 from dataclasses import replace
 from typing import Literal
 
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from entropy_polarity._errors import check_range
 from entropy_polarity.phase import Metrics, State
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.transforms.batch import (
@@ -55,6 +57,10 @@ def clip_cov(
     draws in every micro-batch anew. Source: arXiv 2505.22617; verl's own default for the clip is 0.2.
     """
 
+    check_range("clip_cov", "fraction", fraction, 0, 1)
+    check_range("clip_cov", "clip", clip)
+    check_range("clip_cov", "low", low, -math.inf, high)
+
     def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
         keys = token_keys(tokens.known("sample_id"), tokens.mask.shape[1], seed, state["rollout"])
         chosen = clip_cov_choice(tokens, keys, fraction, low, high, clip)
@@ -85,8 +91,12 @@ def kl_cov(fraction: float = 2e-3, coefficient: float = 1.0) -> Transform:
     Source: arXiv 2505.22617.
     """
 
+    check_range("kl_cov", "fraction", fraction, 0, 1)
+    check_range("kl_cov", "coefficient", coefficient)
+
     def rewrite(tokens: Tokens) -> Tokens:
-        chosen = largest(covariance_terms(tokens), tokens.mask, _share(tokens, fraction))
+        c = covariance_terms(tokens)
+        chosen = largest(c, tokens.mask & c.isfinite(), _share(tokens, fraction), tokens.sample_id)
         return replace(tokens, ratio_penalty=coefficient * chosen.to(tokens.advantages.dtype))
 
     return rewriting(rewrite, "logp", "reuse", loss=Loss(float("inf"), float("inf")))
@@ -115,11 +125,13 @@ def clip_v(deviations: float = 8.5, fraction: float = 1e-4, denominator: Denomin
     Source: arXiv 2602.03392.
     """
 
+    check_range("clip_v", "fraction", fraction, 0, 1)
+
     def rewrite(tokens: Tokens) -> Tokens:
         sensitivity = tokens.known("sensitivity")
         _, deviation = mean_and_deviation(sensitivity, tokens.mask)
         extreme = tokens.mask & (tokens.advantages < 0) & (sensitivity > deviations * deviation)
-        return keeping(tokens, ~largest(sensitivity, extreme, _share(tokens, fraction)), denominator)
+        return keeping(tokens, ~largest(sensitivity, extreme, _share(tokens, fraction), tokens.sample_id), denominator)
 
     return rewriting(rewrite, "sensitivity")
 

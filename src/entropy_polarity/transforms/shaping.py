@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from entropy_polarity._errors import check_range
 from entropy_polarity.phase import Metrics, State
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.transforms.batch import (
@@ -41,6 +42,7 @@ def entropy_advantage(kappa: float, alpha: float = 0.4) -> Transform:
     α is 0.4 for GRPO, 0.1 for PPO. `kappa` has no default: the 2 we know is from a third-party summary.
     Source: arXiv 2506.14758.
     """
+    check_range("entropy_advantage", "alpha", alpha)
     if not kappa > 1:
         raise ValueError(f"entropy_advantage: kappa is {kappa}; expected more than 1, or advantages change their sign")
 
@@ -107,6 +109,10 @@ def stare(
             "share above 0, at most 1"
         )
 
+    if adaptive:  # where W and M may go
+        check_range("stare", "positive", positive, 1, 1.5)
+        check_range("stare", "negative", negative, 0.5, 1)
+
     def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
         entropy, _ = mean_entropy(tokens)
         if adaptive and not math.isnan(entropy):
@@ -121,7 +127,7 @@ def stare(
         for sign, factor in ((1, state["positive"]), (-1, state["negative"]))[: 1 if variant == "O1" else 2]:
             candidates = tokens.mask & (tokens.advantages * sign > 0)
             count = math.ceil(fraction * int(candidates.sum()) - 1e-9)
-            weight = torch.where(largest(-tokens.known("logp"), candidates, count), factor, weight)
+            weight = torch.where(largest(-tokens.known("logp"), candidates, count, tokens.sample_id), factor, weight)
         return reweighted(tokens, weight), state, {"polarity/stare_weight": state["positive"]}
 
     def init() -> State:
@@ -138,6 +144,8 @@ def entropic(probability: float, target: float = 0.1, integral_gain: float = 0.0
     H above the target reinforces likely tokens, which sharpens the policy; below, it punishes them. `probability` has
     no default: the authors' threshold is not known to us. Source: arXiv 2511.15248.
     """
+
+    check_range("entropic", "probability", probability, 0, 1)
 
     def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
         entropy, _ = mean_entropy(tokens)
@@ -159,6 +167,8 @@ def gepo(width: float, rate: float, low: float = 0.5, high: float = 0.2) -> Tran
     counted. `width` and `rate` have no defaults: they are not known to us. Source: arXiv 2607.16850, from a
     third-party summary.
     """
+    check_range("gepo", "low", low)
+    check_range("gepo", "high", high)
     if not (width >= 0 and 0 < rate <= 1):
         raise ValueError(f"gepo: width={width} and rate={rate}; expected width >= 0 and a rate above 0, at most 1")
 
