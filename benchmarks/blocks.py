@@ -16,5 +16,6 @@ def filled(text: str, blocks: dict[str, str], page: str) -> str:
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
     """A table."""
+    rows = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in rows]
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -10,7 +10,7 @@ yet, so it can be stopped and started again; a run is a few minutes on one core.
 
 What is judged, over the second half of the run: the mean entropy against the target (2 %), and the mean absolute
 deviation from the target against that of the same policy frozen at the end of the run (1.3 times), which is sampling
-noise alone. After a disturbance at mid-run: the first rollout from which on the mean of ten rollouts stays within 2 %
+noise alone. After a disturbance at mid-run: how many rollouts it takes until the mean of the last ten stays within 2 %
 of the target and twice its own sampling error.
 """
 
@@ -186,7 +186,8 @@ def judge(run: dict[str, Any], noise: float) -> dict[str, Any]:
         # A mean of ten rollouts has its own sampling error; the deviation of a normal is 0.8 of its sd.
         allowed = 0.02 + 2 * noise / 0.8 / math.sqrt(10)
         outside = np.flatnonzero(np.abs(means) > allowed)
-        verdict["recovered_after"] = int(outside[-1] + 1) if len(outside) else 0
+        # The last rollout of the first window from which on all are inside; with none outside nothing was disturbed.
+        verdict["recovered_after"] = int(outside[-1] + 1) + 10 if len(outside) else 0
     return verdict
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import demo_seeds
 import kernel_tables
 import pytest
+import results_page
 import torch
 import trainer_step
 
@@ -68,6 +69,10 @@ def test_the_page_on_performance_is_the_result_files():
     assert kernel_tables.page(text, results) == text
     (cpu,) = (result for result in results if result["benchmark"] == "kernels" and result["device"] == "cpu")
     assert kernel_tables.figure(cpu) == kernel_tables.FIGURE.read_text()
+
+
+def test_the_page_of_results_is_the_result_files():
+    assert results_page.page(results_page.PAGE.read_text()) == results_page.PAGE.read_text()
 
 
 def test_the_readmes_tree_names_what_is_there():

@@ -155,11 +155,11 @@ def test_local_on_any_split_is_update_on_the_whole(case, parts):
 
 
 def test_which_methods_look_at_what():
-    decides = {"rewards": set(), "every token": set(), "whole batch": set()}
+    decides = {"rewards": set(), "each token": set(), "whole batch": set()}
     for name, method in METHODS.items():
         decides[make_transform(name, method.example).decides].add(name)
     assert decides["rewards"] == {"dapo", "qae", "nsr", "psr"}
-    assert decides["every token"] == {
+    assert decides["each token"] == {
         "grpo", "entropy_bonus", "adaptive_coefficient", "entropy_advantage", "w_reinforce",
         "papo", "papo_positive_only", "papo_negative_only",
     }  # fmt: skip
@@ -963,3 +963,16 @@ def test_the_cases_of_verl_are_not_idle():
         assert not all(map(all, batch["mask"]))
     with_choice = [case for case in VERL["cases"] if case["policy_loss"] == "clip_cov" and case["selected"]]
     assert any(len(case["selected"]) < case["eligible"] for case in with_choice)
+
+
+def test_a_completion_that_nothing_could_judge_teaches_nothing():
+    """Its reward is NaN: advantage 0, in no group statistic, and the others are as without it."""
+    rewards, group = [1.0, 0.0, nan, 1.0, 1.0], [0, 0, 0, 1, 1]
+    batch = literal(mask=[[1]] * 5, advantages=[[0.7], [-0.7], [0.0], [0.0], [0.0]], reward=rewards, group=group)
+    others = [0, 1, 3, 4]
+    for name in ("dapo", "qae", "w_reinforce", "nsr", "psr"):
+        whole = run(method(name), batch)[0]
+        without = run(method(name), batch.rows(torch.tensor(others)))[0]
+        assert whole.advantages[others].equal(without.advantages), name
+        assert whole.mask[others].equal(without.mask), name
+        assert whole.advantages[2].item() == 0, name

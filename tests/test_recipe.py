@@ -129,13 +129,17 @@ def test_another_method_takes_no_settings_along():
     assert recipe.with_method("papo") is recipe
     assert recipe.with_method("grpo").method == {"name": "grpo"}
     assert recipe.method["gain"] == 3
+    # Overrides come after the choice of the method, so that they can be its settings.
+    chosen = load_recipe("countdown", ["method.clip_high=0.4"], method="dapo")
+    assert chosen.method == {"name": "dapo", "clip_high": 0.4}
+    assert load_recipe("countdown", ["method.gain=3"], method="papo").method["level"] == 0.35
 
 
 def test_flags_change_what_was_said_and_nothing_else():
     recipe = load_recipe("countdown")
     assert with_flags(recipe) == recipe
-    changed = with_flags(recipe, method="grpo", max_steps=0, seed=0, model="elsewhere")
-    assert changed.method == {"name": "grpo"}
+    changed = with_flags(recipe, max_steps=0, seed=0, model="elsewhere")
+    assert changed.method == recipe.method
     assert changed.trainer == recipe.trainer | {"max_steps": 0}
     assert (changed.seed, changed.policy.model) == (0, "elsewhere")
     assert changed.task == recipe.task

@@ -74,7 +74,7 @@ def _what_to_train(
     overrides: tuple[str, ...],
 ) -> tuple[Recipe, Path]:
     if resume is None:
-        chosen = with_flags(load_recipe(recipe, overrides), method=method, max_steps=max_steps, seed=seed, model=model)
+        chosen = with_flags(load_recipe(recipe, overrides, method), max_steps=max_steps, seed=seed, model=model)
         return chosen, output or Path("runs") / f"{Path(recipe).stem}-{chosen.method['name']}-{chosen.seed}"
     fixed = {
         "--output": output,
@@ -144,7 +144,7 @@ def compare(
 
     Args:
         plan: a recipe (then --methods says what to compare), or a .toml file with [methods.LABEL] tables
-        methods: such as grpo "papo:controller=reference,level=0.4" "held=papo:level=0.3"
+        methods: such as grpo "papo:controller=reference,level=0.4" "held=papo:controller=thermostat,level=0.3"
         seeds: each method is trained with each of them (default: those of the plan, or 0 1 2)
         baselines: labels that the others are compared with (default: grpo and dapo where present, else the first)
         output: where runs, comparison.json and comparison.html go (default: runs/compare-<plan>)
@@ -159,7 +159,10 @@ def compare(
     from entropy_polarity.experiments.compare.plan import load_plan
 
     if finished is not None:
+        _refuse("--from", methods=methods, seeds=seeds, jobs=jobs, max_steps=max_steps, search=search, known=known)
         return _compared_before(finished, baselines, output, as_json)
+    if search:
+        _refuse("--search (give them in the plan's [search] table)", seeds=seeds)
     steps = () if max_steps is None else (f"trainer.max_steps={max_steps}",)
     planned = load_plan(plan, methods, seeds, baselines, [*overrides, *steps])
     directory = output or Path("runs") / f"compare-{Path(plan).stem}"
@@ -180,6 +183,13 @@ def compare(
         print(directory / (experiment.SEARCH if search else experiment.PAGE))
     if document["failed"]:
         sys.exit(1)
+
+
+def _refuse(owner: str, **flags: Any) -> None:
+    """Raise ValueError for flags that would have no effect."""
+    given = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value not in (None, (), False)]
+    if given:
+        raise ValueError(f"{', '.join(given)} cannot be given with {owner}")
 
 
 def _compared_before(file: Path, baselines: tuple[str, ...], output: Path | None, as_json: bool) -> None:
@@ -218,6 +228,7 @@ def methods(as_json: Json = False) -> None:
         lines = [
             row["summary"],
             f"from {row['decides']}{needs}; extra pass: {row['cost']}",
+            *([_settings_line("fixes of the loss", row["fixes"])] if row["fixes"] else []),
             _settings_line("settings", row["settings"]),
             *(_settings_line(f"  {name} ({c['decides']})", c["settings"]) for name, c in row["controllers"].items()),
             row["source"],

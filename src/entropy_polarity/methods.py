@@ -54,6 +54,11 @@ def papo(
         raise unknown_name("controller", controller, phase.CONTROLLERS)
     build = phase.CONTROLLERS[controller]
     owner = f"papo's controller {controller!r}"
+    takers = {name: inspect.signature(other).parameters for name, other in phase.CONTROLLERS.items()}
+    for setting in controller_settings:
+        others = [name for name, taken in takers.items() if setting in taken]
+        if setting not in takers[controller] and others:
+            raise ValueError(f"{setting!r} is no setting of {owner}, but of {', '.join(others)}: give controller=...")
     check_settings(owner, build, controller_settings, "controller", "soft_sign", "conserve")
     return polarity_weights(build(**controller_settings), soft_sign, conserve)
 
@@ -126,13 +131,14 @@ def make_transform(name: str, settings: dict[str, Any] | None = None) -> Transfo
     missing = [p.name for p in parameters if p.default is p.empty and p.name in named - settings.keys()]
     if missing:
         raise ValueError(
-            f"method {name!r} needs a value for {', '.join(missing)}: no published one is known, so there is no default"
+            f"method {name!r} needs a value for {', '.join(missing)} (no published one is known): "
+            f"--set method.{missing[0]}=... or method_settings={{{missing[0]!r}: ...}}"
         )
     return monitored(build(**settings))
 
 
 COST = {
-    "every token": "none: statistics of the training pass",
+    "each token": "none: statistics of the training pass",
     "rewards": "none",
     "whole batch": "one forward pass over the rollout, or none where the trainer makes it for old log-probs",
 }
@@ -160,7 +166,13 @@ def describe_methods() -> list[dict[str, Any]]:
 
 
 def _facts(transform: Transform) -> dict[str, Any]:
-    return {"decides": transform.decides, "cost": COST[transform.decides], "needs": sorted(transform.needs)}
+    words = {"entropy_grad": "entropy with gradient", "reuse": "several updates on a rollout"}
+    return {
+        "decides": transform.decides,
+        "cost": COST[transform.decides],
+        "needs": sorted(words.get(need, need) for need in transform.needs),
+        "fixes": {name: value for name, value in transform.loss._asdict().items() if value is not None},
+    }
 
 
 def _defaults(build: Callable[..., Any]) -> dict[str, Any]:

@@ -85,13 +85,17 @@ def recipe_names() -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), method: str | None = None) -> Recipe:
     """The recipe of that name or at that path, with `overrides` like "trainer.learning_rate=1e-4" applied.
+
+    With `method` it is about that one: settings belong to a method, so only the same name keeps those of the recipe.
 
     Raises ValueError for an unknown name, a file that is not TOML, a key that is not known (naming the nearest known
     one) or a value of the wrong type, and FileNotFoundError for a path where there is no file.
     """
     document = read_recipe(name_or_path)
+    if method is not None and document.get("method", {}).get("name") != method:
+        document["method"] = {"name": method}  # before the overrides, which may set the method's own settings
     for override in overrides:
         apply_override(document, override)
     return _recipe(document)
@@ -160,14 +164,11 @@ def typed_table(kind: type, values: Any, prefix: str = "", file: str = "recipe")
 def with_flags(
     recipe: Recipe,
     *,
-    method: str | None = None,
     max_steps: int | None = None,
     seed: int | None = None,
     model: str | None = None,
 ) -> Recipe:
     """The recipe with what the command line said; what was not said stays."""
-    if method is not None:
-        recipe = recipe.with_method(method)
     if max_steps is not None:
         recipe = replace(recipe, trainer=recipe.trainer | {"max_steps": max_steps})
     if seed is not None:

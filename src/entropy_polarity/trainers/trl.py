@@ -40,6 +40,8 @@ from entropy_polarity.transforms import loss_terms, measure
 REWARD, GROUP, SAMPLE_ID = "polarity_reward", "polarity_group", "polarity_sample_id"
 # The trainer's own advantages, where a method changed them before the first pass; and its loss terms.
 PLAIN, BONUS, PENALTY = "polarity_plain_advantages", "polarity_entropy_bonus", "polarity_ratio_penalty"
+# The model tokens, where a method dropped some from the loss.
+WRITTEN = "polarity_model_tokens"
 
 
 class Rollout(NamedTuple):
@@ -128,6 +130,7 @@ class PolarityTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        total = torch.where(rewards.isnan().all(dim=1), torch.nan, total)  # nothing could judge it: TRL sets A = 0
         rank = self.accelerator.process_index
         self._last_rewards = total[rank * len(prompts) : (rank + 1) * len(prompts)]
         return rewards
@@ -170,6 +173,7 @@ class PolarityTrainer(GRPOTrainer):
         if tokens.ratio_penalty is not None:
             batch[PENALTY] = tokens.ratio_penalty
         if decision.kept is not None:
+            batch[WRITTEN] = self._tokens(batch).mask
             restrict(batch, tokens.mask, decision.kept)
 
     def _whole_batch_tokens(self, batch: dict[str, Any]) -> Tokens:
@@ -243,7 +247,9 @@ class PolarityTrainer(GRPOTrainer):
         if self.transform.local is not None:
             decision = self._run_method(tokens)
             return self._report(tokens, decision.tokens, decision.metrics)
-        before = replace(tokens, advantages=self._rollout_inputs[PLAIN][:, None].expand_as(tokens.advantages))
+        inputs = self._rollout_inputs
+        plain = inputs[PLAIN][:, None].expand_as(tokens.advantages)
+        before = replace(tokens, advantages=plain, mask=inputs.get(WRITTEN, tokens.mask))
         seen, metrics = measure(self._gather(before), self._gather(tokens), {"entropy": self._next_state["entropy"]})
         self._next_state = self._next_state | seen
         self._report(before, tokens, metrics | self._decision_metrics)
@@ -251,7 +257,7 @@ class PolarityTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
         if self._loss_inputs is not None and compute_entropy:
             return self._loss_pass(self._loss_inputs, model, *args, **kwargs)
-        if self._passes is not None and not compute_entropy:
+        if self._passes == [] and not compute_entropy:  # the first such pass is that of the old log-probs
             result, captured = self._with_statistics(model, *args, **kwargs)
             self._passes.append((result[0], (result[0], result[1], *captured)))
             return result[0], None, result[2]

@@ -51,11 +51,11 @@ class Transform(NamedTuple):
     loss: Loss = Loss()
 
     @property
-    def decides(self) -> Literal["every token", "rewards", "whole batch"]:
+    def decides(self) -> Literal["each token", "rewards", "whole batch"]:
         """From what: each token's own facts, in the training pass; the rollout's rewards; all its tokens, which takes
         one pass without gradient."""
         if self.local is not None:
-            return "every token"
+            return "each token"
         return "rewards" if self.needs <= REWARD_FACTS else "whole batch"
 
 

@@ -16,18 +16,21 @@ EPSILON = 1e-4
 
 
 def group_statistics(tokens: Tokens, rewards: Float[Tensor, " B"]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (dividing by G - 1, as TRL does) of each response's group; 0 deviation for G = 1."""
+    """Mean and standard deviation (dividing by G - 1, as TRL does) of each response's group; 0 deviation for G = 1.
+
+    A reward that is NaN, of a completion that nothing could judge, is in neither.
+    """
     index, groups = group_index(tokens)
-    zeros = torch.zeros(groups, dtype=torch.float64, device=rewards.device)
-    size = zeros.index_add(0, index, torch.ones_like(rewards, dtype=torch.float64))
-    mean = zeros.index_add(0, index, rewards.double()) / size
-    scatter = zeros.index_add(0, index, (rewards.double() - mean[index]).square())
+    zeros, judged = torch.zeros(groups, dtype=torch.float64, device=rewards.device), ~rewards.isnan()
+    size = zeros.index_add(0, index, judged.double())
+    mean = zeros.index_add(0, index, rewards.double().nan_to_num()) / size.clamp(min=1)
+    scatter = zeros.index_add(0, index, (rewards.double() - mean[index]).square().nan_to_num())
     return mean[index], (scatter / (size - 1).clamp(min=1)).sqrt()[index]
 
 
 def with_advantages(tokens: Tokens, advantages: Float[Tensor, " B"]) -> Tokens:
-    """The same tokens, each with its response's new advantage."""
-    column = advantages.to(tokens.advantages.dtype)[:, None]
+    """The same tokens, each with its response's new advantage; 0 where that is NaN, for want of a reward."""
+    column = advantages.nan_to_num().to(tokens.advantages.dtype)[:, None]
     return replace(tokens, advantages=column.expand_as(tokens.advantages))
 
 
@@ -82,7 +85,7 @@ def qae(quantile: float = 0.4) -> Transform:
         rewards = tokens.known("reward")
         _, deviation = group_statistics(tokens, rewards)
         index, groups = group_index(tokens)
-        baseline = torch.stack([rewards[index == group].double().quantile(quantile) for group in range(groups)])
+        baseline = torch.stack([rewards[index == group].double().nanquantile(quantile) for group in range(groups)])
         return with_advantages(tokens, (rewards - baseline[index]) / (deviation + EPSILON))
 
     return rewriting(rewrite, "reward", "group")
@@ -95,7 +98,8 @@ def w_reinforce(right: float = 0.1, wrong: float = 1.0) -> Transform:
     """
 
     def rewrite(tokens: Tokens) -> Tokens:
-        return with_advantages(tokens, torch.where(tokens.known("reward") > 0, right, -wrong))
+        rewards = tokens.known("reward")
+        return with_advantages(tokens, torch.where(rewards > 0, right, -wrong) + 0 * rewards)  # NaN stays NaN
 
     return rewriting(rewrite, "reward", local=True)
 
@@ -118,8 +122,9 @@ def psr() -> Transform:
 
 def _only(right: bool) -> Transform:
     def rewrite(tokens: Tokens) -> Tokens:
-        chosen = (tokens.known("reward") > 0) == right
+        rewards = tokens.known("reward")
+        chosen = rewards > 0 if right else rewards <= 0
         tokens = with_advantages(tokens, chosen.double() * (1 if right else -1))
         return replace(tokens, mask=tokens.mask & chosen[:, None])
 
-    return rewriting(rewrite, "reward")
+    return rewriting(rewrite, "reward", loss=Loss(average="token"))

@@ -24,8 +24,8 @@ Denominator = Literal["kept", "all"]
 
 
 def keeping(tokens: Tokens, kept: Bool[Tensor, "B T"], denominator: Denominator = "all") -> Tokens:
-    """Tokens outside `kept` get advantage 0. The loss is a mean over "all" tokens, or over the "kept" ones: then those
-    weigh more, and every other term of the loss is left as it is."""
+    """Tokens outside `kept` get advantage 0. A loss that is a mean over tokens stays one over "all", or becomes one
+    over the "kept": then those weigh more, and every other term of the loss is left as it is."""
     scale = tokens.mask.sum() / (kept & tokens.mask).sum().clamp(min=1) if denominator == "kept" else 1.0
     return reweighted(tokens, kept.to(tokens.advantages.dtype) * scale)
 

@@ -33,7 +33,7 @@ def observe(tokens: Tokens, soft_sign: float = 0.0) -> Observation:
     p, s = token_polarity(tokens), polarity_sign(tokens, soft_sign)
     positive, negative = branch_flows(p, tokens.mask)
     gain = masked_mean(torch.where(s == 0, 0.0, p * s), tokens.mask)
-    size = tokens.advantages.abs()
+    size = torch.where(tokens.advantages.isfinite(), tokens.advantages.abs(), 0.0)
     pressure = masked_mean(size, tokens.mask)
     tilt = masked_mean(size * s, tokens.mask) / pressure if pressure > 0 else pressure
     entropy, error = mean_entropy(tokens)

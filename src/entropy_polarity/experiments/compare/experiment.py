@@ -108,7 +108,8 @@ def write_page(document: dict[str, Any], output: Path) -> Path:
 def default_jobs() -> int:
     """As many runs as there are threads for: the CPUs that this process may use, over OMP_NUM_THREADS (1)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("OMP_NUM_THREADS") or 1))
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return max(1, cores // max(1, int(threads) if threads.isdigit() else 1))
 
 
 def _run(
@@ -152,6 +153,8 @@ def _known(files: Sequence[Path], plan: Plan) -> dict[tuple[str, int], Facts]:
     runs: dict[tuple[str, int], Facts] = {}
     for file in files:
         document = json.loads(file.read_text())
+        if not isinstance(document, dict) or "runs" not in document:
+            raise ValueError(f"{file} is no result of papo compare: give a comparison.json or a search.json")
         if document.get("plan", {}).get("resolved") != json.loads(json.dumps(_portable(plan)["resolved"])):
             raise ValueError(f"{file} is of another recipe than the plan: its runs cannot be taken over")
         for run in (Facts(**run) for run in document["runs"]):

@@ -84,7 +84,7 @@ def load_plan(
     baselines: Sequence[str] = (),
     overrides: Sequence[str] = (),
 ) -> Plan:
-    """The plan in the file `source`, or of the recipe `source` with `methods` like "papo:level=0.4".
+    """The plan in the file `source`, or of the recipe `source` with `methods` like "papo:controller=balance".
 
     `seeds` and `baselines` take the place of the file's, `overrides` come after its own. Raises ValueError or
     FileNotFoundError for whatever is wrong but the settings of the methods, which need the methods' code to check.
@@ -100,6 +100,7 @@ def load_plan(
     plan = replace(
         plan,
         set=[*plan.set, *overrides],
+        search=replace(plan.search, set=[*plan.search.set, *overrides] if plan.search.values else plan.search.set),
         seeds=list(seeds) or plan.seeds,
         baselines=list(baselines) or plan.baselines,
     )

@@ -42,7 +42,7 @@ class Facts:
     after: dict[str, list[int]]
     reward: dict[str, list[Any]]
     entropy: dict[str, list[Any]]
-    step_seconds: list[float]
+    step_seconds: list[Any]
 
     @classmethod
     def of(cls, label: str, run: Run) -> "Facts":
@@ -50,7 +50,7 @@ class Facts:
         held_out = {
             when: {name: run.summary[when][name] for name in ("successes", "greedy")} for when in ("before", "after")
         }
-        curves = {name: run.series(key) for name, key in (("reward", "reward"), ("entropy", "polarity/entropy"))}
+        curves = {name: _curve(run, key) for name, key in (("reward", "reward"), ("entropy", "polarity/entropy"))}
         return cls(
             label,
             run.config["seed"],
@@ -77,10 +77,12 @@ class Facts:
         """The highest moving average of the reward."""
         return float(moving_average(np.array(self.reward["values"]), WINDOW).max())
 
-    def reach(self, level: float) -> tuple[int, float] | None:
-        """Steps and seconds (in steps, generation included) until the moving average of the reward is at `level`."""
+    def reached(self, level: float) -> tuple[int, float]:
+        """Steps and seconds (in steps, generation included) until the moving average of the reward is at `level`, which
+        is at most its best."""
         steps = steps_to_reach(self.reward["steps"], np.array(self.reward["values"]), level, WINDOW)
-        return None if steps is None else (steps, sum(self.step_seconds[:steps]))
+        assert steps is not None
+        return steps, sum(self.step_seconds[:steps])
 
 
 def summarise(runs: Sequence[Facts], baselines: Sequence[str]) -> dict[str, Any]:
@@ -172,23 +174,36 @@ def _t(differences: np.ndarray) -> list[float] | None:
 
 
 def _reach(pairs: list[tuple[Facts, Facts]]) -> dict[str, Any]:
-    """How soon the method's reward reaches the best of the baseline's, seed by seed, as a share of its own time.
+    """How soon the method's reward is where both get, seed by seed, as a share of the baseline's time.
 
-    Means over the pairs in which it does; `reached` says how many those are.
+    The level is the lower of the two best moving averages. Were it the baseline's best, the pairs that count would be
+    those in which the method was lucky: two equal methods would each look sooner than the other. The ratios are
+    geometric means; `reached` counts the seeds in which the method gets to the baseline's best.
     """
     rows = []
     for run, baseline in pairs:
-        level = baseline.best_reward()
-        there, own = run.reach(level), baseline.reach(level)
-        if there is not None and own is not None:
-            rows.append((*there, there[0] / own[0], there[1] / own[1]))
-    names = ("steps", "seconds", "steps_ratio", "seconds_ratio")
-    means = [_round(float(mean)) for mean in np.mean(rows, axis=0)] if rows else [None] * len(names)
-    return {"pairs": len(pairs), "reached": len(rows), **dict(zip(names, means, strict=True))}
+        level = min(run.best_reward(), baseline.best_reward())
+        (steps, seconds), (own_steps, own_seconds) = run.reached(level), baseline.reached(level)
+        rows.append((steps, seconds, np.log(steps / own_steps), np.log(seconds / own_seconds)))
+    steps, seconds, steps_ratio, seconds_ratio = map(float, np.mean(rows, axis=0))
+    return {
+        "pairs": len(pairs),
+        "reached": sum(run.best_reward() >= baseline.best_reward() for run, baseline in pairs),
+        "steps": _round(steps),
+        "seconds": _round(seconds),
+        "steps_ratio": _round(float(np.exp(steps_ratio))),
+        "seconds_ratio": _round(float(np.exp(seconds_ratio))),
+    }
 
 
-def _rounded(values: Sequence[float], digits: int = 5) -> list[float]:
-    return [float(f"{value:.{digits}g}") for value in values]
+def _curve(run: Run, key: str) -> tuple[list[int], list[float | None]]:
+    """The steps at which a metric was logged and its values, None where it was not a number: no step is left out."""
+    rows = [row for row in run.metrics if key in row]
+    return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+def _rounded(values: Sequence[float | None], digits: int = 5) -> list[float | None]:
+    return [None if value is None else float(f"{value:.{digits}g}") for value in values]
 
 
 def _round(value: float) -> float:
