@@ -257,7 +257,8 @@ class PolarityTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
         if self._loss_inputs is not None and compute_entropy:
             return self._loss_pass(self._loss_inputs, model, *args, **kwargs)
-        if self._passes == [] and not compute_entropy:  # the first such pass is that of the old log-probs
+        # The first pass for log-probs alone is that of the old ones; another is a reference model's.
+        if self._passes is not None and not self._passes and not compute_entropy:
             result, captured = self._with_statistics(model, *args, **kwargs)
             self._passes.append((result[0], (result[0], result[1], *captured)))
             return result[0], None, result[2]
