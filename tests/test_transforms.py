@@ -318,7 +318,7 @@ def test_an_update_leaves_the_batch_it_was_given_alone(name, settings):
         (
             "papo",
             {"controller": "balance", "gain": 1},
-            "unknown setting .*'balance' 'gain'.* Known: .*lambda_max",
+            "'gain' is no setting of papo's controller 'balance' .lambda_max., but of controller trend",
         ),
         ("papo", {"controller": "constant", "lambda": 0.1}, "did you mean 'lambda_'"),
         ("papo", {"soft_sing": 0.1}, "did you mean 'soft_sign'"),

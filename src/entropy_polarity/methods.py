@@ -58,7 +58,8 @@ def papo(
     for setting in controller_settings:
         others = [name for name, taken in takers.items() if setting in taken]
         if setting not in takers[controller] and others:
-            raise ValueError(f"{setting!r} is no setting of {owner}, but of {', '.join(others)}: give controller=...")
+            taken = ", ".join(takers[controller])
+            raise ValueError(f"{setting!r} is no setting of {owner} ({taken}), but of controller {', '.join(others)}")
     check_settings(owner, build, controller_settings, "controller", "soft_sign", "conserve")
     return polarity_weights(build(**controller_settings), soft_sign, conserve)
 

@@ -3,17 +3,29 @@
 import math
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from entropy_polarity.tokens import Tokens, masked_mean
 
 
+def precise(values: Tensor) -> Tensor:
+    """The values in float64, where the device has it: Apple's has not."""
+    return values.float() if values.device.type == "mps" else values.double()
+
+
+def group_sums(values: Shaped[Tensor, " B"], index: Int[Tensor, " B"]) -> Float[Tensor, " P"]:
+    """The sum of one value a response over each group; `index` as of `group_index`."""
+    values = precise(values)
+    return values.new_zeros(int(index.max()) + 1).index_add(0, index, values)
+
+
 def mean_and_deviation(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (dividing by N) of the finite values where `mask` is True; 0 for none."""
     mask = mask & values.isfinite()
-    mean = masked_mean(values.double(), mask)
-    return mean, masked_mean((values.double() - mean).square(), mask).sqrt()
+    values = precise(values)
+    mean = masked_mean(values, mask)
+    return mean, masked_mean((values - mean).square(), mask).sqrt()
 
 
 def mean_entropy(tokens: Tokens) -> tuple[float, float]:
@@ -25,15 +37,14 @@ def mean_entropy(tokens: Tokens) -> tuple[float, float]:
     one prompt are far from independent: counting tokens would call the error several times too small. σ is 0 for a
     single prompt. Source: the ratio estimator for cluster samples (Cochran 1977, chapter 6).
     """
-    entropy = tokens.known("entropy").double()
+    entropy = precise(tokens.known("entropy"))
     usable = tokens.mask & entropy.isfinite()
     if not usable.any():
         return math.nan, 0.0
     rows = torch.arange(len(usable), device=usable.device)
     _, group = torch.unique(rows if tokens.group is None else tokens.group, return_inverse=True)
-    zeros = torch.zeros(int(group.max()) + 1, dtype=torch.float64, device=usable.device)
-    sums = zeros.index_add(0, group, torch.where(usable, entropy, 0.0).sum(1))
-    counts = zeros.index_add(0, group, usable.sum(1).double())
+    sums = group_sums(torch.where(usable, entropy, 0.0).sum(1), group)
+    counts = group_sums(usable.sum(1), group)
     sums, counts = sums[counts > 0], counts[counts > 0]
     mean, groups = sums.sum() / counts.sum(), len(counts)
     if groups < 2:
@@ -96,10 +107,10 @@ def _mixed(x: Tensor) -> Tensor:
 
 def covariance_terms(tokens: Tokens) -> Float[Tensor, "B T"]:
     """c = (A - mean A) (log p - mean log p) of each token; means over the model tokens. Source: arXiv 2505.22617."""
-    logp = tokens.known("logp").double()
-    mean_advantage, _ = mean_and_deviation(tokens.advantages, tokens.mask)
+    advantages, logp = precise(tokens.advantages), precise(tokens.known("logp"))
+    mean_advantage, _ = mean_and_deviation(advantages, tokens.mask)
     mean_logp, _ = mean_and_deviation(logp, tokens.mask)
-    return (tokens.advantages.double() - mean_advantage) * (logp - mean_logp)
+    return (advantages - mean_advantage) * (logp - mean_logp)
 
 
 def sampled_contribution(tokens: Tokens) -> Float[Tensor, "B T"]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from entropy_polarity._errors import check_range
 from entropy_polarity.tokens import Tokens
-from entropy_polarity.transforms.batch import group_index
+from entropy_polarity.transforms.batch import group_index, group_sums, precise
 from entropy_polarity.transforms.core import Loss, Transform, rewriting
 
 # Keeps the division finite in a group whose rewards are all equal; TRL's value.
@@ -20,12 +20,12 @@ def group_statistics(tokens: Tokens, rewards: Float[Tensor, " B"]) -> tuple[Tens
 
     A reward that is NaN, of a completion that nothing could judge, is in neither.
     """
-    index, groups = group_index(tokens)
-    zeros, judged = torch.zeros(groups, dtype=torch.float64, device=rewards.device), ~rewards.isnan()
-    size = zeros.index_add(0, index, judged.double())
-    mean = zeros.index_add(0, index, rewards.double().nan_to_num()) / size.clamp(min=1)
-    scatter = zeros.index_add(0, index, (rewards.double() - mean[index]).square().nan_to_num())
-    return mean[index], (scatter / (size - 1).clamp(min=1)).sqrt()[index]
+    index, _ = group_index(tokens)
+    rewards, judged = precise(rewards), ~rewards.isnan()
+    size = group_sums(judged, index)
+    mean = (group_sums(rewards.nan_to_num(), index) / size.clamp(min=1))[index]
+    scatter = group_sums((rewards - mean).square().nan_to_num(), index)
+    return mean, (scatter / (size - 1).clamp(min=1)).sqrt()[index]
 
 
 def with_advantages(tokens: Tokens, advantages: Float[Tensor, " B"]) -> Tokens:
@@ -55,10 +55,10 @@ def dapo(
 
     def rewrite(tokens: Tokens) -> Tokens:
         rewards = tokens.known("reward")
-        mean, _ = group_statistics(tokens, rewards)
-        unequal = (rewards.double() - mean).abs() > 1e-9 * (1 + mean.abs())
         index, groups = group_index(tokens)
-        counts = torch.zeros(groups, device=rewards.device).index_add(0, index, unequal.float())
+        judged, worst = ~rewards.isnan(), torch.full((groups,), -torch.inf, dtype=rewards.dtype, device=rewards.device)
+        highest = worst.scatter_reduce(0, index, torch.where(judged, rewards, -torch.inf), "amax")
+        lowest = -worst.scatter_reduce(0, index, torch.where(judged, -rewards, -torch.inf), "amax")
         if overlong_cache:
             assert max_length is not None
             length = tokens.mask.sum(1)
@@ -66,7 +66,7 @@ def dapo(
             shaped = rewards + penalty
             mean, deviation = group_statistics(tokens, shaped)
             tokens = with_advantages(tokens, (shaped - mean) / (deviation + EPSILON))
-        return replace(tokens, mask=tokens.mask & (counts[index] > 0)[:, None])
+        return replace(tokens, mask=tokens.mask & (highest > lowest)[index, None])
 
     return rewriting(rewrite, "reward", "group", loss=Loss(clip_low, clip_high, average="token"))
 
@@ -85,7 +85,7 @@ def qae(quantile: float = 0.4) -> Transform:
         rewards = tokens.known("reward")
         _, deviation = group_statistics(tokens, rewards)
         index, groups = group_index(tokens)
-        baseline = torch.stack([rewards[index == group].double().nanquantile(quantile) for group in range(groups)])
+        baseline = torch.stack([precise(rewards[index == group]).nanquantile(quantile) for group in range(groups)])
         return with_advantages(tokens, (rewards - baseline[index]) / (deviation + EPSILON))
 
     return rewriting(rewrite, "reward", "group")
@@ -124,7 +124,7 @@ def _only(right: bool) -> Transform:
     def rewrite(tokens: Tokens) -> Tokens:
         rewards = tokens.known("reward")
         chosen = rewards > 0 if right else rewards <= 0
-        tokens = with_advantages(tokens, chosen.double() * (1 if right else -1))
+        tokens = with_advantages(tokens, torch.where(chosen, 1.0 if right else -1.0, 0.0))
         return replace(tokens, mask=tokens.mask & chosen[:, None])
 
     return rewriting(rewrite, "reward", loss=Loss(average="token"))

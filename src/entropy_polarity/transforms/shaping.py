@@ -12,9 +12,11 @@ from entropy_polarity.tokens import Tokens
 from entropy_polarity.transforms.batch import (
     covariance_terms,
     group_index,
+    group_sums,
     largest,
     mean_and_deviation,
     mean_entropy,
+    precise,
 )
 from entropy_polarity.transforms.core import Transform, reweighted, rewriting
 
@@ -173,13 +175,11 @@ def gepo(width: float, rate: float, low: float = 0.5, high: float = 0.2) -> Tran
         raise ValueError(f"gepo: width={width} and rate={rate}; expected width >= 0 and a rate above 0, at most 1")
 
     def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
-        entropy = tokens.known("entropy").double()
+        entropy = tokens.known("entropy")
         usable = tokens.mask & entropy.isfinite()
-        index, groups = group_index(tokens)
-        zeros = torch.zeros(groups, dtype=torch.float64, device=entropy.device)
-        counts = zeros.index_add(0, index, usable.sum(1).double())
-        sums = zeros.index_add(0, index, torch.where(usable, entropy, 0.0).sum(1))
-        means = sums / counts.clamp(min=1)
+        index, _ = group_index(tokens)
+        counts = group_sums(usable.sum(1), index)
+        means = group_sums(precise(torch.where(usable, entropy, 0.0)).sum(1), index) / counts.clamp(min=1)
         if not (counts > 0).any():
             return tokens, state, {}
         mean, deviation = mean_and_deviation(means[None], (counts > 0)[None])

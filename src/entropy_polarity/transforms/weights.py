@@ -7,7 +7,7 @@ from torch import Tensor
 from entropy_polarity.phase import Controller, Metrics, Observation, State
 from entropy_polarity.polarity import branch_flows, polarity
 from entropy_polarity.tokens import Tokens, masked_mean
-from entropy_polarity.transforms.batch import mean_entropy
+from entropy_polarity.transforms.batch import mean_entropy, precise
 from entropy_polarity.transforms.core import Transform, reweighted, rewriting
 
 
@@ -95,7 +95,7 @@ def opefo() -> Transform:
     """
 
     def rewrite(tokens: Tokens) -> Tokens:
-        positive, negative = branch_flows(token_polarity(tokens).double(), tokens.mask)
+        positive, negative = branch_flows(precise(token_polarity(tokens)), tokens.mask)
         if min(positive, negative) <= 0:
             return tokens
         lam = ((negative - positive) / (negative + positive)).to(tokens.advantages.dtype)
