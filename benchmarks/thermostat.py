@@ -254,7 +254,7 @@ def table(results: list[dict[str, Any]]) -> str:
     for run in sorted(judged, key=lambda run: (order[run["kind"]], str(run["target"]), run["seed"])):
         verdict = judge(run, noise_of(results, run))
         half = run["entropy"][len(run["entropy"]) // 2 :]
-        target = f"0.59 to {PATH['level']}" if run["target"] == "path" else f"{run['target']:.2f}"
+        target = f"falling to {PATH['level']:.2f}" if run["target"] == "path" else f"{run['target']:.2f}"
         kept = abs(verdict["bias"]) <= 0.02 and verdict["deviation_ratio"] <= 1.3
         rows.append(
             [
@@ -303,7 +303,8 @@ def main() -> None:
     elif arguments.table or arguments.output:
         results = json.loads(arguments.table.read_text())["runs"] if arguments.table else collected(folder)
         if arguments.output:
-            arguments.output.write_text(json.dumps({"benchmark": "thermostat", "runs": results}, indent=1) + "\n")
+            lines = ",\n".join(json.dumps(run) for run in results)
+            arguments.output.write_text(f'{{"benchmark": "thermostat", "runs": [\n{lines}\n]}}\n')
         print(table(results), disturbances(results), sep="\n\n")
     else:
         folder.mkdir(parents=True, exist_ok=True)
