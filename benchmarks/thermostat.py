@@ -40,7 +40,7 @@ SETTINGS = [
 ]
 PATH = {"path": "cosine", "level": 0.3, "horizon": STEPS // 2}  # falling, from where the policy starts
 # Where a fixed bonus ends is measured for these on a seed of its own; the coefficient for a target lies between two.
-COEFFICIENTS = (0.003, 0.01, 0.02, 0.04, 0.08)
+COEFFICIENTS = (-0.05, 0.003, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3)  # a negative one is a price on entropy
 SEARCH_SEED = 1000
 
 
@@ -51,14 +51,13 @@ def searched() -> dict[str, dict[str, Any]]:
 
 
 def tuned(folder: Path) -> dict[float, float]:
-    """The coefficient for each target: between the searched ones, linear in log coefficient against final entropy."""
+    """The coefficient for each target: between the searched ones, linear in the entropy that they end at."""
     ends = []
     for name, run in searched().items():
         entropy = json.loads((folder / f"{name}.json").read_text())["entropy"]
-        ends.append((float(np.mean(entropy[len(entropy) // 2 :])), math.log(run["method"]["coefficient"])))
-    ends.sort()
-    levels, logs = zip(*ends, strict=True)
-    return {target: float(f"{math.exp(np.interp(target, levels, logs)):.3g}") for target in TARGETS}
+        ends.append((float(np.mean(entropy[len(entropy) // 2 :])), run["method"]["coefficient"]))
+    levels, coefficients = zip(*sorted(ends), strict=True)
+    return {target: float(f"{np.interp(target, levels, coefficients):.3g}") for target in TARGETS}
 
 
 def runs(seeds: list[int], coefficients: dict[float, float]) -> dict[str, dict[str, Any]]:
