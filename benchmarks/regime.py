@@ -4,7 +4,7 @@
       OMP_NUM_THREADS=1 papo train --method grpo --seed 100 --max-steps 200 --output runs/regime-$n-$rate \
         --set task.numbers=[$n] --set trainer.per_device_train_batch_size=256 --set trainer.learning_rate=$rate \
         --set evaluation.problems=190
-    done; done
+    done; done   # and the other rows of the table, with their numbers, rates and updates (300 problems but for [3])
     python benchmarks/regime.py runs/regime-* --output benchmarks/results/regime.json
 
 The criterion: the entropy falls by a quarter or more, and held-out pass@16 ends below the start by more than its

@@ -186,6 +186,7 @@ def judge(run: dict[str, Any], noise: float) -> dict[str, Any]:
         allowed = 0.02 + 2 * noise / 0.8 / math.sqrt(10)
         outside = np.flatnonzero(np.abs(means) > allowed)
         # The last rollout of the first window from which on all are inside; with none outside nothing was disturbed.
+        verdict["allowed"] = allowed
         verdict["recovered_after"] = int(outside[-1] + 1) + 10 if len(outside) else 0
     return verdict
 
@@ -277,10 +278,21 @@ def disturbances(results: list[dict[str, Any]]) -> str:
     rows = []
     for run in results:
         if "disturbance" in run:
-            verdict = judge(run, noise_of(results, run))
-            recovered = verdict["recovered_after"]
-            rows.append([names[run["disturbance"]], str(recovered), "yes" if recovered <= 15 else "no"])
-    return markdown(["at mid-run", "rollouts until it is back", "within 15"], rows)
+            verdict, half = judge(run, noise_of(results, run)), len(run["entropy"]) // 2
+            recovered, after = verdict["recovered_after"], np.abs(run["lambda"][half:])
+            at_bound = int(np.argmin(np.append(after, 0) > 0.8 - 1e-6))  # rollouts from mid-run on, without a break
+            rows.append(
+                [
+                    names[run["disturbance"]],
+                    f"{run['entropy'][half]:.2f}",
+                    str(at_bound),
+                    f"± {verdict['allowed']:.1%}",
+                    str(recovered),
+                    "yes" if recovered <= 15 else "no",
+                ]
+            )
+    columns = ["at mid-run", "first entropy after", "rollouts with λ at its bound", "band", "rollouts until it is back"]
+    return markdown([*columns, "within 15"], rows)
 
 
 def main() -> None:

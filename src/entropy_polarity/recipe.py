@@ -68,10 +68,6 @@ class Recipe:
     def __post_init__(self) -> None:
         _at_least("seed", self.seed, 0)
 
-    def with_method(self, name: str) -> "Recipe":
-        """The recipe with another method; settings belong to a method, so only the same name keeps them."""
-        return self if self.method["name"] == name else replace(self, method={"name": name})
-
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

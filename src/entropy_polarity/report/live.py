@@ -1,18 +1,17 @@
 """What a run looks like while it runs: one live panel in a terminal, a plain line a step elsewhere."""
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, TextIO
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Group
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from entropy_polarity.report.lines import LiveOrLines
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -29,35 +28,22 @@ def sparkline(values: list[float], width: int = 40) -> str:
     return "".join(_BARS[int((value - low) / span * (len(_BARS) - 1) + 0.5 - 1e-9)] for value in shown)
 
 
-class LiveView:
+class LiveView(LiveOrLines):
     """A context: `say(line)` for stages, `watch(row)` for each step's metrics."""
 
     def __init__(self, title: str, max_steps: int, stream: TextIO | None = None) -> None:
-        self.console = Console(file=stream or sys.stdout)
+        super().__init__(stream)
         self.title, self.max_steps = title, max_steps
         self.latest: dict[str, float] = {}
         self.entropies: list[float] = []
         self.rewards: list[float] = []
         self.ticks: deque[tuple[int, float]] = deque(maxlen=21)
         self.stage = ""
-        self.live: Live | None = None
-
-    def __enter__(self) -> "LiveView":
-        if self.console.is_terminal:
-            self.live = Live(self._panel(), console=self.console, refresh_per_second=4)
-            self.live.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.live is not None:
-            self.live.__exit__(kind, error, trace)
 
     def say(self, line: str) -> None:
         self.stage = line
         if self.live is None:
-            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+            self.line(line)
         else:
             self.live.update(self._panel())
 
@@ -70,7 +56,7 @@ class LiveView:
         if "reward" in numbers:
             self.rewards.append(numbers["reward"])
         if self.live is None:
-            self.console.print(self._line(), highlight=False, soft_wrap=True, markup=False)
+            self.line(self._line())
         else:
             self.live.update(self._panel())
 

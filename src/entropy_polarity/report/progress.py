@@ -1,15 +1,13 @@
 """A comparison while it runs: one table of methods and seeds in a terminal, a line for each change elsewhere."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TextIO
 
-from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from entropy_polarity.report.lines import LiveOrLines
 
 _STYLES = {
     "waiting": "dim",
@@ -38,26 +36,15 @@ class RunState:
         return Text(shown, _STYLES[self.kind])
 
 
-class ComparisonView:
+class ComparisonView(LiveOrLines):
     """A context: `watch(states)` with the states of all runs, as often as one likes."""
 
+    refresh_per_second = 2
+
     def __init__(self, title: str, stream: TextIO | None = None) -> None:
-        self.console = Console(file=stream or sys.stdout)
+        super().__init__(stream)
         self.title = title
         self.said: dict[tuple[str, int], str] = {}
-        self.live: Live | None = None
-
-    def __enter__(self) -> "ComparisonView":
-        if self.console.is_terminal:
-            self.live = Live(console=self.console, refresh_per_second=2)
-            self.live.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.live is not None:
-            self.live.__exit__(kind, error, trace)
 
     def watch(self, states: Sequence[RunState]) -> None:
         if self.live is not None:
@@ -69,7 +56,7 @@ class ComparisonView:
             if self.said.get(run, "waiting") != state.kind:
                 note = f": {state.note}" if state.note else ""
                 line = f"[{ended}/{len(states)}] {state.label}, seed {state.seed}: {state.kind}{note}"
-                self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+                self.line(line)
             self.said[run] = state.kind
 
     def _table(self, states: Sequence[RunState]) -> Table:

@@ -39,11 +39,12 @@ def dapo(
 ) -> Transform:
     """DAPO: clip-higher, a token-mean loss, groups with equal rewards dropped, and a soft penalty on length.
 
-    Dropped groups leave the loss's denominator and every statistic; the paper samples others in their place, which is
-    not done here. With `overlong_cache` c > 0 a response of n model tokens gets R + clip((L - c - n) / c, -1, 0) with
-    L = `max_length`, after which advantages are made anew: (R - mean R) / (std R + 10⁻⁴) within the group. The
-    paper's c and L (4096, 20480) fit its own length limit: give yours. Which groups are equal is judged before the
-    penalty. Source: arXiv 2503.14476.
+    Dropped groups leave the loss's denominator and the statistics of whatever is chained after; metrics of the batch
+    before the method still count them. The paper samples others in their place, which is not done here. With
+    `overlong_cache` c > 0 a response of n model tokens gets R + clip((L - c - n) / c, -1, 0) with L = `max_length`,
+    after which advantages are made anew: (R - mean R) / (std R + 10⁻⁴) within the group. The paper's c and L (4096,
+    20480) fit its own length limit: give yours. Which groups are equal is judged before the penalty.
+    Source: arXiv 2503.14476.
     """
     check_range("dapo", "clip_low", clip_low)
     check_range("dapo", "clip_high", clip_high)

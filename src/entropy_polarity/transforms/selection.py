@@ -56,7 +56,6 @@ def clip_cov(
     The PPO clip is [1 - clip, 1 + clip]. The draw is a hash of seed, rollout, sample and position; the authors' code
     draws in every micro-batch anew. Source: arXiv 2505.22617; verl's own default for the clip is 0.2.
     """
-
     check_range("clip_cov", "fraction", fraction, 0, 1)
     check_range("clip_cov", "clip", clip)
     check_range("clip_cov", "low", low, -math.inf, high)

@@ -146,12 +146,11 @@ def entropic(probability: float, target: float = 0.1, integral_gain: float = 0.0
     H above the target reinforces likely tokens, which sharpens the policy; below, it punishes them. `probability` has
     no default: the authors' threshold is not known to us. Source: arXiv 2511.15248.
     """
-
     check_range("entropic", "probability", probability, 0, 1)
 
     def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
         entropy, _ = mean_entropy(tokens)
-        error = entropy - target if entropy == entropy else 0.0
+        error = 0.0 if math.isnan(entropy) else entropy - target
         total = state["error_sum"] + error
         a = max(-1.0, min(1.0, error + integral_gain * total))
         likely = tokens.known("logp").exp() >= probability

@@ -186,9 +186,8 @@ def _resolved(plan: Plan) -> Plan:
 
     As with `papo train --method`, a method that is only named has the recipe's settings if the recipe is about it.
     """
-    recipe = load_recipe(plan.recipe, plan.set)
     methods = {
-        label: dict(table) if len(table) > 1 else recipe.with_method(table["name"]).method
+        label: dict(table) if len(table) > 1 else load_recipe(plan.recipe, plan.set, table["name"]).method
         for label, table in plan.methods.items()
     }
     usual = [label for label in _USUAL_BASELINES if label in methods]
