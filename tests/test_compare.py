@@ -140,6 +140,9 @@ def test_a_method_that_is_only_named_has_the_settings_of_a_recipe_about_it():
         ("{key =", "{kee =", "did you mean 'search.values.held.key'"),
         ('{key = "level", ', "{", "needs both key and values"),
         ("grpo = {}", 'grpo = {key = "x", values = [1, 2, 3]}', r"the same budget.* \(held: 2, grpo: 3\)"),
+        ("[search]", "[seeds_of]\nhold = [0]\n[search]", "'seeds_of.hold': did you mean 'seeds_of.held'"),
+        ("[search]", "[seeds_of]\nheld = 1\n[search]", "'seeds_of.held' is 1; expected different whole numbers"),
+        ("[search]", "[seeds_of]\nheld = [1, 3]\n[search]", r"'seeds_of.held' has seeds \[3\], which are not in seeds"),
         ("[100, 101]", "[2, 101]", r"seeds \[2\] are in both"),
         ("seed=1000", "seed=0", "both have evaluation.seed=0"),
         ("recipe = ", "recipe = =", "is not valid TOML"),
@@ -361,6 +364,16 @@ def test_what_is_finished_is_summarised_after_a_stop_and_while_others_run(script
     compare(plan_of(), tmp_path / "c", at_once=0)  # a look leaves the folder as one that can be worked in
 
 
+def test_a_method_can_have_fewer_seeds(scripted, tmp_path):
+    (tmp_path / "plan.toml").write_text(PLAN.replace("[search]", "[seeds_of]\nheld = [1, 2]\n[search]", 1))
+    plan = load_plan(str(tmp_path / "plan.toml"), overrides=[o for o in TINY if not o.startswith("task")])
+    document = compare(plan, tmp_path / "out", at_once=2)
+    assert [(run["label"], run["seed"]) for run in document["runs"]] == plan.pairs()
+    assert plan.pairs() == [("grpo", 0), ("grpo", 1), ("held", 1), ("grpo", 2), ("held", 2)]
+    assert document["summary"]["against"]["grpo"]["held"]["seeds"] == [1, 2]
+    assert load_plan(str(tmp_path / "plan.toml"), seeds=[0]).pairs() == [("grpo", 0)]
+
+
 def test_runs_of_another_machine_count_as_finished(scripted, tmp_path):
     first = compare(plan_of(seeds=(0,)), tmp_path / "a", at_once=2)
     whole = compare(plan_of(seeds=(0, 1)), tmp_path / "b", at_once=2, known=[tmp_path / "a/comparison.json"])
@@ -369,6 +382,10 @@ def test_runs_of_another_machine_count_as_finished(scripted, tmp_path):
     other = plan_of("grpo", "papo:controller=balance", seeds=(0,))
     compare(other, tmp_path / "c", known=[tmp_path / "b/comparison.json"])
     assert set(starts(tmp_path / "c")) == {"papo-0"}  # the same label with other settings is another run
+    renamed = plan_of("papo", "plain=grpo", seeds=(0,))
+    taken = compare(renamed, tmp_path / "e", known=[tmp_path / "b/comparison.json"])
+    assert set(starts(tmp_path / "e")) == {"papo-0"}  # and the same settings under another label are the same run
+    assert [run["label"] for run in taken["runs"]] == ["papo", "plain"]
     with pytest.raises(ValueError, match=r"comparison.json is of another recipe than the plan"):
         compare(
             plan_of(overrides=["trainer.learning_rate=1e-3"]), tmp_path / "d", known=[tmp_path / "a/comparison.json"]

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,7 @@ def _run(
         raise ValueError(f"jobs is {at_once}; expected at least 1, or 0 to summarise what is finished")
     _check(plan)
     elsewhere = _known(known, plan)
-    # Seed by seed: what a stopped comparison has finished are complete pairs.
-    wanted = [(label, seed) for seed in plan.seeds for label in plan.methods]
+    wanted = plan.pairs()
     jobs = [
         Job(label, seed, plan.recipe_of(label, seed), root) for label, seed in wanted if (label, seed) not in elsewhere
     ]
@@ -158,8 +158,9 @@ def _known(files: Sequence[Path], plan: Plan) -> dict[tuple[str, int], Facts]:
         if document.get("plan", {}).get("resolved") != json.loads(json.dumps(_portable(plan)["resolved"])):
             raise ValueError(f"{file} is of another recipe than the plan: its runs cannot be taken over")
         for run in (Facts(**run) for run in document["runs"]):
-            if plan.methods.get(run.label) == run.method and run.seed in plan.seeds:
-                runs[run.label, run.seed] = run
+            # By what was run, not by its label: a search calls the candidates of a method by numbers.
+            same = [label for label, table in plan.methods.items() if table == run.method]
+            runs |= {(label, run.seed): replace(run, label=label) for label in same}
     return runs
 
 

@@ -3,6 +3,7 @@
 recipe           name or path (default: the demonstration)
 set              overrides of the recipe, like "trainer.max_steps=300"
 seeds            of prompts, sampling and training: every method gets each of them
+[seeds_of]       LABEL = [0, 1]: the method gets these of the seeds only, where the hours do not go round
 baselines        labels that all others are compared with (default: grpo and dapo where present, else the first)
 [methods.LABEL]  name, and the method's own settings
 [search]         seeds, set: apart from those of the comparison, to choose constants on (`--search`)
@@ -64,9 +65,16 @@ class Plan:
     recipe: str = DEFAULT_RECIPE
     set: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds_of: dict[str, Any] = field(default_factory=dict)  # label -> seeds
     baselines: list[str] = field(default_factory=list)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     search: Search = Search()
+
+    def pairs(self) -> list[tuple[str, int]]:
+        """(label, seed) of every run, seed by seed: what a stopped comparison has finished can be paired."""
+        return [
+            (label, seed) for seed in self.seeds for label in self.methods if seed in self.seeds_of.get(label, self.seeds)
+        ]
 
     def recipe_of(self, label: str, seed: int) -> Recipe:
         """The whole recipe of one run, as `papo train` takes it."""
@@ -97,6 +105,7 @@ def load_plan(
     if isinstance(document.get("search"), dict):
         document["search"] = typed_table(Search, document["search"], "search.", "plan")
     plan = typed_table(Plan, document, file="plan")
+    _check_seeds_of(plan)
     plan = replace(
         plan,
         set=[*plan.set, *overrides],
@@ -149,6 +158,16 @@ def _check(plan: Plan) -> None:
         _check_search(plan)
 
 
+def _check_seeds_of(plan: Plan) -> None:
+    """Of the file as it is: seeds given beside it may leave a method without any."""
+    for label, seeds in plan.seeds_of.items():
+        if label not in plan.methods:
+            raise unknown_name("plan key", f"seeds_of.{label}", [f"seeds_of.{m}" for m in plan.methods])
+        _check_seeds(f"seeds_of.{label}", seeds)
+        if stray := sorted({*seeds} - {*plan.seeds}):
+            raise ValueError(f"plan key 'seeds_of.{label}' has seeds {stray}, which are not in seeds ({plan.seeds})")
+
+
 def _check_search(plan: Plan) -> None:
     _check_seeds("search.seeds", plan.search.seeds)
     _check_overrides("search.set", plan.search.set)
@@ -167,8 +186,8 @@ def _check_search(plan: Plan) -> None:
         )
 
 
-def _check_seeds(key: str, seeds: list[Any]) -> None:
-    if not seeds or len({*seeds}) < len(seeds) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+def _check_seeds(key: str, seeds: Any) -> None:
+    if not isinstance(seeds, list) or not seeds or len({*seeds}) < len(seeds) or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise ValueError(f"plan key {key!r} is {seeds}; expected different whole numbers from 0 up, at least one")
 
 

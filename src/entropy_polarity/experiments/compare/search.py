@@ -39,7 +39,7 @@ def candidates_of(plan: Plan) -> list[Candidate]:
 def search_plan(plan: Plan) -> Plan:
     """The runs of the search as a plan of its own."""
     methods = {candidate.run_label: candidate.table for candidate in candidates_of(plan)}
-    return replace(plan, set=[*plan.set, *plan.search.set], seeds=plan.search.seeds, methods=methods)
+    return replace(plan, set=[*plan.set, *plan.search.set], seeds=plan.search.seeds, seeds_of={}, methods=methods)
 
 
 def unseen_problems(final: Plan, search: Plan) -> list[int]:
