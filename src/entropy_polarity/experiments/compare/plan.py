@@ -73,7 +73,10 @@ class Plan:
     def pairs(self) -> list[tuple[str, int]]:
         """(label, seed) of every run, seed by seed: what a stopped comparison has finished can be paired."""
         return [
-            (label, seed) for seed in self.seeds for label in self.methods if seed in self.seeds_of.get(label, self.seeds)
+            (label, seed)
+            for seed in self.seeds
+            for label in self.methods
+            if seed in self.seeds_of.get(label, self.seeds)
         ]
 
     def recipe_of(self, label: str, seed: int) -> Recipe:
@@ -187,7 +190,8 @@ def _check_search(plan: Plan) -> None:
 
 
 def _check_seeds(key: str, seeds: Any) -> None:
-    if not isinstance(seeds, list) or not seeds or len({*seeds}) < len(seeds) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+    right = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not right or len({*seeds}) < len(seeds):
         raise ValueError(f"plan key {key!r} is {seeds}; expected different whole numbers from 0 up, at least one")
 
 
