@@ -18,6 +18,7 @@ from batches import in_double, run, sampled_batch
 
 from entropy_polarity import phase
 from entropy_polarity.phase import Controller, Observation, thermostat
+from entropy_polarity.phase.thermostat import FLOOR, RESPONSE
 from entropy_polarity.polarity import branch_flows
 from entropy_polarity.tokens import Tokens, masked_mean
 from entropy_polarity.transforms import Transform, observe, polarity_weights, token_polarity
@@ -47,7 +48,7 @@ def asked_share(state: dict[str, Any], momentum: float, level: float) -> float:
     `momentum` is that before the rollout, everything else is the state after it.
     """
     rho, (h, kappa, drift) = DEFAULT["memory"], state["mean"]
-    kappa = max(kappa, phase._FLOOR * state["first_entropy"])
+    kappa = max(kappa, FLOOR * state["first_entropy"])
     coasting = h + (state["mean"][1] * momentum + drift) * rho / (1 - rho)
     return (DEFAULT["gain"] * (level - coasting) - drift) / (kappa + state["covariance"][1][1] / kappa)
 
@@ -89,7 +90,7 @@ def test_lambda_by_hand():
     # D+ = 0.1, D- = 0.3: F = -0.2, G = 0.4. A first reading on its level with no momentum asks for u = 0:
     # λ = (0 + 0.2) / (0.4 - 0) = 0.5. A reading of 0.98 at level 1: κ = σ_κ = 0.05 · 0.98, so u = 0.5 · 0.02 / 2 κ =
     # 0.102041, x = 0.4 u = 0.040816, λ = 0.240816 / 0.4 = 0.602041; with m = 0.25: λ = 0.240816 / (0.4 - 0.25 x).
-    assert phase._RESPONSE == 0.05
+    assert RESPONSE == 0.05
     for tilt, entropy, expected in ((0.0, 1.0, 0.5), (0.25, 1.0, 0.5), (0.0, 0.98, 0.602041), (0.25, 0.98, 0.617801)):
         law = thermostat(gain=0.5, level=1.0)
         lam, _, _ = law.update(Observation(entropy, 0.1, 0.3, 0.4, tilt, 0.01), law.init())
