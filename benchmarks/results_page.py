@@ -13,24 +13,26 @@ from entropy_polarity.report.tables import TextTable, comparison_tables, search_
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "docs/results.md"
 MISSING = "Not measured yet."
-DIFFICULTIES = (3, 4)
+SEARCHES = ("search", "papo")
+COMPARISONS = ("screen", "comparison-3", "comparison-4")
 
 
 def page(text: str, folder: Path = RESULTS) -> str:
     """The page with every marked block written anew."""
     held = _read(folder / "thermostat.json")
-    search = _read(folder / "search.json")
     collapse = _read(folder / "regime.json")
     blocks = {
         "thermostat": thermostat.table(held["runs"]) if held else MISSING,
         "thermostat:disturbances": thermostat.disturbances(held["runs"]) if held else MISSING,
         "regime": regime.table(collapse["runs"]) if collapse else MISSING,
-        "search": _markdown(search_table(search)) if search else MISSING,
     }
-    for numbers in DIFFICULTIES:
-        compared = _read(folder / f"comparison-{numbers}.json")
+    for name in SEARCHES:
+        searched = _read(folder / f"{name}.json")
+        blocks[name] = _markdown(search_table(searched)) if searched else MISSING
+    for name in COMPARISONS:
+        compared = _read(folder / f"{name}.json")
         tables = comparison_tables(compared["summary"]) if compared else []
-        blocks[f"comparison:{numbers}"] = "\n\n".join(f"{t.title}\n\n{_markdown(t)}" for t in tables) or MISSING
+        blocks[name] = "\n\n".join(f"{t.title}\n\n{_markdown(t)}" for t in tables) or MISSING
     return filled(text, blocks, PAGE.name)
 
 
