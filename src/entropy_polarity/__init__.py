@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from entropy_polarity.exact import Sequences, exact_sensitivity
     from entropy_polarity.kernels import linear_token_loss, linear_token_stats, token_stats
     from entropy_polarity.methods import METHODS, make_transform
     from entropy_polarity.polarity import branch_flows, polarity, predicted_entropy_change
@@ -24,6 +25,8 @@ _HOME = {
     "branch_flows": "polarity",
     "predicted_entropy_change": "polarity",
     "polarity": "polarity",
+    "exact_sensitivity": "exact",
+    "Sequences": "exact",
     "Tokens": "tokens",
     "TokenStats": "tokens",
     "Transform": "transforms",
@@ -34,11 +37,13 @@ _HOME = {
 
 __all__ = [
     "METHODS",
+    "Sequences",
     "TokenStats",
     "Tokens",
     "Transform",
     "branch_flows",
     "chain",
+    "exact_sensitivity",
     "linear_token_loss",
     "linear_token_stats",
     "make_transform",
