@@ -45,7 +45,7 @@ def page(text: str, results: list[Result]) -> str:
 
 
 def _find(results: list[Result], benchmark: str, device: str | None = None) -> Result:
-    found = [r for r in results if r["benchmark"] == benchmark and r.get("device") == device]
+    found = [r for r in results if r.get("benchmark") == benchmark and r.get("device") == device]
     return found[-1] if found else {}
 
 

@@ -371,7 +371,7 @@ def test_a_method_can_have_fewer_seeds(scripted, tmp_path):
     assert [(run["label"], run["seed"]) for run in document["runs"]] == plan.pairs()
     assert plan.pairs() == [("grpo", 0), ("grpo", 1), ("held", 1), ("grpo", 2), ("held", 2)]
     assert document["summary"]["against"]["grpo"]["held"]["seeds"] == [1, 2]
-    assert load_plan(str(tmp_path / "plan.toml"), seeds=[0]).pairs() == [("grpo", 0)]
+    assert load_plan(str(tmp_path / "plan.toml"), seeds=[0]).pairs() == [("grpo", 0), ("held", 0)]  # as the flag says
 
 
 def test_runs_of_another_machine_count_as_finished(scripted, tmp_path):

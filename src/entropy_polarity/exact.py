@@ -1,18 +1,21 @@
 """Exact polarity: what each token does to the mean entropy through the parameters that all tokens share.
 
-A policy-gradient step on token t with advantage A moves the parameters by η A ∇_θ log π(a_t), and with them every
-state, not only the one it was sampled at. With g = ∇_θ of the mean entropy over a batch of states,
+A policy-gradient step on token t with advantage A moves the parameters by η w A ∇_θ log π(a_t) (η, w and A as in
+polarity.py), and with them every state, not only the one it was sampled at. With g = ∇_θ of the mean entropy over N
+states,
 
     T*_t = <g, ∇_θ log π_θ(a_t)> = d/dε log π_{θ+εg}(a_t) at ε = 0,      P*_t = w A_t T*_t
 
 is its exact first-order effect on that mean, per unit of step size. One backward makes g, and one pair of forward
-passes at θ ± εg makes T* of all tokens at once. With M g in the place of g, M the metric of an optimiser, T* is the
-effect of the step that this optimiser makes of the gradient. Source: ours.
+passes at θ ± εg makes T* of all tokens at once. Where no parameter is shared, T* = T / N: T is about one state, T*
+about the mean of N. Source: ours.
 """
 
+import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,7 +26,7 @@ from entropy_polarity.kernels import token_stats
 
 Parameters = dict[str, Tensor]
 
-# Logits of the sequences that go through the model together.
+# Logits and activations of the sequences that go through the model together.
 CHUNK_BYTES = 2**28
 
 
@@ -53,38 +56,52 @@ def exact_sensitivity(
     states: Sequences | None = None,
     temperature: float = 1.0,
     metric: Callable[[Parameters], Parameters] | None = None,
-    derivative: Literal["difference", "forward"] = "difference",
+    derivative: str = "difference",
     step: float = 1e-3,
     estimate_error: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> ExactSensitivity:
-    """T* of every sampled token of `sequences`: its effect on the mean entropy over `states` (default: the same).
+    """T*_t = <g, ∇ log π(a_t)> of every sampled token of `sequences`, g = ∇ of the mean entropy over `states`.
 
-    `model` is a causal language model as Hugging Face builds them; parameters that require a gradient count, so with
-    LoRA the adapters alone. `metric` maps g, by parameter names, to M g. T* is in nats per unit of step size.
+    `states` are the same sequences by default. `model` is a causal language model as Hugging Face builds them,
+    unwrapped; parameters that require a gradient count, so with LoRA the adapters alone. T* is in nats of the mean
+    entropy per unit of step size. `metric` maps g, by parameter names, to M g: T* is then the effect of a step along
+    M ∇ log π, for a symmetric M that does not depend on the token, as an optimiser's preconditioner one step earlier.
+    `derivative`:
+
 
     "difference" takes (log π at θ + εg - log π at θ - εg) / 2ε with ε = `step` |θ| / |g|; with `estimate_error` once
     more at ε/2, which tells the error: 4/3 |T*(ε) - T*(ε/2)|. "forward" is forward-mode differentiation: no step, about
-    the same time, more memory, and only where every operation of the model has it. The parameters are put back to the
-    bit; gradients and the random state are not touched, dropout is off.
+    the same time, more memory, and only where every operation of the model has it. Both run without dropout and
+    autocast, in memory for θ, g and the activations of `chunk_bytes`. The parameters are put back to the bit; gradients
+    and the random state are not touched.
 
-    Raises ValueError for masks that are empty, do not fit or hold a first token, for a model without trainable
-    parameters, and for 16-bit parameters with "difference": their grid is coarser than the step.
+    Raises ValueError for masks that are empty, do not fit, or hold padding or a first token; for a model without
+    trainable parameters, or with all of them zero; for a metric with other names; with "difference" for 16-bit
+    parameters or logits, whose grid is coarser than the step; and whatever `token_stats` refuses.
+    Source: ours.
     """
     states = sequences if states is None else states
-    _check(model, sequences, states, derivative, step)
+    _check(model, sequences, derivative, step, estimate_error)
+    entropy, gradient = entropy_gradient(model, states, temperature=temperature, chunk_bytes=chunk_bytes)
+    direction = gradient if metric is None else metric(gradient)
+    if direction.keys() != gradient.keys():
+        odd = ", ".join(sorted(direction.keys() ^ gradient.keys())[:3])
+        raise ValueError(f"exact_sensitivity: the metric must give back the names it was given; these differ: {odd}")
+    length = _norm(direction)
+    if not math.isfinite(length):
+        raise ValueError("exact_sensitivity: the gradient of the entropy, or what the metric made of it, is not finite")
+    where, error = (model, sequences, direction, temperature, chunk_bytes), None
     with _evaluating(model):
-        entropy, gradient = entropy_gradient(model, states, temperature=temperature, chunk_bytes=chunk_bytes)
-        direction = gradient if metric is None else metric(gradient)
-        error = None
-        if derivative == "forward":
-            sensitivity = _forward_mode(model, sequences, direction, temperature, chunk_bytes)
+        if length == 0:  # nothing would move
+            sensitivity = torch.zeros_like(sequences.mask, dtype=torch.float32)
+        elif derivative == "forward":
+            sensitivity = _forward_mode(*where)
         else:
-            scale = _norm(_trainable(model)) / max(_norm(direction), torch.finfo(torch.float64).tiny)
-            ends = (model, sequences, direction, temperature, chunk_bytes)
-            sensitivity = _difference(step * scale, *ends)
+            scale = _norm(_trainable(model)) / length
+            sensitivity = _difference(step * scale, *where)
             if estimate_error:
-                change = (sensitivity - _difference(step * scale / 2, *ends)).norm()
+                change = (sensitivity - _difference(step * scale / 2, *where)).norm()
                 error = (4 / 3 * change / sensitivity.norm().clamp(min=torch.finfo(change.dtype).tiny)).item()
     return ExactSensitivity(sensitivity, entropy, _norm(gradient), error)
 
@@ -92,31 +109,40 @@ def exact_sensitivity(
 def entropy_gradient(
     model: nn.Module, states: Sequences, *, temperature: float = 1.0, chunk_bytes: int = CHUNK_BYTES
 ) -> tuple[float, Parameters]:
-    """The mean entropy at the sampled tokens of `states`, in nats, and g: its gradient in every trainable parameter."""
+    """The mean entropy at the sampled tokens of `states`, in nats, and g: its gradient in every trainable parameter.
+
+    g is summed in float32 or more, whatever the parameters are. Everything else as in `exact_sensitivity`.
+    """
+    _check_sequences(states)
+    if torch.is_inference_mode_enabled():
+        raise ValueError("exact_sensitivity needs gradients, and inference_mode forbids them; use no_grad around it")
     parameters, count = _trainable(model), states.mask.sum()
-    gradient = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    gradient = {name: torch.zeros_like(p, dtype=_wide(p.dtype)) for name, p in parameters.items()}
     total = 0.0
-    for rows in _chunks(model, states, chunk_bytes):
-        logits, tokens, mask = _predictions(model, states, rows)
-        share = token_stats(logits, tokens, temperature=temperature, mask=mask, entropy_grad=True).entropy.sum() / count
-        parts = torch.autograd.grad(share, [*parameters.values()], allow_unused=True)
-        for sums, part in zip(gradient.values(), parts, strict=True):
-            if part is not None:
-                sums += part
-        total += share.item()
+    with _evaluating(model), torch.enable_grad():
+        for rows in _chunks(model, states, chunk_bytes):
+            logits, tokens, mask = _predictions(model, model, states, rows)
+            stats = token_stats(logits, tokens, temperature=temperature, mask=mask, entropy_grad=True)
+            share = stats.entropy.sum() / count
+            parts = torch.autograd.grad(share, [*parameters.values()], allow_unused=True)
+            for sums, part in zip(gradient.values(), parts, strict=True):
+                if part is not None:
+                    sums += part
+            total += share.item()
     return total, gradient
 
 
 def _difference(
     size: float, model: nn.Module, sequences: Sequences, direction: Parameters, temperature: float, chunk_bytes: int
-) -> Tensor:
+) -> Float[Tensor, "B S"]:
     """The central difference of log π along `direction`, with steps of `size` of it."""
     ends = []
     for signed in (size, -size):
         parts = []
         with _shifted(model, direction, signed), torch.no_grad():
             for rows in _chunks(model, sequences, chunk_bytes):
-                logits, tokens, mask = _predictions(model, sequences, rows)
+                logits, tokens, mask = _predictions(model, model, sequences, rows)
+                _refuse_coarse("logits", {logits.dtype})
                 parts.append(token_stats(logits, tokens, temperature=temperature, mask=mask).logp)
         ends.append(torch.cat(parts))
     return _aligned((ends[0] - ends[1]) / (2 * size))
@@ -124,49 +150,68 @@ def _difference(
 
 def _forward_mode(
     model: nn.Module, sequences: Sequences, direction: Parameters, temperature: float, chunk_bytes: int
-) -> Tensor:
+) -> Float[Tensor, "B S"]:
     """The derivative of log π along `direction`, carried through the model beside its values."""
     parameters, parts = {name: p.detach() for name, p in _trainable(model).items()}, []
+    tangent = {name: direction[name].to(p.dtype) for name, p in parameters.items()}
     for rows in _chunks(model, sequences, chunk_bytes):
 
         def logp(moved: Parameters, rows: slice = rows) -> Tensor:
             logits, tokens, mask = _predictions(
-                lambda **inputs: torch.func.functional_call(model, moved, kwargs=inputs), sequences, rows
+                model, lambda **inputs: torch.func.functional_call(model, moved, kwargs=inputs), sequences, rows
             )
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            chosen = (wide / temperature).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+            tempered = logits.to(_wide(logits.dtype)) / temperature
+            chosen = tempered.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
             return torch.where(mask, chosen, 0.0)
 
         with sdpa_kernel(SDPBackend.MATH):  # the others have no forward mode
-            parts.append(torch.func.jvp(logp, (parameters,), (direction,))[1].detach())
+            parts.append(torch.func.jvp(logp, (parameters,), (tangent,))[1].detach())
     return _aligned(torch.cat(parts))
 
 
-def _predictions(model: Callable[..., Any], batch: Sequences, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+def _predictions(
+    model: nn.Module, call: Callable[..., Any], batch: Sequences, rows: slice
+) -> tuple[Float[Tensor, "b s V"], Int[Tensor, "b s"], Bool[Tensor, "b s"]]:
     """Logits of every token but the first, the tokens, and which of them were sampled."""
-    attention = None if batch.attention_mask is None else batch.attention_mask[rows]
-    logits = model(input_ids=batch.input_ids[rows], attention_mask=attention, use_cache=False).logits
+    inputs = {"input_ids": batch.input_ids[rows], "use_cache": False}
+    if batch.attention_mask is not None:
+        inputs["attention_mask"] = attention = batch.attention_mask[rows]
+        whole: Any = model
+        base = whole.get_base_model() if hasattr(model, "get_base_model") else model
+        if "position_ids" in inspect.signature(base.forward).parameters:  # padding on the left is no position
+            inputs["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)
+    logits = call(**inputs).logits
     return logits[:, :-1], batch.input_ids[rows, 1:], batch.mask[rows, 1:]
 
 
-def _aligned(values: Float[Tensor, "B S-1"]) -> Float[Tensor, "B S"]:
-    """One value a token of the sequence, the first included."""
+def _aligned(values: Float[Tensor, "B _"]) -> Float[Tensor, "B S"]:
+    """One value a token of the sequences, their first included."""
     return nn.functional.pad(values, (1, 0))
 
 
 def _chunks(model: Any, batch: Sequences, chunk_bytes: int) -> list[slice]:
-    width, parameter = model.config.get_text_config().vocab_size, next(model.parameters())
-    rows = max(1, chunk_bytes // (batch.input_ids.shape[1] * width * parameter.element_size()))
+    """Rows that go through the model together: their logits and, by and large, activations are `chunk_bytes`."""
+    config = model.config.get_text_config()
+    width = config.vocab_size + 16 * config.num_hidden_layers * config.hidden_size
+    rows = max(1, chunk_bytes // (batch.input_ids.shape[1] * width * next(model.parameters()).element_size()))
     return [slice(start, start + rows) for start in range(0, len(batch.input_ids), rows)]
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not parameters:
+        raise ValueError("exact_sensitivity: no parameter of the model requires a gradient; nothing could move")
+    return parameters
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _norm(parameters: dict[str, Any]) -> float:
-    """Of all parameters as one vector, summed in float64."""
-    return sum(parameter.detach().double().square().sum().item() for parameter in parameters.values()) ** 0.5
+    """Of all parameters as one vector."""
+    norms = (torch.linalg.vector_norm(p.detach(), dtype=_wide(p.dtype)).item() for p in parameters.values())
+    return math.sqrt(sum(norm**2 for norm in norms))
 
 
 @contextmanager
@@ -177,46 +222,61 @@ def _shifted(model: nn.Module, direction: Parameters, size: float) -> Iterator[N
     try:
         for name, parameter in parameters.items():
             parameter.data.add_(direction[name], alpha=size)
+        torch.clear_autocast_cache()  # a model may enter autocast itself
         yield
     finally:
         for name, parameter in parameters.items():
             parameter.data.copy_(kept[name])
+        torch.clear_autocast_cache()
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; every module gets its own mode back."""
+    """Without dropout and without autocast; every module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
-def _check(model: nn.Module, sequences: Sequences, states: Sequences, derivative: str, step: float) -> None:
-    for name, batch in (("sequences", sequences), ("states", states)):
-        shapes = [tuple(x.shape) for x in batch if x is not None]
-        if len(set(shapes)) > 1 or batch.input_ids.dim() != 2:
-            raise ValueError(
-                f"exact_sensitivity: the {name} have shapes {', '.join(map(str, shapes))}; expected one (B, S) for all"
-            )
-        if batch.mask.dtype != torch.bool or not batch.mask.any() or batch.mask[:, 0].any():
-            raise ValueError(
-                f"exact_sensitivity: the mask of the {name} must be boolean, True at one token or more and never at "
-                "the first of a sequence, which nothing predicts"
-            )
+def _check(model: nn.Module, sequences: Sequences, derivative: str, step: float, estimate_error: bool) -> None:
+    _check_sequences(sequences)
     if derivative not in ("difference", "forward"):
         raise ValueError(f"exact_sensitivity: derivative is {derivative!r}; expected 'difference' or 'forward'")
+    if derivative == "forward" and estimate_error:
+        raise ValueError("exact_sensitivity: estimate_error is about the step of 'difference'; 'forward' has none")
     if not step > 0:
         raise ValueError(f"exact_sensitivity: step is {step}; expected a positive share of the parameters' norm")
-    parameters = _trainable(model)
-    if not parameters:
-        raise ValueError("exact_sensitivity: no parameter of the model requires a gradient; nothing could move")
-    coarse = sorted({str(p.dtype) for p in parameters.values() if p.element_size() < 4})
-    if coarse and derivative == "difference":
+    if derivative == "difference":
+        _refuse_coarse("parameters", {p.dtype for p in model.parameters() if p.is_floating_point()})
+        if _norm(_trainable(model)) == 0:
+            raise ValueError(
+                "exact_sensitivity: all trainable parameters are 0, and the step is a share of their norm; use "
+                "derivative='forward'"
+            )
+
+
+def _check_sequences(batch: Sequences) -> None:
+    shapes = [tuple(x.shape) for x in batch if x is not None]
+    if len(set(shapes)) > 1 or batch.input_ids.dim() != 2:
+        raise ValueError(f"Sequences have shapes {', '.join(map(str, shapes))}; expected one (B, S) for all")
+    if batch.mask.dtype != torch.bool or not batch.mask.any() or batch.mask[:, 0].any():
         raise ValueError(
-            f"exact_sensitivity: parameters are {', '.join(coarse)}, too coarse for a small step; use a float32 copy, "
-            "or derivative='forward'"
+            "Sequences: the mask must be boolean, True at one token or more and never at the first of a sequence, "
+            "which nothing predicts"
+        )
+    if batch.attention_mask is not None and (batch.mask & (batch.attention_mask == 0)).any():
+        raise ValueError("Sequences: the mask is True where attention_mask is 0; padding was not sampled")
+
+
+def _refuse_coarse(what: str, dtypes: set[torch.dtype]) -> None:
+    coarse = sorted(str(dtype) for dtype in dtypes if dtype.itemsize < 4)
+    if coarse:
+        raise ValueError(
+            f"exact_sensitivity: {what} are {', '.join(coarse)}, too coarse for a small step; use a float32 copy of "
+            "the model, or derivative='forward'"
         )

@@ -2,8 +2,8 @@
 
 recipe           name or path (default: the demonstration)
 set              overrides of the recipe, like "trainer.max_steps=300"
-seeds            of prompts, sampling and training: every method gets each of them
-[seeds_of]       LABEL = [0, 1]: the method gets these of the seeds only, where the hours do not go round
+seeds            of prompts, sampling and training: every method gets each of them, unless [seeds_of] says less
+[seeds_of]       LABEL = [0, 1]: this method gets only these of the seeds, where compute is short
 baselines        labels that all others are compared with (default: grpo and dapo where present, else the first)
 [methods.LABEL]  name, and the method's own settings
 [search]         seeds, set: apart from those of the comparison, to choose constants on (`--search`)
@@ -97,8 +97,9 @@ def load_plan(
 ) -> Plan:
     """The plan in the file `source`, or of the recipe `source` with `methods` like "papo:controller=balance".
 
-    `seeds` and `baselines` take the place of the file's, `overrides` come after its own. Raises ValueError or
-    FileNotFoundError for whatever is wrong but the settings of the methods, which need the methods' code to check.
+    `seeds` (for every method) and `baselines` take the place of the file's, `overrides` come after its own. Raises
+    ValueError or FileNotFoundError for whatever is wrong but the settings of the methods, which need the methods' code
+    to check.
     """
     document = read_recipe(source)
     if not document.keys() & {f.name for f in fields(Plan)}:
@@ -108,12 +109,12 @@ def load_plan(
     if isinstance(document.get("search"), dict):
         document["search"] = typed_table(Search, document["search"], "search.", "plan")
     plan = typed_table(Plan, document, file="plan")
-    _check_seeds_of(plan)
     plan = replace(
         plan,
         set=[*plan.set, *overrides],
         search=replace(plan.search, set=[*plan.search.set, *overrides] if plan.search.values else plan.search.set),
         seeds=list(seeds) or plan.seeds,
+        seeds_of={} if seeds else plan.seeds_of,
         baselines=list(baselines) or plan.baselines,
     )
     _check(plan)
@@ -152,6 +153,12 @@ def _check(plan: Plan) -> None:
                 f"plan key 'methods.{label}' is {table!r}; expected a table with a name, as in papo methods"
             )
     _check_seeds("seeds", plan.seeds)
+    for label, seeds in plan.seeds_of.items():
+        if label not in plan.methods:
+            raise unknown_name("plan key", f"seeds_of.{label}", [f"seeds_of.{m}" for m in plan.methods])
+        _check_seeds(f"seeds_of.{label}", seeds)
+        if stray := sorted({*seeds} - {*plan.seeds}):
+            raise ValueError(f"plan key 'seeds_of.{label}' has seeds {stray}, which are not in seeds ({plan.seeds})")
     _check_overrides("set", plan.set)
     for label in plan.baselines:
         if label not in plan.methods:
@@ -159,16 +166,6 @@ def _check(plan: Plan) -> None:
     load_recipe(plan.recipe, plan.set)
     if plan.search.values:
         _check_search(plan)
-
-
-def _check_seeds_of(plan: Plan) -> None:
-    """Of the file as it is: seeds given beside it may leave a method without any."""
-    for label, seeds in plan.seeds_of.items():
-        if label not in plan.methods:
-            raise unknown_name("plan key", f"seeds_of.{label}", [f"seeds_of.{m}" for m in plan.methods])
-        _check_seeds(f"seeds_of.{label}", seeds)
-        if stray := sorted({*seeds} - {*plan.seeds}):
-            raise ValueError(f"plan key 'seeds_of.{label}' has seeds {stray}, which are not in seeds ({plan.seeds})")
 
 
 def _check_search(plan: Plan) -> None:
