@@ -1,4 +1,4 @@
-"""docs/results.md from the result files: python benchmarks/results_page.py."""
+"""docs/results.md, and the numbers of docs/theory.md, from the result files: python benchmarks/results_page.py."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,20 @@ import regime
 import thermostat
 from blocks import filled, markdown
 
+from entropy_polarity.report.audit_tables import audit_tables
 from entropy_polarity.report.tables import TextTable, comparison_tables, search_table
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "docs/results.md"
+RESULTS, PAGE, THEORY = ROOT / "benchmarks/results", ROOT / "docs/results.md", ROOT / "docs/theory.md"
 MISSING = "Not measured yet."
 SEARCHES = ("search", "papo")
 COMPARISONS = ("screen", "comparison-3", "comparison-4")
+# What an audit was varied in, by result file.
+AUDITS = {
+    "audit": "AdamW, learning rate 1e-4",
+    "audit-small": "AdamW, learning rate 1e-5",
+    "audit-sgd": "SGD without momentum, learning rate 0.1",
+}
 
 
 def page(text: str, folder: Path = RESULTS) -> str:
@@ -36,6 +43,35 @@ def page(text: str, folder: Path = RESULTS) -> str:
     return filled(text, blocks, PAGE.name)
 
 
+def theory(text: str, folder: Path = RESULTS) -> str:
+    """The page of the theory with the numbers of the audits written anew."""
+    found = {name: document for name in AUDITS if (document := _read(folder / f"{name}.json"))}
+    tables = audit_tables(found["audit"]) if "audit" in found else []
+    blocks = {
+        "audit": "\n\n".join(f"**{t.title}**\n\n{_markdown(t)}" for t in tables) or MISSING,
+        "audit:variants": _variants(found) if found else MISSING,
+    }
+    return filled(text, blocks, THEORY.name)
+
+
+def _variants(found: dict[str, dict[str, Any]]) -> str:
+    """The local and the exact level of each audit, on both sets of states."""
+    head = ["audit", "states", "local: Spearman", "local: signs", "exact: Pearson", "exact: signs", "exact: slope"]
+    rows = []
+    for name, document in found.items():
+        for states, levels in (("trained on", document), ("held out", document["held_out"])):
+            local, exact = levels["local"], levels["exact"]
+            numbers = [
+                local["spearman"],
+                local["sign_agreement"],
+                *(exact[k] for k in ("pearson", "sign_agreement", "slope")),
+            ]
+            rows.append(
+                [AUDITS[name], states, *(f"{n['value']:.2f} [{n['low']:.2f}, {n['high']:.2f}]" for n in numbers)]
+            )
+    return markdown(head, rows)
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -46,3 +82,4 @@ def _markdown(table: TextTable) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(PAGE.read_text()))
+    THEORY.write_text(theory(THEORY.read_text()))

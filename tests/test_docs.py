@@ -1,5 +1,6 @@
 """The documents say what the code does: the script runs, tables are result files, every metric has its line."""
 
+import doctest
 import json
 import re
 import textwrap
@@ -72,7 +73,14 @@ def test_the_page_on_performance_is_the_result_files():
 
 
 def test_the_page_of_results_is_the_result_files():
-    assert results_page.page(results_page.PAGE.read_text()) == results_page.PAGE.read_text()
+    for path, made in ((results_page.PAGE, results_page.page), (results_page.THEORY, results_page.theory)):
+        assert made(path.read_text()) == path.read_text()
+
+
+def test_every_formula_of_the_theory_holds():
+    found = doctest.testfile(str(ROOT / "docs/theory.md"), module_relative=False)
+    assert found.attempted > 50
+    assert found.failed == 0
 
 
 def test_the_readmes_tree_names_what_is_there():
@@ -97,7 +105,9 @@ def test_the_worked_example_is_the_code_and_the_readme_names_every_method():
     assert METHODS.keys() | CONTROLLERS.keys() == set(re.findall(r"`(\w+)`", table))
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/performance.md", "docs/results.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/performance.md", "docs/results.md", "docs/theory.md"]
+)
 def test_links_to_files_of_the_repository_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text()):
         assert (ROOT / document).parent.joinpath(target).exists(), target

@@ -61,6 +61,19 @@ def batch(rows: int = 5, width: int = 12, seed: int = 0) -> Sequences:
     return Sequences(ids, mask)
 
 
+class Table(nn.Module):
+    """A tabular softmax policy: logits of their own at every position, whatever was before."""
+
+    def __init__(self, states: int = 6, actions: int = 9):
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        self.rows = nn.Parameter(torch.randn(1, states, actions, generator=draw).double())
+        self.config = Qwen3Config(vocab_size=actions)
+
+    def forward(self, input_ids, attention_mask=None, use_cache=False):
+        return type("Output", (), {"logits": self.rows[:, : input_ids.shape[1]] + 0 * input_ids[..., None]})
+
+
 def log_probs(model: Callable, sequences: Sequences, temperature: float = 1.0) -> Tensor:
     logits = model(input_ids=sequences.input_ids, attention_mask=sequences.attention_mask).logits[:, :-1]
     return (logits / temperature).log_softmax(-1)
@@ -130,18 +143,6 @@ def test_a_step_on_a_token_changes_the_mean_entropy_as_foretold():
 
 def test_a_tabular_policy_has_only_its_own_state():
     """Without shared parameters T* is T, over the number of states of the mean."""
-
-    class Table(nn.Module):
-        """One row of logits a position, whatever was before."""
-
-        def __init__(self):
-            super().__init__()
-            self.rows = nn.Parameter(torch.randn(1, 6, 9, generator=torch.Generator().manual_seed(0)).double())
-            self.config = Qwen3Config(vocab_size=9)
-
-        def forward(self, input_ids, attention_mask=None, use_cache=False):
-            return type("Output", (), {"logits": self.rows + 0 * input_ids[..., None]})
-
     ids = torch.tensor([[0, 3, 1, 4, 1, 5]])
     mask = torch.tensor([[False, True, True, True, True, True]])
     table = Table()
@@ -159,6 +160,28 @@ def test_lora_moves_the_adapters_alone():
     mean = (advantages * found.sensitivity)[sequences.mask].mean().item()
     assert abs(mean - inner) <= min(1e-2 * size, 0.2 * abs(inner))
     assert all("lora" in name for name in entropy_gradient(model, sequences)[1])
+
+
+def test_where_forward_mode_is_missing_a_difference_is_taken_and_said():
+    """An operation of somebody's own, with a backward and nothing else."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    model, sequences = tiny(), batch()
+    expected = exact_sensitivity(model, sequences).sensitivity
+    model.model.norm.register_forward_hook(lambda module, inputs, output: Doubled.apply(output) / 2)
+    with pytest.warns(UserWarning, match="takes a difference, which is less exact: .*jvp"):
+        found = exact_sensitivity(model, sequences).sensitivity
+    assert (found - expected).norm() < 0.01 * expected.norm()
+    with pytest.raises(RuntimeError, match="jvp"):
+        exact_sensitivity(model, sequences, derivative="forward")
 
 
 def test_a_metric_is_that_of_the_step():
@@ -197,7 +220,7 @@ def test_the_error_is_told():
     model, sequences = tiny(), batch()
     exact = exact_sensitivity(model, sequences, derivative="forward").sensitivity
     for step in (1e-3, 1e-2):
-        found = exact_sensitivity(model, sequences, step=step, estimate_error=True)
+        found = exact_sensitivity(model, sequences, derivative="difference", step=step, estimate_error=True)
         assert found.error == pytest.approx(((found.sensitivity - exact).norm() / exact.norm()).item(), rel=0.1)
 
 
@@ -221,12 +244,13 @@ def test_nothing_is_left_changed(derivative):
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_autocast_is_left_outside():
+@pytest.mark.parametrize("derivative", ["difference", "forward"])
+def test_autocast_is_left_outside(derivative):
     model, sequences = tiny(dtype=torch.float32), batch()
-    expected = exact_sensitivity(model, sequences).sensitivity
+    expected = exact_sensitivity(model, sequences, derivative=derivative).sensitivity
     with torch.autocast("cpu", torch.bfloat16):
         model(input_ids=sequences.input_ids)  # fills the cache of 16-bit weights
-        found = exact_sensitivity(model, sequences).sensitivity
+        found = exact_sensitivity(model, sequences, derivative=derivative).sensitivity
     assert torch.equal(found, expected)
 
 
@@ -272,7 +296,7 @@ def test_a_failure_in_the_middle_puts_the_parameters_back(monkeypatch):
 
     model.register_forward_hook(failing)
     with pytest.raises(RuntimeError, match="out of memory"):
-        exact_sensitivity(model, sequences)
+        exact_sensitivity(model, sequences, derivative="difference")
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -292,9 +316,10 @@ def test_what_cannot_be_answered_is_one_line():
     with pytest.raises(ValueError, match="derivative is 'backward'; expected"):
         exact_sensitivity(model, batch(), derivative="backward")
     with pytest.raises(ValueError, match=r"parameters are torch.bfloat16, too coarse .* derivative='forward'"):
-        exact_sensitivity(tiny(dtype=torch.bfloat16), batch())
-    with pytest.raises(ValueError, match=r"parameters are torch\.bfloat16"):  # float32 adapters on a 16-bit base
-        exact_sensitivity(get_peft_model(tiny(dtype=torch.bfloat16), LoraConfig(target_modules=["q_proj"])), batch())
+        exact_sensitivity(tiny(dtype=torch.bfloat16), batch(), derivative="difference")
+    adapted = get_peft_model(tiny(dtype=torch.bfloat16), LoraConfig(target_modules=["q_proj"]))  # float32 adapters
+    with pytest.raises(ValueError, match=r"parameters are torch\.bfloat16"):
+        exact_sensitivity(adapted, batch(), derivative="difference")
     with pytest.raises(ValueError, match="estimate_error is about the step"):
         exact_sensitivity(model, batch(), derivative="forward", estimate_error=True)
     with pytest.raises(ValueError, match="the names it was given; these differ: more"):
@@ -306,6 +331,6 @@ def test_what_cannot_be_answered_is_one_line():
     zero = tiny().requires_grad_(False)
     zero.model.layers[0].mlp.up_proj.requires_grad_(True).weight.data.zero_()
     with pytest.raises(ValueError, match="all trainable parameters are 0"):
-        exact_sensitivity(zero, batch())
+        exact_sensitivity(zero, batch(), derivative="difference")
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
         exact_sensitivity(model.requires_grad_(False), batch())

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -15,7 +15,7 @@ from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, load_recipe, with_flags
-from entropy_polarity.report.terminal import print_comparison, print_estimates, print_search
+from entropy_polarity.report.terminal import print_audit, print_comparison, print_estimates, print_search
 
 Json = Annotated[
     FlagCreatePairsOff[bool],
@@ -201,6 +201,51 @@ def _compared_before(file: Path, baselines: tuple[str, ...], output: Path | None
     _print_json(document["summary"]) if as_json else print_comparison(document)
 
 
+def audit(
+    recipe: Positional[str] = DEFAULT_RECIPE,
+    /,
+    model: str | None = None,
+    task: str | None = None,
+    method: str = "grpo",
+    steps: int = 40,
+    seeds: tuple[int, ...] = (0,),
+    optimizer: Literal["adamw", "sgd"] = "adamw",
+    output: Path | None = None,
+    overrides: Overrides = (),
+    as_json: Json = False,
+) -> None:
+    """Does polarity predict the entropy change? Audit every update of a short training, one update a rollout.
+
+    Args:
+        recipe: name of a recipe that comes with the package, or path of a .toml file
+        model: "embedded", a model folder, or a run directory (its last checkpoint, on its own recipe)
+        task: name of a task (default: the recipe's)
+        method: a name of `papo methods`
+        steps: updates to audit, for each seed
+        seeds: seeds of prompts, sampling and training; what is finished in --output is kept
+        optimizer: adamw, or sgd without momentum
+        output: where audit.json and audit.html go (default: runs/audit-<recipe>-<method>-<optimizer>)
+        overrides: any key of the recipe, e.g. trainer.learning_rate=1e-5; can be repeated
+    """
+    from entropy_polarity.experiments.audit import PAGE, audit_recipe
+    from entropy_polarity.experiments.audit import audit as run
+    from entropy_polarity.report.lines import LiveOrLines
+
+    chosen = audit_recipe(recipe, model, task, method, steps, optimizer, overrides)
+    directory = output or Path("runs") / f"audit-{Path(recipe).stem}-{method}-{optimizer}"
+    with LiveOrLines(sys.stderr if as_json else sys.stdout) as view:
+
+        def watch(seed: int, step: int, exact: float, realised: float) -> None:
+            view.line(f"seed {seed}, update {step}/{steps}: exact {exact:+.5f}, realised {realised:+.5f} nats")
+
+        document = run(chosen, seeds, directory, watch)
+    if as_json:
+        _print_json({"output": str(directory)} | {k: document[k] for k in document.keys() - {"runs", "environment"}})
+    else:
+        print_audit(document)
+        print(directory / PAGE)
+
+
 def report(run: Positional[Path], /, as_json: Json = False) -> None:
     """Write the page of a run again, from its files.
 
@@ -289,6 +334,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "eval": evaluate,
     "compare": compare,
+    "audit": audit,
     "report": report,
     "methods": methods,
     "pretrain": pretrain,

@@ -6,11 +6,12 @@ The statistics stand first, pure functions of numbers; sampling from a policy co
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
 from entropy_polarity.tasks import Problem, Score, Task, distinct_problems
 
@@ -204,7 +205,33 @@ class Evaluation:
         return document
 
 
+class Sampled(NamedTuple):
+    """Completions as token ids, padded on the right; prompts padded on the left, `prompt_mask` 0 at their padding."""
+
+    prompt_ids: Int[Tensor, "B P"]
+    prompt_mask: Int[Tensor, "B P"]
+    completion_ids: Int[Tensor, "B T"]
+
+
 @torch.no_grad()
+def sample_tokens(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, temperature: float
+) -> Sampled:
+    """One completion of every prompt, sampled at `temperature` from the whole vocabulary; greedy at 0."""
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
+    ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=temperature > 0,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+    return Sampled(ids, mask, output[:, ids.shape[1] :])
+
+
 def sample_completions(
     model: Any,
     tokenizer: Any,
@@ -214,22 +241,12 @@ def sample_completions(
     temperature: float,
     batch_size: int = 512,
 ) -> list[list[str]]:
-    """`samples` completions of every prompt, sampled at `temperature` from the whole vocabulary; greedy at 0."""
+    """The texts of `samples` completions of every prompt, sampled as `sample_tokens` does."""
     texts: list[str] = []
-    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     for start in range(0, len(repeated), batch_size):
-        batch = tokenizer(repeated[start : start + batch_size], return_tensors="pt", padding=True, padding_side="left")
-        ids = batch["input_ids"].to(model.device)
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=batch["attention_mask"].to(model.device),
-            do_sample=temperature > 0,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            **sampling,
-        )
-        texts += tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        sampled = sample_tokens(model, tokenizer, repeated[start : start + batch_size], max_new_tokens, temperature)
+        texts += tokenizer.batch_decode(sampled.completion_ids, skip_special_tokens=True)
     return [texts[i * samples : (i + 1) * samples] for i in range(len(prompts))]
 
 

@@ -23,16 +23,10 @@ def evaluate_model(
     quiet()
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; expected a positive number")
+    weights, trained_on = weights_of(model)
     settings: dict[str, Any] = {"name": task or "countdown"}
-    folder, weights = Path(model), model
-    if (folder / CONFIG).is_file():
-        checkpoint = last_checkpoint(folder)
-        if checkpoint is None:
-            raise FileNotFoundError(f"{model} is a run without a finished checkpoint: nothing to evaluate yet")
-        weights = str(checkpoint)
-        trained_on = Run.read(folder).config["task"]
-        if task in (None, trained_on["name"]):
-            settings = dict(trained_on)
+    if trained_on is not None and task in (None, trained_on["task"]["name"]):
+        settings = dict(trained_on["task"])
     for setting in task_settings:
         apply_override(settings, setting)
     judged = make_task(**settings)
@@ -41,3 +35,14 @@ def evaluate_model(
         policy, tokenizer, judged, problems=problems, samples=samples, seed=seed, temperature=temperature
     )
     return {"model": weights, "task": settings, **evaluation.to_json()}
+
+
+def weights_of(model: str) -> tuple[str, dict[str, Any] | None]:
+    """Where the weights of `model` are, and where it is a run, its recipe: the weights are its last checkpoint then."""
+    folder = Path(model)
+    if not (folder / CONFIG).is_file():
+        return model, None
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{model} is a run without a finished checkpoint: nothing to look at yet")
+    return str(checkpoint), Run.read(folder).config

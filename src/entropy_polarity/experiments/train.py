@@ -126,6 +126,18 @@ def prompts_of(task: Task, config: PolarityConfig, seed: int) -> tuple[Dataset, 
     return dataset, VerifiedReward(task, problems)
 
 
+def quiet_trainer(
+    model: Any, tokenizer: Any, config: PolarityConfig, dataset: Dataset, reward: VerifiedReward
+) -> PolarityTrainer:
+    """The trainer of a run, without the lines that TRL would print."""
+    trainer = PolarityTrainer(
+        model=model, reward_funcs=reward, args=config, train_dataset=dataset, processing_class=tokenizer
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
 class _StopOnSignal(TrainerCallback):
     """The first Ctrl-C (or SIGTERM) ends training at the next rollout boundary, saved; the second at once."""
 
@@ -173,11 +185,7 @@ def train(
     summary = _summary_to_resume(output, config.max_steps) if resume else refuse_occupied(output) or {}
     model, tokenizer = load_policy(recipe.policy.model)
     dataset, reward = prompts_of(task, config, recipe.seed)
-    trainer = PolarityTrainer(
-        model=model, reward_funcs=reward, args=config, train_dataset=dataset, processing_class=tokenizer
-    )
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
+    trainer = quiet_trainer(model, tokenizer, config, dataset, reward)
     if resume:
         writer, checkpoint = RunWriter.resume(output, recipe.to_dict())
     else:

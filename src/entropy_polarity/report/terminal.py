@@ -1,4 +1,4 @@
-"""Results in a terminal: evaluations, comparisons, searches."""
+"""Results in a terminal: evaluations, comparisons, audits, searches."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from entropy_polarity.report.audit_tables import audit_tables
 from entropy_polarity.report.tables import TextTable, comparison_tables, search_table
 
 
@@ -29,6 +30,11 @@ def print_comparison(document: dict[str, Any]) -> None:
         _print_table(table)
     for name, line in document["failed"].items():
         print(f"failed: {name}: {line}")
+
+
+def print_audit(document: dict[str, Any]) -> None:
+    for table in audit_tables(document):
+        _print_table(table)
 
 
 def print_search(document: dict[str, Any]) -> None:

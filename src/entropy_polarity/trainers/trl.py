@@ -83,19 +83,21 @@ class PolarityTrainer(GRPOTrainer):
     Takes GRPOTrainer's arguments, with a PolarityConfig. With λ = 0 and `statistics_head="trl"` it is GRPOTrainer to
     the last bit; with our head, whose sums are more exact, to the rounding of float32. The state
     of the method is in every checkpoint (`polarity_state.json`); metrics appear under `polarity/`.
-    `on_rollout`, if set, is called with each finished `Rollout`.
+    `on_rollout`, if set, is called with each finished `Rollout`; `on_loss` with each micro-batch as TRL trained on it,
+    and its tokens as they went into the loss.
     """
 
     args: PolarityConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     model: Any  # pyright: ignore[reportIncompatibleVariableOverride]
     on_rollout: Callable[[Rollout], None] | None
+    on_loss: Callable[[dict[str, Any], Tokens], None] | None
 
     def __init__(self, model, reward_funcs=None, args: PolarityConfig | None = None, **kwargs) -> None:
         if not isinstance(args, PolarityConfig):
             raise TypeError(f"PolarityTrainer needs args=PolarityConfig(...), got {type(args).__name__}")
         self.transform = make_transform(args.method, args.settings)
         self.method_state = self._next_state = self.transform.init()
-        self.on_rollout = None
+        self.on_rollout = self.on_loss = None
         self._seen: list[Tokens] = []
         self._decision_metrics: dict[str, float] = {}
         self._passes: list[tuple[Tensor, tuple[Tensor, ...]]] | None = None
@@ -235,6 +237,8 @@ class PolarityTrainer(GRPOTrainer):
             self._loss_inputs, live, self._live = None, self._live, None
         if live is not None and (terms := loss_terms(live)) is not None:
             loss = loss + averaged(self, terms, live.mask, inputs)
+        if live is not None and self.on_loss is not None:
+            self.on_loss(inputs, live)
         if position == self._steps_per_generation - 1 and self._seen:  # the first pass over the rollout is complete
             tokens = concatenate(self._seen)
             self._first_pass(tokens.rows(tokens.known("sample_id").argsort()))

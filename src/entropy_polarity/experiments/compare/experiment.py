@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,8 @@ from entropy_polarity.experiments.compare.plan import Plan
 from entropy_polarity.experiments.compare.runs import Job, Queue, claim, locked, refuse_others
 from entropy_polarity.experiments.compare.search import candidates_of, choose, judge, search_plan, unseen_problems
 from entropy_polarity.experiments.compare.summary import Facts, summarise
-from entropy_polarity.record import Run, environment
+from entropy_polarity.experiments.results import provenance, write_document
+from entropy_polarity.record import Run
 from entropy_polarity.report.comparison import render_comparison
 from entropy_polarity.report.progress import RunState
 
@@ -40,12 +40,12 @@ def compare(
     document = {
         "comparison": 1,  # version of this layout
         "plan": _portable(plan),
-        "environment": _environment(),
+        "environment": provenance(),
         "failed": failed,
         "summary": summarise(runs, plan.baselines),
         "runs": [run.to_json() for run in runs],
     }
-    _write(output / COMPARISON, document)
+    write_document(output / COMPARISON, document)
     write_page(document, output)
     if stopped:
         raise KeyboardInterrupt
@@ -72,7 +72,7 @@ def search(
     document = {
         "search": 1,
         "plan": _portable(plan) | {"resolved": _portable(trial)["resolved"]},
-        "environment": _environment(),
+        "environment": provenance(),
         "criterion": "highest mean over the search's seeds of the final held-out pass@1; ties: of pass@16",
         "problems": len(kept),
         "failed": failed,
@@ -80,7 +80,7 @@ def search(
         "chosen": {row["label"]: trial.methods[row["run_label"]] for row in chosen.values() if row},
         "runs": [run.to_json() for run in runs],
     }
-    _write(output / SEARCH, document)
+    write_document(output / SEARCH, document)
     if stopped:
         raise KeyboardInterrupt
     return document
@@ -184,17 +184,3 @@ def _portable(plan: Plan) -> dict[str, Any]:
     recipe = plan.recipe_of(next(iter(plan.methods)), plan.seeds[0]).to_dict()
     kept = {key: recipe[key] for key in ("task", "policy", "trainer", "evaluation", "record")}
     return plan.to_json() | {"recipe": Path(plan.recipe).stem, "resolved": kept}
-
-
-def _environment() -> dict[str, Any]:
-    """Versions and machine; seeds stand in the plan, and the command has paths of this machine."""
-    return {key: value for key, value in environment(0).items() if key not in ("seed", "command")}
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    """Indented JSON, but each list of numbers on one line; in one move, so that a kill leaves no half."""
-    text = json.dumps(document, indent=1)
-    text = re.sub(r"\[\n[^\[\]{}\"]*\]", lambda numbers: re.sub(r"\s+", "", numbers[0]), text)
-    draft = path.with_name(f"{path.name}.part")
-    draft.write_text(text + "\n")
-    draft.replace(path)

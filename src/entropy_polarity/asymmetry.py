@@ -1,0 +1,134 @@
+"""The asymmetry of entropy polarity: which tokens contract the entropy when reinforced, and where the border lies.
+
+The abstract (arXiv 2605.11775) says that reinforcing a probable token contracts the entropy, and that expansion needs
+rare tokens or a stronger correction. In T = C - p_a (log p_a + H) it reads: S(p) = p (log p + H) is negative below
+e^{-H} and grows above it, and C >= 0. So for a state with C and H there is one threshold p* >= e^{-H}, with T > 0 for
+p_a < p* and T < 0 above. Everything here is plain arrays; nats. Source: the statement is the paper's, the rest ours.
+"""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+DECILES = 10
+
+
+def threshold(entropy: Float[np.ndarray, "*N"], correction: Float[np.ndarray, "*N"]) -> Float[np.ndarray, "*N"]:
+    """p*, the probability at which T changes sign: the solution of p (log p + H) = C with p >= e^{-H}.
+
+        p* = e^{W - H},    W e^W = C e^H,    W >= 0
+
+    (u = log p + H turns the equation into u e^u = C e^H; W is Lambert's function, found here by Newton's method.) May
+    be above 1: then no token of that state contracts it. Raises ValueError for negative C.
+
+    >>> threshold(np.log([4.0]), np.zeros(1)).round(6)
+    array([0.25])
+    """
+    entropy, correction = np.asarray(entropy, dtype=float), np.asarray(correction, dtype=float)
+    if (correction < 0).any():
+        raise ValueError(f"threshold: the correction is {correction.min()}; C is never negative")
+    right = correction * np.exp(entropy)
+    w = np.log1p(right)  # at or above the solution for every right side
+    for _ in range(50):
+        step = (w - right * np.exp(-w)) / (1 + w)
+        w = w - step
+        if np.all(np.abs(step) <= 1e-15 * (1 + w)):
+            break
+    return np.asarray(np.exp(w - entropy))
+
+
+def by_probability(
+    p: Float[np.ndarray, " N"],
+    advantages: Float[np.ndarray, " N"],
+    sensitivity: Float[np.ndarray, " N"],
+    change: Float[np.ndarray, " N"] | None = None,
+) -> list[dict[str, Any]]:
+    """What each decile of p_a does, by the sign of A: one row each, from the rarest tokens to the most probable.
+
+    share         of all tokens
+    contracting   share of the row's tokens with P = A T < 0
+    expansion, contraction   the row's share of Σ|P| over all tokens, by the sign of P
+    change        mean change of the row's own states where `change` is given, in nats
+
+    Tokens with A = 0 are left out. `advantages` may be any factor on ∇ log π with the sign of A.
+    """
+    moved = advantages != 0
+    p, advantages, sensitivity = p[moved], advantages[moved], sensitivity[moved]
+    polarity = advantages * sensitivity
+    total, rows = np.abs(polarity).sum(), []
+    edges = np.quantile(p, np.linspace(0, 1, DECILES + 1)) if len(p) else np.zeros(DECILES + 1)
+    decile = np.clip(np.searchsorted(edges, p, side="right") - 1, 0, DECILES - 1)
+    for number in range(DECILES):
+        for sign, name in ((1, "positive"), (-1, "negative")):
+            chosen = (decile == number) & (np.sign(advantages) == sign)
+            part = polarity[chosen]
+            row = {
+                "from": float(edges[number]),
+                "to": float(edges[number + 1]),
+                "advantage": name,
+                "share": _ratio(chosen.sum(), len(p)),
+                "contracting": _ratio((part < 0).sum(), chosen.sum()),
+                "expansion": _ratio(part[part > 0].sum(), total),
+                "contraction": _ratio(abs(part[part < 0].sum()), total),
+            }
+            rows.append(row | ({} if change is None else {"change": _ratio(change[moved][chosen].sum(), chosen.sum())}))
+    return rows
+
+
+def _ratio(part: Any, whole: Any) -> float:
+    return float(part / whole) if whole else 0.0
+
+
+def family_sensitivity(
+    p: Float[np.ndarray, "*N"], entropy: Float[np.ndarray, "*N"], vocabulary: int, tail: str = "zipf"
+) -> Float[np.ndarray, "*N"]:
+    """T of a token with probability p at a state of that entropy, the other tokens being of one family.
+
+    p and H alone do not fix T: C is about the others too. They have probabilities (1 - p) r with
+
+        "even"   r = 1/m on m of them            "zipf"   r_i ∝ i^-s, i = 1 ... V - 1
+
+    and m or s such that the entropy is the one asked for: H = h(p) + (1 - p) H(r), h(p) the binary entropy.
+    NaN where no such distribution is: H too low or too high for p. Raises ValueError for another `tail`, or a
+    vocabulary below 3. Source: ours.
+
+    >>> family_sensitivity(np.array([0.9, 0.01]), np.array([0.5, 0.5]), vocabulary=32).round(4)
+    array([-0.0441,  0.3226])
+    """
+    if tail not in _TAILS or vocabulary < 3:
+        raise ValueError(
+            f"family_sensitivity: tail={tail!r}, vocabulary={vocabulary}; expected {' or '.join(_TAILS)}, and 3 or more"
+        )
+    p, entropy = np.asarray(p, dtype=float), np.asarray(entropy, dtype=float)
+    rest = 1 - p
+    own = -p * np.log(p) - rest * np.log(rest)
+    wanted = (entropy - own) / rest
+    curve, square, square_log = _TAILS[tail](vocabulary - 1)  # by H(r), rising
+    inside = (wanted >= curve[0]) & (wanted <= curve[-1])
+    r2, r2_log = (np.interp(wanted, curve, column) for column in (square, square_log))
+    others = rest**2 * (r2_log + r2 * (np.log(rest) + entropy))
+    sampled = p * (np.log(p) + entropy)
+    return np.where(inside, others - rest * sampled, np.nan)
+
+
+def _even(others: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """H(r), Σ r² and Σ r² log r for r even on m tokens, m from 1 to all of them."""
+    curve = np.linspace(0, np.log(others), 2000)
+    return curve, np.exp(-curve), -curve * np.exp(-curve)
+
+
+def _zipf(others: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same for r_i ∝ i^-s, s from so steep that one token is left to none."""
+    log_rank = np.log(np.arange(1, others + 1))
+    points = []
+    for s in np.concatenate([np.geomspace(40, 1e-3, 300), [0.0]]):
+        log_r = -s * log_rank
+        log_r -= np.logaddexp.reduce(log_r)
+        r = np.exp(log_r)
+        points.append((-(r @ log_r), r @ r, (r * r) @ log_r))
+    curve, square, square_log = np.array(points).T
+    return curve, square, square_log
+
+
+_TAILS = {"even": _even, "zipf": _zipf}

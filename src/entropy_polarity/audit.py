@@ -1,0 +1,199 @@
+"""The audit of an update: what was foretold of the mean entropy, and what came.
+
+An optimiser step moves the parameters by δ, with G the gradient of the loss that it was given. Five accounts of what δ
+does to the mean entropy over some states, each of which leaves out less than the one before:
+
+    local            Σ_t c_t T_t             every state on its own; c_t is w A_t times the token's share of the loss
+    shared           -<g, G>                 all tokens move the same parameters
+    preconditioned   -η <g, M G>             at the learning rate and in the metric of the optimiser, without momentum
+    exact            <g, δ>                  the step that was made
+    realised         H(θ + δ) - H(θ)         to all orders
+
+g is the gradient of that mean at θ. The first two are per unit of step size, the others in nats. Source: ours; the
+local formula is the paper's polarity (arXiv 2605.11775) as polarity.py has it.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from entropy_polarity.exact import (
+    CHUNK_BYTES,
+    Parameters,
+    Sequences,
+    entropy_gradient,
+    exact_sensitivity,
+    sequence_stats,
+)
+
+LEVELS = ("local", "shared", "preconditioned", "exact")
+
+
+@dataclass(frozen=True)
+class Account:
+    """One update seen on one set of states: the levels above. `entropy` is their mean entropy before it, in nats;
+    `parts` splits `exact` by part of the model; `preconditioned` is None for an optimiser that is not known here."""
+
+    entropy: float
+    local: float
+    shared: float
+    preconditioned: float | None
+    exact: float
+    realised: float
+    parts: dict[str, float]
+
+
+class TokenAccount(NamedTuple):
+    """The sampled tokens of an update, one row each; `pressure` is c, `change` what became of that state's entropy."""
+
+    p: Float[Tensor, " N"]
+    entropy: Float[Tensor, " N"]
+    sensitivity: Float[Tensor, " N"]
+    correction: Float[Tensor, " N"]
+    exact_sensitivity: Float[Tensor, " N"]
+    pressure: Float[Tensor, " N"]
+    change: Float[Tensor, " N"]
+
+
+@dataclass
+class Audit:
+    """What `audited` found, once its block is left: by set of states, and by token."""
+
+    accounts: dict[str, Account] = field(default_factory=dict)
+    tokens: TokenAccount | None = None
+
+
+@contextmanager
+def audited(
+    model: nn.Module,
+    optimizer: Any,
+    sequences: Sequences,
+    pressure: Float[Tensor, "B S"],
+    *,
+    held_out: Sequences | None = None,
+    temperature: float = 1.0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Iterator[Audit]:
+    """Audit the optimiser step that is made inside the block; gradients must be there and still be there after it.
+
+        with audited(model, optimizer, sequences, pressure) as audit:
+            optimizer.step()
+        audit.accounts["batch"].exact, audit.accounts["batch"].realised
+
+    `sequences` are those that the gradients came from, and `pressure` (B, S) the factor c_t on ∇ log π of each sampled
+    token in the objective, 0 elsewhere. Accounts are given for "batch", the states of `sequences`, and where `held_out`
+    is given for "held_out". Costs one backward for each set of states, four forward passes over `sequences`, one
+    over `held_out`, and memory for θ and g. It changes nothing: parameters, gradients, modes and the random state are
+    left to the bit. Raises ValueError where `exact_sensitivity` does, and for pressure of another shape.
+    Source: ours.
+    """
+    if pressure.shape != sequences.mask.shape:
+        raise ValueError(
+            f"audited: the pressure has shape {tuple(pressure.shape)}, the sequences {tuple(sequences.mask.shape)}; "
+            "expected one number a token"
+        )
+    where = {"temperature": temperature, "chunk_bytes": chunk_bytes}
+    states = {"batch": sequences} if held_out is None else {"batch": sequences, "held_out": held_out}
+    before = sequence_stats(model, sequences, **where)
+    slopes = {name: entropy_gradient(model, chosen, **where) for name, chosen in states.items()}
+    exact = exact_sensitivity(model, sequences, gradient=slopes["batch"], **where).sensitivity
+    start = {name: parameter.detach().clone() for name, parameter in _moving(model)}
+    audit = Audit()
+    yield audit
+    step = {name: parameter.detach() - start[name] for name, parameter in _moving(model)}
+    down = {name: _descent(parameter) for name, parameter in _moving(model)}
+    metric = _without_momentum(optimizer, model)
+    after = sequence_stats(model, sequences, **where)
+    local = (pressure * before.sensitivity).sum().item()
+    for name, (entropy, g) in slopes.items():
+        now = after if name == "batch" else sequence_stats(model, states[name], **where)
+        audit.accounts[name] = Account(
+            entropy=entropy,
+            local=local,
+            shared=_inner(g, down),
+            preconditioned=None if metric is None else _inner(g, metric),
+            exact=_inner(g, step),
+            realised=_mean(now.entropy, states[name]) - entropy,
+            parts=_by_part(g, step),
+        )
+    change = after.entropy - before.entropy
+    columns = (before.logp.exp(), before.entropy, before.sensitivity, before.correction, exact, pressure, change)
+    audit.tokens = TokenAccount(*(column[sequences.mask].cpu() for column in columns))
+
+
+def _moving(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _descent(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else -parameter.grad
+
+
+def _mean(entropy: Float[Tensor, "B S"], states: Sequences) -> float:
+    return (entropy.double().sum() / states.mask.sum()).item()
+
+
+def _inner(a: Parameters, b: Parameters) -> float:
+    return sum(_dot(a[name], b[name]) for name in a)
+
+
+def _by_part(a: Parameters, b: Parameters) -> dict[str, float]:
+    """The inner product, split by layer, embedding, norm and head: by the name up to its first number."""
+    parts: dict[str, float] = {}
+    for name in a:
+        layer = re.match(r".*?\.\d+(?=\.)", name)
+        part = layer[0] if layer else name.rsplit(".", 1)[0]
+        parts[part] = parts.get(part, 0.0) + _dot(a[name], b[name])
+    return parts
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return (a.double() * b.double()).sum().item()
+
+
+def _without_momentum(optimizer: Any, model: nn.Module) -> Parameters | None:
+    """-η M G: the step that the optimiser just made, had it neither momentum nor weight decay. None if unknown.
+
+    SGD: M = 1. Adam and AdamW: M = 1 / (√v̂ + ε), with v̂ of this step.
+    """
+    plain = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    rule = _METRICS.get(type(plain))
+    if rule is None:
+        return None
+    steps = {}
+    for group in plain.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                steps[parameter] = rule(parameter, group, plain.state[parameter])
+    return {
+        name: steps[parameter] if parameter in steps else torch.zeros_like(parameter)
+        for name, parameter in _moving(model)
+    }
+
+
+def _sgd(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+    return -group["lr"] * _gradient(parameter)
+
+
+def _adam(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+    second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+    scale = (second / (1 - group["betas"][1] ** float(state["step"]))).sqrt() + group["eps"]
+    return -group["lr"] * _gradient(parameter) / scale
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+_METRICS: dict[type, Callable[[nn.Parameter, dict[str, Any], dict[str, Any]], Tensor]] = {
+    torch.optim.SGD: _sgd,
+    torch.optim.Adam: _adam,
+    torch.optim.AdamW: _adam,
+}

@@ -1,0 +1,158 @@
+"""The page of an audit: one self-contained HTML file with tables and pictures."""
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from entropy_polarity.report.audit_tables import audit_tables
+from entropy_polarity.report.html import Chart, blank_figure, render
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6b4c9a")
+_INK, _EXPAND, _CONTRACT = "#1d2129", "#0072B2", "#D55E00"
+_LEVELS = ("local", "shared", "preconditioned", "exact")
+
+
+def render_audit(document: dict[str, Any]) -> str:
+    """The page of an audit document (audit.json). All text is escaped."""
+    recipe = document["recipe"]
+    return render(
+        "audit.html",
+        audit_charts(document),
+        title=f"Audit on {recipe['task']['name']}",
+        recipe=recipe,
+        optimizer=recipe["trainer"].get("optim", "adamw"),
+        seeds=[run["seed"] for run in document["runs"]],
+        updates=sum(len(run["updates"]) for run in document["runs"]),
+        tokens=document["asymmetry"]["tokens"],
+        environment=document["environment"],
+        tables=audit_tables(document),
+    )
+
+
+def audit_charts(document: dict[str, Any]) -> list[Chart]:
+    return [
+        Chart(
+            "Predicted and realised change, update by update",
+            "Each point is one update; colours are seeds, open points held-out states. A prediction to be trusted "
+            "lies on a line through the origin. The two on the left are per unit of step size, the others in nats.",
+            _scatter(document["runs"]),
+        ),
+        Chart(
+            "The entropy, and what was foretold of it",
+            "Realised changes of the trained-on states added up from the first update (solid), and their exact "
+            "first-order predictions (dotted), in nats. They part where second order counts.",
+            _sums(document["runs"]),
+        ),
+        Chart(
+            "Where a run's tokens lie",
+            "Shade: how many tokens, on a logarithmic scale, by the probability of the sampled token and the entropy "
+            "of its state. Left of the line p = e^-H a reinforced token expands the entropy; right of it, and a little "
+            "further for what C adds, it contracts.",
+            _map(document["asymmetry"]["map"]),
+        ),
+        Chart(
+            "Who expands, who contracts",
+            "The share of Σ|P| of each tenth of the tokens, from the rarest to the most probable: above zero "
+            "expansion, below contraction. Reinforced tokens are filled, discouraged ones hatched.",
+            _deciles(document["asymmetry"]["by_probability"]),
+        ),
+    ]
+
+
+def _scatter(runs: list[dict[str, Any]]) -> go.Figure:
+    names = [name for name in _LEVELS if runs[0]["updates"][0]["batch"][name] is not None]
+    figure = make_subplots(rows=1, cols=len(names), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.03)
+    figure.update_layout(blank_figure(height=340).layout, margin={"t": 30, "l": 80}, hovermode="closest")
+    for column, name in enumerate(names, start=1):
+        for run, colour in zip(runs, _cycle(len(runs)), strict=True):
+            for states, symbol in (("batch", "circle"), ("held_out", "circle-open")):
+                points = [row[states] for row in run["updates"]]
+                figure.add_scatter(
+                    x=[_short(point[name]) for point in points],
+                    y=[_short(point["realised"]) for point in points],
+                    mode="markers",
+                    marker={"color": colour, "symbol": symbol, "size": 6},
+                    name=f"seed {run['seed']}, {states.replace('_', ' ')}",
+                    showlegend=False,
+                    row=1,
+                    col=column,
+                )
+    figure.update_xaxes(zeroline=True, zerolinecolor=_INK, zerolinewidth=1)
+    figure.update_yaxes(zeroline=True, zerolinecolor=_INK, zerolinewidth=1)
+    figure.update_yaxes(title="realised change, nats", col=1)
+    return figure
+
+
+def _sums(runs: list[dict[str, Any]]) -> go.Figure:
+    figure = blank_figure(height=300)
+    for run, colour in zip(runs, _cycle(len(runs)), strict=True):
+        steps = [row["step"] for row in run["updates"]]
+        for name, dash in (("realised", "solid"), ("exact", "dot")):
+            sums = np.cumsum([row["batch"][name] for row in run["updates"]])
+            figure.add_scatter(
+                x=steps,
+                y=[*map(_short, sums)],
+                name=f"seed {run['seed']}, {name}",
+                line={"color": colour, "dash": dash},
+            )
+    figure.update_layout(xaxis_title="update", yaxis_title="nats")
+    return figure
+
+
+def _map(cells: dict[str, Any]) -> go.Figure:
+    figure = blank_figure(height=380)
+    p, entropy = (np.array(cells[name]) for name in ("p", "entropy"))
+    count = np.array(cells["tokens"], dtype=float).T
+    shade = np.log10(np.where(count > 0, count, np.nan))
+    middle = [(edges[1:] + edges[:-1]) / 2 for edges in (p, entropy)]
+    figure.add_heatmap(
+        x=[*map(_short, middle[0])],
+        y=[*map(_short, middle[1])],
+        z=[[None if np.isnan(value) else _short(value) for value in row] for row in shade],
+        colorscale="Blues",
+        colorbar={
+            "title": "tokens",
+            "tickvals": [0, 1, 2, 3, 4, 5],
+            "ticktext": ["1", "10", "100", "10³", "10⁴", "10⁵"],
+        },
+        hovertemplate="p %{x}, H %{y}<extra></extra>",
+    )
+    heights = np.linspace(0, entropy[-1], 100)
+    border = [*map(_short, np.exp(-heights))]
+    figure.add_scatter(x=border, y=[*map(_short, heights)], mode="lines", line={"color": _INK}, name="p = e^-H")
+    figure.update_layout(
+        xaxis_title="p of the sampled token", yaxis_title="entropy of its state, nats", hovermode="closest"
+    )
+    return figure
+
+
+def _deciles(rows: list[dict[str, Any]]) -> go.Figure:
+    figure = blank_figure(height=320)
+    for sign, pattern in (("positive", ""), ("negative", "/")):
+        chosen = [row for row in rows if row["advantage"] == sign]
+        labels = [f"{row['from']:.2g} to {row['to']:.2g}" for row in chosen]
+        word = "reinforced" if sign == "positive" else "discouraged"
+        for part, colour, way in (("expansion", _EXPAND, 1), ("contraction", _CONTRACT, -1)):
+            figure.add_bar(
+                x=labels,
+                y=[_short(way * row[part]) for row in chosen],
+                name=f"{part}, {word}",
+                marker={"color": colour, "pattern": {"shape": pattern}},
+            )
+    figure.update_layout(
+        barmode="relative", xaxis_title="p of the sampled token", yaxis_title="share of Σ|P|", yaxis_tickformat=".0%",
+        legend={"orientation": "v", "x": 1.01, "y": 1},
+    )  # fmt: skip
+    figure.update_xaxes(type="category")
+    return figure
+
+
+def _cycle(count: int) -> list[str]:
+    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+
+
+def _short(value: float) -> float:
+    """Four digits: more make the page heavy and cannot be seen."""
+    return float(f"{value:.4g}")

@@ -1,0 +1,72 @@
+"""From a trainer's callbacks to the audit of every update it makes."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import TrainerCallback
+
+from entropy_polarity.audit import Audit, audited
+from entropy_polarity.exact import Sequences
+from entropy_polarity.tokens import Tokens
+from entropy_polarity.trainers.trl import PolarityTrainer
+from entropy_polarity.trainers.trl_loss import averaged, importance
+
+
+class UpdateAuditor(TrainerCallback):
+    """Attach with `UpdateAuditor(watch, ...).attach(trainer)`. The run is the one it would be without.
+
+    `watch(step, audit)` is called after each optimiser step; `held_out(step)` gives the other states to look at, or
+    is None. Loss terms beside the policy's (entropy bonus, penalties) have no local formula; all other levels see them.
+    """
+
+    def __init__(self, watch: Callable[[int, Audit], None], held_out: Callable[[int], Sequences] | None = None) -> None:
+        self.watch, self.held_out = watch, held_out
+        self._seen: list[tuple[Sequences, Tensor]] = []
+        self._open = ExitStack()
+
+    def attach(self, trainer: PolarityTrainer) -> None:
+        if trainer.accelerator.num_processes > 1:
+            raise ValueError("the audit looks at one process; this run has several")
+        self.trainer = trainer
+        trainer.add_callback(self)
+        trainer.on_loss = self._collect
+
+    def _collect(self, inputs: dict[str, Any], tokens: Tokens) -> None:
+        """One micro-batch: its sequences, and the factor on ∇ log π of each of its tokens in the objective."""
+        sequences = Sequences(
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            pad(tokens.mask, (inputs["prompt_ids"].size(1), 0)),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+        )
+        detached = Tokens(tokens.mask, tokens.advantages, tokens.known("logp").detach(), tokens.known("old_logp"))
+        factor = importance(self.trainer, detached, inputs.get("importance_sampling_ratio")) * tokens.advantages
+        with torch.enable_grad():
+            share = torch.ones_like(factor, requires_grad=True)
+            (share_of_loss,) = torch.autograd.grad(averaged(self.trainer, share, tokens.mask, inputs), share)
+        pressure = torch.where(tokens.mask, factor * share_of_loss, 0.0)
+        self._seen.append((sequences, pad(pressure, (inputs["prompt_ids"].size(1), 0))))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        parts, pressures = zip(*self._seen, strict=True)
+        self._seen = []
+        sequences = Sequences(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        states = None if self.held_out is None else self.held_out(state.global_step)
+        if states is None and not sequences.mask.any():
+            return
+        block = audited(
+            self.trainer.accelerator.unwrap_model(self.trainer.model),
+            self.trainer.optimizer,
+            sequences,
+            torch.cat(pressures),
+            held_out=states,
+            temperature=self.trainer.temperature,
+        )
+        self._audit = self._open.enter_context(block)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._open.close()
+        self.watch(state.global_step + 1, self._audit)
