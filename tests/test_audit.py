@@ -132,6 +132,17 @@ def test_what_the_trainer_presses_is_what_its_gradient_says(tmp_path, method, se
     assert max(sizes) > 0
 
 
+def test_an_update_without_a_token_is_passed_over(tmp_path):
+    """dapo drops groups of equal rewards: with all of them equal nothing is left to audit."""
+    trainer = make_trainer(PolarityTrainer, tmp_path, method=("dapo", {}), max_steps=2)
+    trainer.reward_funcs = [lambda completions, **_: [0.0] * len(completions)]
+    found = []
+    UpdateAuditor(lambda step, audit: found.append(step), lambda step: batch()).attach(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert found == []
+
+
 def test_the_audit_leaves_no_trace_in_a_run(tmp_path):
     plain, seen = (make_trainer(PolarityTrainer, tmp_path / name, max_steps=3) for name in ("plain", "seen"))
     sequences = batch()
@@ -290,6 +301,7 @@ def test_the_command_prints_one_document(tmp_path):
     [
         (["--method", "grop"], "grop"),
         (["--steps", "0"], "max_steps is 0"),
+        (["--steps", "2"], "2 updates, seeds [0]: an audit needs 3 updates"),
         (["--model", "nowhere"], "cannot load a model from 'nowhere'"),
         (["--optimizer", "lion"], "lion"),
     ],

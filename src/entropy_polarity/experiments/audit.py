@@ -82,7 +82,11 @@ def audit(
     Raises ValueError or OSError for what a user can get wrong, before anything is written.
     """
     quiet()
-    task, _ = checked(recipe, output)
+    task, config = checked(recipe, output)
+    if config.max_steps < 3 or not seeds:
+        raise ValueError(
+            f"{config.max_steps} updates, seeds {list(seeds)}: an audit needs 3 updates and a seed, or more"
+        )
     runs = [_finished(recipe, seed, output) or _run(recipe, seed, task, output, watch) for seed in seeds]
     document = {
         "audit": 1,  # version of this layout
@@ -136,6 +140,11 @@ def _run(recipe: Recipe, seed: int, task: Task, output: Path, watch: Watch) -> d
 
     UpdateAuditor(note, held_out).attach(trainer)
     trainer.train()
+    if len(updates) < 3:
+        raise ValueError(
+            f"seed {seed}: only {len(updates)} updates had a token to look at; take more steps, a larger batch, or a "
+            "task whose groups differ in reward"
+        )
     _write_tokens(output / TOKENS.format(seed), tokens)
     run = {"seed": seed, "recipe": _portable(recipe), "updates": updates}
     write_document(output / RUN.format(seed), run)

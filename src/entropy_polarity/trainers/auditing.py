@@ -27,6 +27,7 @@ class UpdateAuditor(TrainerCallback):
         self.watch, self.held_out = watch, held_out
         self._seen: list[tuple[Sequences, Tensor]] = []
         self._open = ExitStack()
+        self._audit: Audit | None = None
 
     def attach(self, trainer: PolarityTrainer) -> None:
         if trainer.accelerator.num_processes > 1:
@@ -54,9 +55,9 @@ class UpdateAuditor(TrainerCallback):
         parts, pressures = zip(*self._seen, strict=True)
         self._seen = []
         sequences = Sequences(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        if not sequences.mask.any():
+            return  # every token was dropped: there is no prediction to look at
         states = None if self.held_out is None else self.held_out(state.global_step)
-        if states is None and not sequences.mask.any():
-            return
         block = audited(
             self.trainer.accelerator.unwrap_model(self.trainer.model),
             self.trainer.optimizer,
@@ -68,5 +69,8 @@ class UpdateAuditor(TrainerCallback):
         self._audit = self._open.enter_context(block)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
+        if self._audit is None:
+            return
         self._open.close()
-        self.watch(state.global_step + 1, self._audit)
+        found, self._audit = self._audit, None
+        self.watch(state.global_step + 1, found)
