@@ -186,7 +186,8 @@ def test_what_a_run_would_refuse_is_refused_before_anything_is_made(tmp_path, me
 # The runs
 
 
-def test_finished_runs_are_kept_and_new_ones_added(scripted, tmp_path):
+def test_finished_runs_are_kept_and_new_ones_added(scripted, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     document = compare(plan_of(), tmp_path / "c", at_once=2)
     assert [(run["seed"], run["label"]) for run in document["runs"]] == [
         (0, "grpo"), (0, "papo"), (1, "grpo"), (1, "papo"),
