@@ -17,9 +17,10 @@ from entropy_polarity import phase
 from entropy_polarity.methods import METHODS, make_transform
 from entropy_polarity.polarity import predicted_entropy_change
 from entropy_polarity.tokens import Tokens
-from entropy_polarity.transforms import Loss, Transform, loss_terms, token_polarity
+from entropy_polarity.transforms import Loss, Transform, chain, loss_terms, token_polarity
 from entropy_polarity.transforms.batch import largest, mean_entropy, token_keys
 from entropy_polarity.transforms.selection import clip_cov_choice
+from entropy_polarity.transforms.weights import polarity_sign, shuffled_signs
 
 nan, inf = math.nan, math.inf
 VERL = json.loads((Path(__file__).parent / "golden" / "verl.json").read_text())
@@ -33,6 +34,9 @@ CASES: dict[str, tuple[str, dict]] = {
     "papo weighing": ("papo", {"controller": "constant", "lambda_": -0.4, "soft_sign": 0.02}),
     "papo steering": ("papo", {"controller": "reference", "level": 0.6}),
     "papo thermostat below": ("papo", {"controller": "thermostat", "level": 1.0, "conserve": True}),
+    "papo exact": ("papo", {"controller": "balance", "sign_from": "exact", "every": 2}),
+    "papo shuffled": ("papo", {"controller": "constant", "lambda_": 0.5, "sign_from": "shuffled"}),
+    "papo_random_half positive": ("papo_random_half", {"size_of": "positive", "seed": 5}),
     "dapo overlong": ("dapo", {"overlong_cache": 3, "max_length": 6}),
     "adaptive_coefficient low": ("adaptive_coefficient", {"target": 5.0}),
     "top_entropy of all": ("top_entropy", {"fraction": 0.3, "denominator": "all"}),
@@ -797,6 +801,60 @@ def test_single_branches_by_hand():
     )
     assert advantages(method("papo_positive_only"), batch) == [[1, 0, 0, 0, 0, 0]]
     assert advantages(method("papo_negative_only"), batch) == [[0, 2, -1, 0, 0, 0]]
+
+
+def test_a_random_half_has_the_size_of_a_branch_and_tokens_of_both():
+    batch = sampled_batch(3, scale=20.0)
+    sizes = {}
+    for branch in ("positive", "negative"):
+        kept = run(method(f"papo_{branch}_only"), batch)[0].advantages != 0
+        transform = method("papo_random_half", size_of=branch)
+        random, later = (run(transform, *rollouts)[0].advantages != 0 for rollouts in ([batch], [batch, batch]))
+        sizes[branch] = int((kept & batch.mask).sum())
+        assert (random & batch.mask).sum() == (later & batch.mask).sum() == sizes[branch]
+        assert not random.equal(kept)
+        assert not random.equal(later)
+        other = polarity_sign(batch) == (-1 if branch == "positive" else 1)
+        assert (random & other & batch.mask).any()
+    assert sizes["positive"] != sizes["negative"]
+
+
+def test_shuffled_signs_are_the_same_signs_on_other_tokens():
+    batch = sampled_batch(3)
+    shuffled = [replace(batch, sensitivity=shuffled_signs(batch, rollout)) for rollout in (0, 0, 1)]
+    signs = [polarity_sign(tokens)[batch.mask] for tokens in (batch, *shuffled)]
+    assert signs[1].equal(signs[2])
+    assert not signs[1].equal(signs[3])
+    assert not signs[0].equal(signs[1])
+    for sign in signs[1:]:
+        assert sign.sort().values.equal(signs[0].sort().values)
+    moved = signs[0] != 0
+    assert 0.3 < (signs[0] == signs[1])[moved].float().mean() < 0.7  # chance
+    assert token_polarity(shuffled[0]).abs().equal(token_polarity(batch).abs())
+
+
+def test_shuffled_papo_weighs_by_the_shuffled_signs_and_hands_the_sensitivity_back():
+    batch = sampled_batch(3)
+    settings = {"controller": "constant", "lambda_": 0.5}
+    found = run(method("papo", sign_from="shuffled", **settings), batch)[0]
+    seen = replace(batch, sensitivity=shuffled_signs(batch, 0))
+    assert found.advantages.equal(run(method("papo", **settings), seen)[0].advantages)
+    assert found.sensitivity is batch.sensitivity
+
+
+def test_exact_signs_are_used_where_they_are_known():
+    # T says expand, T* says contract, and on the next rollout there is no T*
+    local = literal(advantages=[[1.0, -1.0]], sensitivity=[[0.1, 0.1]], entropy=[[1.0, 1.0]])
+    exact = replace(local, exact_sensitivity=torch.tensor([[-0.3, 0.2]]))
+    settings = {"controller": "constant", "lambda_": 0.5}
+    transform = method("papo", sign_from="exact", every=2, **settings)
+    assert transform.exact_every == make_transform("papo", {"sign_from": "exact", "every": 2}).exact_every == 2
+    assert advantages(transform, exact) == [[0.5, -0.5]]
+    assert advantages(transform, local) == [[1.5, -0.5]]
+    assert run(transform, exact)[0].sensitivity is exact.sensitivity
+    assert method("papo").exact_every == 0
+    twice = chain(transform, method("papo", sign_from="exact", every=3), method("grpo"))
+    assert twice.exact_every == 1  # every second and every third rollout
 
 
 def test_loss_terms_and_their_gradient():

@@ -324,6 +324,10 @@ def test_an_update_leaves_the_batch_it_was_given_alone(name, settings):
         ("papo", {"soft_sing": 0.1}, "did you mean 'soft_sign'"),
         ("papo", {"controler": "trend"}, "did you mean 'controller'"),
         ("papo", {"soft_sign": -0.1}, "soft_sign is -0.1; expected a width >= 0"),
+        ("papo", {"sign_from": "exakt"}, "is 'exakt'; expected Literal"),
+        ("papo", {"sign_from": "exact", "every": 0}, "every is 0"),
+        ("papo", {"every": 2}, "every is 2, sign_from 'local'; expected"),
+        ("papo_random_half", {"size_of": "positve"}, "is 'positve'; expected Literal"),
         ("papo", {"soft_sign": nan}, "'soft_sign' of method 'papo' is nan"),
         ("papo", {"gain": -2}, "gain is -2"),
     ],
@@ -336,7 +340,13 @@ def test_make_transform_names_what_was_meant(name, settings, told):
 
 def test_a_method_lists_its_settings_with_their_defaults():
     rows = {row["name"]: row for row in describe_methods()}
-    assert rows["papo"]["settings"] == {"controller": "trend", "soft_sign": 0.0, "conserve": False}
+    assert rows["papo"]["settings"] == {
+        "controller": "trend",
+        "soft_sign": 0.0,
+        "conserve": False,
+        "sign_from": "local",
+        "every": 1,
+    }
     assert rows["papo"]["controllers"]["balance"] == {"decides": "whole batch", "settings": {"lambda_max": 0.8}}
     assert rows["grpo"]["settings"] == rows["grpo"]["controllers"] == {}
 

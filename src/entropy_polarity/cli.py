@@ -163,17 +163,20 @@ def compare(
         return _compared_before(finished, baselines, output, as_json)
     if search:
         _refuse("--search (give them in the plan's [search] table)", seeds=seeds)
-    steps = () if max_steps is None else (f"trainer.max_steps={max_steps}",)
-    planned = load_plan(plan, methods, seeds, baselines, [*overrides, *steps])
-    directory = output or Path("runs") / f"compare-{Path(plan).stem}"
+    planned = load_plan(plan, methods, seeds, baselines, [*overrides, *_steps(max_steps)])
+    _compare(planned, output or Path("runs") / f"compare-{Path(plan).stem}", jobs, known, as_json, search)
 
+
+def _compare(
+    plan: Any, directory: Path, jobs: int | None, known: tuple[Path, ...], as_json: bool, search: bool = False
+) -> None:
     from entropy_polarity.experiments.compare import experiment
     from entropy_polarity.report.progress import ComparisonView
 
     do = experiment.search if search else experiment.compare
     with ComparisonView(str(directory), sys.stderr if as_json else sys.stdout) as view:
         try:
-            document = do(planned, directory, jobs, view.watch, known)
+            document = do(plan, directory, jobs, view.watch, known)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command goes on; finished runs are kept") from None
     if as_json:
@@ -183,6 +186,38 @@ def compare(
         print(directory / (experiment.SEARCH if search else experiment.PAGE))
     if document["failed"]:
         sys.exit(1)
+
+
+def ablate(
+    recipe: Positional[str] = DEFAULT_RECIPE,
+    /,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    output: Path | None = None,
+    jobs: int | None = None,
+    max_steps: int | None = None,
+    known: tuple[Path, ...] = (),
+    overrides: Overrides = (),
+    as_json: Json = False,
+) -> None:
+    """What does each branch do? PAPO against its parts: one branch, a random share, no sign, shuffled signs.
+
+    Args:
+        recipe: name of a recipe that comes with the package, or path of a .toml file; its [method] sets PAPO
+        seeds: each arm is trained with each of them
+        output: where runs, comparison.json and comparison.html go (default: runs/ablate-<recipe>)
+        jobs: as in papo compare
+        max_steps: optimiser steps of each run
+        known: as in papo compare
+        overrides: any key of the recipe, e.g. method.level=0.3; can be repeated
+    """
+    from entropy_polarity.experiments.compare.ablation import ablation_plan
+
+    planned = ablation_plan(recipe, seeds, [*overrides, *_steps(max_steps)])
+    _compare(planned, output or Path("runs") / f"ablate-{Path(recipe).stem}", jobs, known, as_json)
+
+
+def _steps(max_steps: int | None) -> tuple[str, ...]:
+    return () if max_steps is None else (f"trainer.max_steps={max_steps}",)
 
 
 def _refuse(owner: str, **flags: Any) -> None:
@@ -334,6 +369,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "eval": evaluate,
     "compare": compare,
+    "ablate": ablate,
     "audit": audit,
     "report": report,
     "methods": methods,

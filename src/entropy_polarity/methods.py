@@ -6,7 +6,7 @@ To add one: write the function that builds its transform, whose arguments are it
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from entropy_polarity import phase
 from entropy_polarity._errors import check_settings, unknown_name
@@ -15,7 +15,14 @@ from entropy_polarity.transforms.rewards import dapo, nsr, psr, qae, w_reinforce
 from entropy_polarity.transforms.selection import clip_b, clip_cov, clip_v, kl_cov, top_entropy
 from entropy_polarity.transforms.shaping import cw_grpo, entropic, entropy_advantage, gepo, stare, steer
 from entropy_polarity.transforms.terms import adaptive_coefficient, entropy_bonus
-from entropy_polarity.transforms.weights import one_branch, opefo
+from entropy_polarity.transforms.weights import (
+    exact_where_known,
+    one_branch,
+    opefo,
+    random_branch,
+    shuffled_signs,
+    with_sensitivity,
+)
 
 
 @dataclass(frozen=True)
@@ -43,13 +50,26 @@ def grpo() -> Transform:
 
 
 def papo(
-    controller: str = "trend", soft_sign: float = 0.0, conserve: bool = False, **controller_settings: Any
+    controller: str = "trend",
+    soft_sign: float = 0.0,
+    conserve: bool = False,
+    sign_from: Literal["local", "exact", "shuffled"] = "local",
+    every: int = 1,
+    **controller_settings: Any,
 ) -> Transform:
     """PAPO: weighs expanding tokens 1 + λ and contracting ones 1 - λ, λ steered by the entropy trajectory.
 
-    A' = A (1 + λ_k s): see `polarity_weights`; `controller_settings` are those of `phase.<controller>`.
-    Source: arXiv 2605.11775; the weighting rule and the controllers are our reconstruction.
+    A' = A (1 + λ_k s): see `polarity_weights`; `controller_settings` are those of `phase.<controller>`. `sign_from`
+    says whose sign s is: "local", that of T, which sees a token's own state alone; "exact", that of T*, what the token
+    does to the whole rollout's mean entropy through shared parameters, made on every `every`-th rollout for about one
+    backward and two forward passes over it (the rollouts between use T); "shuffled", an ablation.
+    Source: arXiv 2605.11775; the weighting rule and the controllers are our reconstruction, "exact" is ours.
     """
+    if every < 1 or (every > 1 and sign_from != "exact"):
+        raise ValueError(
+            f"papo: every is {every}, sign_from {sign_from!r}; expected a whole number of rollouts from 1 up, and 1 "
+            "unless sign_from is 'exact'"
+        )
     if controller not in phase.CONTROLLERS:
         raise unknown_name("controller", controller, phase.CONTROLLERS)
     build = phase.CONTROLLERS[controller]
@@ -60,8 +80,11 @@ def papo(
         if setting not in takers[controller] and others:
             taken = ", ".join(takers[controller])
             raise ValueError(f"{setting!r} is no setting of {owner} ({taken}), but of controller {', '.join(others)}")
-    check_settings(owner, build, controller_settings, "controller", "soft_sign", "conserve")
-    return polarity_weights(build(**controller_settings), soft_sign, conserve)
+    check_settings(owner, build, controller_settings, "controller", "soft_sign", "conserve", "sign_from", "every")
+    weights = polarity_weights(build(**controller_settings), soft_sign, conserve)
+    if sign_from == "exact":
+        return with_sensitivity(weights, exact_where_known, exact_every=every)
+    return with_sensitivity(weights, shuffled_signs, "sample_id") if sign_from == "shuffled" else weights
 
 
 def papo_positive_only() -> Transform:
@@ -72,6 +95,14 @@ def papo_positive_only() -> Transform:
 def papo_negative_only() -> Transform:
     """Ablation: only tokens that contract entropy keep their advantage."""
     return one_branch(-1)
+
+
+def papo_random_half(size_of: Literal["positive", "negative"] = "negative", seed: int = 0) -> Transform:
+    """Ablation: as many tokens as one branch has keep their advantage, drawn at random from both.
+
+    `size_of` says which branch: the "positive" one expands entropy, the "negative" one contracts it.
+    """
+    return random_branch(+1 if size_of == "positive" else -1, seed)
 
 
 METHODS = {
@@ -112,6 +143,7 @@ METHODS = {
         ),
         Method("papo_positive_only", papo_positive_only, "ours"),
         Method("papo_negative_only", papo_negative_only, "ours"),
+        Method("papo_random_half", papo_random_half, "ours"),
     )
 }
 

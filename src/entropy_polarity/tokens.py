@@ -45,6 +45,8 @@ class Tokens:
     advantages   A, one value a token (a response's advantage repeated)
     logp         log p_a under the current policy, old_logp under the policy that sampled
     entropy, sum_p2, sum_p2_logp, sensitivity   as in TokenStats
+    exact_sensitivity   N T*, what the token does to the mean entropy of the N model tokens through all parameters
+                 (exact.py), on the scale of T: equal to it where no parameter is shared
     importance   w, what the loss leaves of the policy gradient: the importance ratio while the clip lets it
                  live, 0 where it does not, times a rollout engine's correction. None means 1 everywhere
     reward, group, sample_id   one value a response
@@ -60,6 +62,7 @@ class Tokens:
     sum_p2: Float[Tensor, "B T"] | None = None
     sum_p2_logp: Float[Tensor, "B T"] | None = None
     sensitivity: Float[Tensor, "B T"] | None = None
+    exact_sensitivity: Float[Tensor, "B T"] | None = None
     importance: Float[Tensor, "B T"] | None = None
     reward: Float[Tensor, " B"] | None = None
     group: Int[Tensor, " B"] | None = None

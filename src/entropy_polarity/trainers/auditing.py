@@ -13,6 +13,7 @@ from entropy_polarity.audit import Audit, audited
 from entropy_polarity.exact import Sequences
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.trainers.trl import PolarityTrainer
+from entropy_polarity.trainers.trl_exact import sequences_of
 from entropy_polarity.trainers.trl_loss import averaged, importance
 
 
@@ -38,11 +39,7 @@ class UpdateAuditor(TrainerCallback):
 
     def _collect(self, inputs: dict[str, Any], tokens: Tokens) -> None:
         """One micro-batch: its sequences, and the factor on ∇ log π of each of its tokens in the objective."""
-        sequences = Sequences(
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            pad(tokens.mask, (inputs["prompt_ids"].size(1), 0)),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-        )
+        sequences = sequences_of(inputs, tokens.mask)
         detached = Tokens(tokens.mask, tokens.advantages, tokens.known("logp").detach(), tokens.known("old_logp"))
         factor = importance(self.trainer, detached, inputs.get("importance_sampling_ratio")) * tokens.advantages
         with torch.enable_grad():

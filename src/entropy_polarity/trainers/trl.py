@@ -32,6 +32,7 @@ from entropy_polarity.methods import make_transform
 from entropy_polarity.record import CHECKPOINT_IS_WHOLE as STATE_FILE
 from entropy_polarity.tokens import Tokens, concatenate
 from entropy_polarity.trainers.trl_config import PolarityConfig
+from entropy_polarity.trainers.trl_exact import exact_sensitivity_of
 from entropy_polarity.trainers.trl_loss import averaged, importance, restrict
 from entropy_polarity.trainers.trl_seam import Request, StatisticsHead
 from entropy_polarity.transforms import loss_terms, measure
@@ -111,6 +112,8 @@ class PolarityTrainer(GRPOTrainer):
                 "is 1: use num_iterations or steps_per_generation above 1",
                 stacklevel=2,
             )
+        if self.transform.exact_every and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("sign_from='exact' needs whole parameters on every process: not with FSDP or DeepSpeed")
         self.add_callback(_RolloutBoundaries(self))
 
     @property
@@ -161,10 +164,18 @@ class PolarityTrainer(GRPOTrainer):
             # TRL's pass for old log-probs, if it made one, was served with statistics.
             made = [columns for logp, columns in passes or () if logp is batch.get("old_per_token_logps")]
             tokens = self._tokens(batch, *made[0]) if made else self._whole_batch_tokens(batch)
+            if self._wants_exact:
+                tokens = replace(tokens, exact_sensitivity=exact_sensitivity_of(self, batch, tokens.mask))
             decision = self._run_method(tokens)
             self._report(tokens, decision.tokens, decision.metrics)
             self._put(batch, decision)
         return batch
+
+    @property
+    def _wants_exact(self) -> bool:
+        every = self.transform.exact_every
+        done = self.state.global_step * self.args.gradient_accumulation_steps // self.micro_steps_per_rollout
+        return every > 0 and done % every == 0
 
     def _put(self, batch: dict[str, Any], decision: Decision) -> None:
         """A decision into the batch that TRL trains on."""

@@ -9,6 +9,7 @@ the rewriting without the move: it gives the same advantages on any part of the 
 micro-batch by micro-batch with the statistics of the forward pass it makes anyway.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -42,13 +43,15 @@ class Loss(NamedTuple):
 
 class Transform(NamedTuple):
     """`needs` names the fields of Tokens that `update` reads beside mask and advantages, and two facts that are no
-    fields: "entropy_grad", H with gradient in the loss; "reuse", several updates on a rollout."""
+    fields: "entropy_grad", H with gradient in the loss; "reuse", several updates on a rollout. On every
+    `exact_every`-th rollout, counted from the first, `update` reads the field exact_sensitivity too; 0: never."""
 
     init: Callable[[], State]
     update: Callable[[Tokens, State], tuple[Tokens, State, Metrics]]
     local: Callable[[Tokens, State], Tokens] | None = None
     needs: frozenset[str] = frozenset()
     loss: Loss = Loss()
+    exact_every: int = 0
 
     @property
     def decides(self) -> Literal["each token", "rewards", "whole batch"]:
@@ -106,4 +109,5 @@ def chain(*transforms: Transform) -> Transform:
     loss = Loss()
     for transform in transforms:
         loss = transform.loss.over(loss)
-    return Transform(init, update, local if all(t.local for t in transforms) else None, needs, loss)
+    exact_every = math.gcd(*(t.exact_every for t in transforms))  # often enough for each
+    return Transform(init, update, local if all(t.local for t in transforms) else None, needs, loss, exact_every)

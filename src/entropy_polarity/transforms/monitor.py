@@ -52,4 +52,4 @@ def monitored(inner: Transform) -> Transform:
         assert inner.local is not None
         return inner.local(tokens, state["inner"])
 
-    return Transform(init, update, local if inner.local else None, inner.needs, inner.loss)
+    return Transform(init, update, local if inner.local else None, inner.needs, inner.loss, inner.exact_every)

@@ -1,5 +1,8 @@
 """PAPO: weights that move pressure between the tokens that expand entropy and those that contract it."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -7,7 +10,7 @@ from torch import Tensor
 from entropy_polarity.phase import Controller, Metrics, Observation, State
 from entropy_polarity.polarity import branch_flows, polarity
 from entropy_polarity.tokens import Tokens, masked_mean
-from entropy_polarity.transforms.batch import mean_entropy, precise
+from entropy_polarity.transforms.batch import largest, mean_entropy, precise, token_keys
 from entropy_polarity.transforms.core import Transform, reweighted, rewriting
 
 
@@ -77,6 +80,43 @@ def polarity_weights(controller: Controller, soft_sign: float = 0.0, conserve: b
     return Transform(init, update, local if controller.causal and not conserve else None, needs)
 
 
+def with_sensitivity(
+    inner: Transform, sensitivity: Callable[[Tokens, int], Tensor], *needs: str, exact_every: int = 0
+) -> Transform:
+    """`inner`, but with `sensitivity(tokens, rollout)` in place of T wherever it looks at T. Needs the whole batch."""
+
+    def init() -> State:
+        return {"rollout": 0, "inner": inner.init()}
+
+    def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
+        seen = replace(tokens, sensitivity=sensitivity(tokens, state["rollout"]))
+        rewritten, following, metrics = inner.update(seen, state["inner"])
+        rewritten = replace(rewritten, sensitivity=tokens.sensitivity)
+        return rewritten, {"rollout": state["rollout"] + 1, "inner": following}, metrics
+
+    return Transform(init, update, None, inner.needs.union(needs), inner.loss, exact_every)
+
+
+def exact_where_known(tokens: Tokens, rollout: int) -> Float[Tensor, "B T"]:
+    """N T* on the rollouts for which it was made, T on the others."""
+    return tokens.known("sensitivity") if tokens.exact_sensitivity is None else tokens.exact_sensitivity
+
+
+def shuffled_signs(tokens: Tokens, rollout: int) -> Float[Tensor, "B T"]:
+    """±T, so that the signs of P are dealt out anew among the tokens that have one; every |P| stays where it is.
+
+    The deal is a hash of rollout, sample and position: positions in the order of one key get the signs in that of
+    another.
+    """
+    sign, width = polarity_sign(tokens), tokens.mask.shape[1]
+    place = (tokens.mask & (sign != 0)).flatten().nonzero().flatten()
+    deals = (token_keys(tokens.known("sample_id"), width, seed, rollout).flatten()[place] for seed in (0, 1))
+    taking, giving = (place[keys.argsort()] for keys in deals)
+    turned = torch.ones_like(sign).flatten()
+    turned[taking] = sign.flatten()[giving] * sign.flatten()[taking]
+    return tokens.known("sensitivity") * turned.view_as(sign)
+
+
 def one_branch(sign: int) -> Transform:
     """Only the tokens with sign(P) = `sign` keep their advantage; the others get 0. Source: ours, for ablations."""
     return rewriting(
@@ -84,6 +124,22 @@ def one_branch(sign: int) -> Transform:
         "sensitivity",
         local=True,
     )
+
+
+def random_branch(sign: int, seed: int = 0) -> Transform:
+    """As many tokens as have sign(P) = `sign` keep their advantage, but drawn at random from those with either sign.
+
+    The draw is a hash of seed, rollout, sample and position. Source: ours, for ablations.
+    """
+
+    def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
+        s = polarity_sign(tokens)
+        keys = token_keys(tokens.known("sample_id"), tokens.mask.shape[1], seed, state["rollout"])
+        count = int(((s == sign) & tokens.mask).sum())
+        kept = largest(-keys, tokens.mask & (s != 0), count)
+        return reweighted(tokens, kept.to(tokens.advantages.dtype)), {"rollout": state["rollout"] + 1}, {}
+
+    return Transform(lambda: {"rollout": 0}, update, None, frozenset({"sensitivity", "sample_id"}))
 
 
 def opefo() -> Transform:

@@ -6,6 +6,7 @@ seeds            of prompts, sampling and training: every method gets each of th
 [seeds_of]       LABEL = [0, 1]: this method gets only these of the seeds, where compute is short
 baselines        labels that all others are compared with (default: grpo and dapo where present, else the first)
 [methods.LABEL]  name, and the method's own settings
+[notes]          LABEL = "text": what that label is there for, in a sentence for the page
 [search]         seeds, set: apart from those of the comparison, to choose constants on (`--search`)
 [search.values]  LABEL = {key = "level", values = [0.3, 0.4]}, or {} for a method without a constant to choose
 
@@ -68,6 +69,7 @@ class Plan:
     seeds_of: dict[str, Any] = field(default_factory=dict)  # label -> seeds
     baselines: list[str] = field(default_factory=list)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     search: Search = Search()
 
     def pairs(self) -> list[tuple[str, int]]:
@@ -117,6 +119,11 @@ def load_plan(
         seeds_of={} if seeds else plan.seeds_of,
         baselines=list(baselines) or plan.baselines,
     )
+    return checked_plan(plan)
+
+
+def checked_plan(plan: Plan) -> Plan:
+    """The plan with its defaults filled in. Raises as `load_plan`."""
     _check(plan)
     return _resolved(plan)
 
@@ -159,6 +166,11 @@ def _check(plan: Plan) -> None:
         _check_seeds(f"seeds_of.{label}", seeds)
         if stray := sorted({*seeds} - {*plan.seeds}):
             raise ValueError(f"plan key 'seeds_of.{label}' has seeds {stray}, which are not in seeds ({plan.seeds})")
+    for label, note in plan.notes.items():
+        if label not in plan.methods:
+            raise unknown_name("plan key", f"notes.{label}", [f"notes.{m}" for m in plan.methods])
+        if not isinstance(note, str):
+            raise ValueError(f"plan key 'notes.{label}' is {note!r}; expected a text")
     _check_overrides("set", plan.set)
     for label in plan.baselines:
         if label not in plan.methods:
