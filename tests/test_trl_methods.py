@@ -11,8 +11,10 @@ import torch
 from test_trl import history, make_trainer, recorded
 from trl import GRPOTrainer
 
+from entropy_polarity.exact import exact_sensitivity
 from entropy_polarity.methods import METHODS
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
+from entropy_polarity.trainers.trl_exact import sequences_of
 from entropy_polarity.trainers.trl_loss import averaged
 
 EXAMPLES = {name: (name, method.example) for name, method in METHODS.items()}
@@ -22,6 +24,7 @@ STATEFUL = {
     "thermostat": ("papo", {"controller": "thermostat", "level": 0.3}),
     "trend": ("papo", {"controller": "trend"}),
     "reference": ("papo", {"controller": "reference", "level": 0.3}),
+    "exact": ("papo", {"controller": "reference", "level": 0.3, "sign_from": "exact", "every": 2}),
     "conserved": ("papo", {"controller": "reference", "level": 0.3, "conserve": True}),
 }
 REUSED = {"num_iterations": 2, "max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
@@ -183,6 +186,43 @@ def test_no_extra_pass_where_trl_makes_one_for_old_log_probs(tmp_path):
         ("none", 1): 2, ("batch", 1): 4, ("rewards", 1): 2,
         ("none", 2): 3, ("batch", 2): 3, ("rewards", 2): 3,
     }  # fmt: skip
+
+
+def test_exact_sensitivities_are_made_when_they_are_due_and_leave_no_trace(tmp_path):
+    """T* of the policy that sampled, on the scale of T; with λ = 0 the run is the one without, bit for bit."""
+    settings = {"max_steps": 6, "num_iterations": 2}
+    plain = make_trainer(PolarityTrainer, tmp_path / "a", method=("papo", {"controller": "constant"}), **settings)
+    plain.train()
+    method = ("papo", {"controller": "constant", "sign_from": "exact", "every": 2})
+    trainer = make_trainer(PolarityTrainer, tmp_path / "b", method=method, **settings)
+    given, expected = [], []
+
+    def watched(rollout):
+        given.append(rollout.tokens.exact_sensitivity)
+
+    policy = trainer.model
+    tokens_of = trainer._tokens
+
+    def tokens(batch, *statistics):
+        made = tokens_of(batch, *statistics)
+        if not trainer._loss_inputs and made.sensitivity is not None:
+            found = exact_sensitivity(policy, sequences_of(batch, made.mask), temperature=trainer.temperature)
+            expected.append(found.sensitivity[:, -made.mask.size(1) :] * made.mask.sum())
+        return made
+
+    trainer.on_rollout, trainer._tokens = watched, tokens
+    trainer.train()
+    assert [e is None for e in given] == [False, True, False]
+    torch.testing.assert_close(given[0], expected[0])
+    torch.testing.assert_close(given[2], expected[2])
+    assert not torch.equal(expected[0], expected[2])
+    for (name, a), b in zip(trainer.model.named_parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_images_are_not_looked_at_in_part():
+    with pytest.raises(ValueError, match="looks at text alone, and this batch has images"):
+        sequences_of({"pixel_values": None}, torch.ones(1, 1, dtype=torch.bool))
 
 
 def test_kl_cov_on_policy_warns(tmp_path):

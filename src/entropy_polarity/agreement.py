@@ -111,6 +111,31 @@ def offset(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> float:
     return float(y.mean() - slope(x, y) * x.mean())
 
 
+def average(values: Float[np.ndarray, " N"], momentum: float) -> Float[np.ndarray, " N"]:
+    """The exponential moving average that an optimiser with that momentum makes of its gradients, without its bias.
+
+    >>> average(np.array([1.0, 3.0]), 0.5)
+    array([1.        , 2.33333333])
+    """
+    weights = momentum ** np.arange(len(values))
+    return np.convolve(values, weights)[: len(values)] / np.cumsum(weights)
+
+
+def one_ahead(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """For each x_k the y of the line κ x + b that is fitted to the pairs before it: what could have been said in time.
+
+    The first three pairs have too little before them: the mean of y so far, 0 for the first.
+
+    >>> one_ahead(np.arange(5.0), 2 * np.arange(5.0) + 1).tolist()
+    [0.0, 1.0, 2.0, 7.0, 9.0]
+    """
+    said = np.zeros(len(x))
+    for k in range(1, len(x)):
+        line = (slope(x[:k], y[:k]), offset(x[:k], y[:k])) if k >= 3 else (float("nan"), 0.0)
+        said[k] = line[0] * x[k] + line[1] if np.isfinite(line[0]) else y[:k].mean()
+    return said
+
+
 def _joined(runs: Sequence[Pairs]) -> Pairs:
     x, y = zip(*runs, strict=True)
     return np.concatenate(x), np.concatenate(y)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from entropy_polarity.agreement import agreement, sign_agreement, spearman
+from entropy_polarity.agreement import agreement, average, one_ahead, sign_agreement, spearman
 from entropy_polarity.asymmetry import by_probability, threshold
 from entropy_polarity.audit import LEVELS, Audit, TokenAccount
 from entropy_polarity.evaluate import Sampled, sample_tokens
@@ -34,6 +34,8 @@ AUDIT, PAGE = "audit.json", "audit.html"
 RUN, TOKENS = "seed-{}.json", "tokens-{}.npz"  # what a finished seed leaves
 Watch = Callable[[int, int, float, float], None]
 MAP = 24  # cells a side of the map over p_a and H
+FIRST = 5  # updates that a fitted forecast is given before it is judged
+VISITS = 8  # of a state, before its tokens are added up
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # One update a rollout, made by the policy that sampled it.
 ON_POLICY = (
@@ -122,7 +124,8 @@ def _run(recipe: Recipe, seed: int, task: Task, output: Path, watch: Watch) -> d
     tokens: list[TokenAccount] = []
 
     def note(step: int, found: Audit) -> None:
-        updates.append({"step": step, **{name: asdict(account) for name, account in found.accounts.items()}})
+        accounts = {name: asdict(account) for name, account in found.accounts.items()}
+        updates.append({"step": step, "momentum": found.momentum, **accounts})
         if found.tokens is not None:
             tokens.append(found.tokens)
             updates[-1]["tokens"] = _by_token(found.tokens)
@@ -154,7 +157,7 @@ def _run(recipe: Recipe, seed: int, task: Task, output: Path, watch: Watch) -> d
 def _write_tokens(file: Path, updates: Sequence[TokenAccount]) -> None:
     """All tokens of a run, a column each, as numpy reads them without pickle."""
     columns = {
-        name: torch.cat(column).float().numpy()
+        name: torch.cat(column).numpy()
         for name, column in zip(TokenAccount._fields, zip(*updates, strict=True), strict=True)
     }
     draft = file.with_name(f"part-{file.name}")
@@ -185,12 +188,15 @@ def _sequences(sampled: Sampled, end: int) -> Sequences:
 
 def summarise(updates: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
     """Over the updates of all runs: each level against what came, on the batch's own states and on held-out ones."""
-    batch, held_out = ({name: _level(updates, states, name) for name in LEVELS} for states in ("batch", "held_out"))
-    tokens = {
-        name: float(np.mean([row["tokens"][name] for rows in updates for row in rows]))
-        for name in updates[0][0]["tokens"]
-    }
-    return {**batch, "gap": _gap(batch), "held_out": held_out | {"gap": _gap(held_out)}, "tokens": tokens}
+    levels = {states: {name: _level(updates, states, name) for name in LEVELS} for states in ("batch", "held_out")}
+    batch, held_out = (
+        found | {"gap": _gap(found), "cheap": _cheap(updates, states)} for states, found in levels.items()
+    )
+    tokens = {}
+    for name in updates[0][0]["tokens"]:
+        known = [row["tokens"][name] for rows in updates for row in rows if row["tokens"][name] is not None]
+        tokens[name] = float(np.mean(known)) if known else None
+    return {**batch, "held_out": held_out, "tokens": tokens}
 
 
 def _level(updates: Sequence[list[dict[str, Any]]], states: str, name: str) -> dict[str, Any] | None:
@@ -198,6 +204,34 @@ def _level(updates: Sequence[list[dict[str, Any]]], states: str, name: str) -> d
     if any(account[name] is None for rows in accounts for account in rows):
         return None
     return asdict(agreement([(_column(rows, name), _column(rows, "realised")) for rows in accounts]))
+
+
+def _cheap(updates: Sequence[list[dict[str, Any]]], states: str) -> dict[str, Any]:
+    """Forecasts that a training can afford, and two that know nothing of polarity; each as it is, and in nats by a line
+    that is fitted to the updates so far."""
+    runs = [[row[states] for row in rows] for rows in updates]
+    realised = [_column(rows, "realised") for rows in runs]
+    forecasts = {
+        "local": [_column(rows, "local") for rows in runs],
+        "sampled": [_column(rows, "sampled") for rows in runs],
+        "the last change": [np.concatenate([[0.0], values[:-1]]) for values in realised],
+    }
+    if all(row["momentum"] is not None for rows in updates for row in rows):
+        momentum = updates[0][0]["momentum"]
+        forecasts["momentum"] = [average(values, momentum) for values in forecasts["local"]]
+    size = float(np.mean(np.abs(np.concatenate(realised)))) or 1.0
+
+    def judged(forecast: list[np.ndarray]) -> dict[str, Any]:
+        pairs = list(zip(forecast, realised, strict=True))
+        said = [(one_ahead(x, y)[FIRST:], y[FIRST:]) for x, y in pairs]
+        fitted = None
+        if all(len(y) >= 3 for _, y in said):
+            error = np.mean(np.abs(np.concatenate([x - y for x, y in said])))
+            fitted = {"error": float(error) / size, "sign_agreement": asdict(agreement(said))["sign_agreement"]}
+        return asdict(agreement(pairs)) | {"fitted": fitted}
+
+    falls = float(np.mean(np.concatenate(realised) < 0))
+    return {name: judged(forecast) for name, forecast in forecasts.items()} | {"falls": falls}
 
 
 def _column(accounts: Sequence[dict[str, Any]], name: str) -> np.ndarray:
@@ -215,17 +249,33 @@ def _gap(levels: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def _by_token(tokens: TokenAccount) -> dict[str, float]:
+def _by_token(tokens: TokenAccount) -> dict[str, float | None]:
     """One update, token by token: the local formula against its own state's change, and against exact polarity."""
     moved = tokens.pressure != 0
     local, change = ((tokens.pressure * tokens.sensitivity)[moved].numpy(), tokens.change[moved].numpy())
     sensitivity, exact = tokens.sensitivity.numpy(), tokens.exact_sensitivity.numpy()
+    together, of_state = _by_state(tokens)
+    enough = len(together) >= 3
     return {
         "local_spearman": spearman(local, change),
         "local_sign_agreement": sign_agreement(local, change),
+        "states": len(together),
+        "state_spearman": spearman(together, of_state) if enough else None,
+        "state_sign_agreement": sign_agreement(together, of_state) if enough else None,
         "sensitivity_spearman": spearman(sensitivity, exact),
         "sensitivity_sign_agreement": sign_agreement(sensitivity, exact),
     }
+
+
+def _by_state(tokens: TokenAccount) -> tuple[np.ndarray, np.ndarray]:
+    """Σ c T over all tokens of a state, and its change, for the states that were visited `VISITS` times or more."""
+    _, place, visits = tokens.state.unique(return_inverse=True, return_counts=True)
+    together, change = (
+        torch.zeros(len(visits), dtype=column.dtype).index_add(0, place, column)
+        for column in (tokens.pressure * tokens.sensitivity, tokens.change)
+    )
+    often = visits >= VISITS
+    return together[often].numpy(), (change / visits)[often].numpy()
 
 
 def asymmetry(tokens: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a trainer's callbacks to the audit of every update it makes."""
+"""From a trainer's callbacks to the audit of every update it makes, and to a forecast of what each will do."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import TrainerCallback
 
-from entropy_polarity.audit import Audit, audited
+from entropy_polarity.audit import SHARE, Audit, Forecast, audited, foretold, spaced
 from entropy_polarity.exact import Sequences
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.trainers.trl import PolarityTrainer
-from entropy_polarity.trainers.trl_exact import sequences_of
+from entropy_polarity.trainers.trl_exact import joined, sequences_of
 from entropy_polarity.trainers.trl_loss import averaged, importance
 
 
@@ -51,7 +51,7 @@ class UpdateAuditor(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         parts, pressures = zip(*self._seen, strict=True)
         self._seen = []
-        sequences = Sequences(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        sequences = joined(parts)
         if not sequences.mask.any():
             return  # every token was dropped: there is no prediction to look at
         states = None if self.held_out is None else self.held_out(state.global_step)
@@ -71,3 +71,41 @@ class UpdateAuditor(TrainerCallback):
         self._open.close()
         found, self._audit = self._audit, None
         self.watch(state.global_step + 1, found)
+
+
+class UpdateForecaster(TrainerCallback):
+    """Attach with `UpdateForecaster().attach(trainer)`: logs "polarity/forecast_entropy_change" of every update.
+
+    It is `foretold` of the sequences of that update, in nats. The run is the one it would be without.
+    """
+
+    def __init__(self, share: float = SHARE) -> None:
+        self.share = share
+        self._seen: list[Sequences] = []
+        self._open = ExitStack()
+        self._forecast: Forecast | None = None
+
+    def attach(self, trainer: PolarityTrainer) -> None:
+        if trainer.accelerator.num_processes > 1:
+            raise ValueError("the forecast looks at one process; this run has several")
+        self.trainer = trainer
+        trainer.add_callback(self)
+        trainer.on_loss = self._collect
+
+    def _collect(self, inputs: dict[str, Any], tokens: Tokens) -> None:
+        if tokens.mask.any():
+            self._seen.append(spaced(sequences_of(inputs, tokens.mask), self.share))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if not self._seen:
+            return
+        sequences, self._seen = joined(self._seen), []
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        block = foretold(model, sequences, share=1.0, temperature=self.trainer.temperature)
+        self._forecast = self._open.enter_context(block)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self._forecast is not None:
+            self._open.close()
+            self.trainer._metrics["train"]["polarity/forecast_entropy_change"].append(self._forecast.change)
+            self._forecast = None

@@ -1,5 +1,6 @@
 """Exact sensitivities of a rollout that TRL has generated."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,11 @@ def sequences_of(inputs: dict[str, Any], mask: Bool[Tensor, "B T"]) -> Sequences
         pad(mask, (inputs["prompt_ids"].size(1), 0)),
         torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
     )
+
+
+def joined(parts: Iterable[Sequences]) -> Sequences:
+    """The rows of several micro-batches of one rollout, which TRL pads alike."""
+    return Sequences(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
 def exact_sensitivity_of(
