@@ -198,7 +198,12 @@ def share_of_ceiling(section: Result, r: Result) -> float | None:
 def budgets(cpu: Result, cuda: Result, trainer: Result) -> str:
     """The budgets, and beside each what was measured."""
     rows = [
-        ("training step with all statistics and PAPO", "TRL's GRPO step", "time ≤ 1.02", *_trainer(trainer)),
+        ("training step with all statistics and PAPO", "TRL's GRPO step", "time ≤ 1.02",
+         *_trainer(trainer, "papo_to_grpo", 1.02)),
+        ("training step with a forecast of its update", "the step without", "time ≤ 1.05",
+         *_trainer(trainer, "forecast_to_papo", 1.05)),
+        ("training step with exact signs on every rollout, one update each", "the step with local ones", "none",
+         *_trainer(trainer, "exact_to_papo")),
         ("all statistics of float32 logits, CPU", "TRL's log p and H", "time ≤ 0.3, extra memory ≤ 16 MiB",
          *logits_budget(cpu)),
         ("hidden states → statistics, forward, CPU", "the bare matrix product", "time ≤ 1.10", *head_budget(cpu)),
@@ -230,12 +235,13 @@ def _verdict(measured: str, met: bool) -> tuple[str, str]:
 NOT_YET = ("not measured yet", "")
 
 
-def _trainer(trainer: Result) -> tuple[str, str]:
-    if not trainer:
+def _trainer(trainer: Result, name: str, budget: float | None = None) -> tuple[str, str]:
+    if name not in trainer:
         return NOT_YET
-    figure = trainer["papo_to_grpo"]
+    figure = trainer[name]
     low, high = figure["interval_95"]
-    return _verdict(f"{figure['ratio']:.3f} [{low:.3f}, {high:.3f}]", figure["ratio"] <= 1.02)
+    measured = f"{figure['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+    return (measured, "") if budget is None else _verdict(measured, figure["ratio"] <= budget)
 
 
 def logits_budget(cpu: Result) -> tuple[str, str]:

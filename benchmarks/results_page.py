@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import exact_sign
 import regime
 import thermostat
 from blocks import filled, markdown
@@ -15,11 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE, THEORY = ROOT / "benchmarks/results", ROOT / "docs/results.md", ROOT / "docs/theory.md"
 MISSING = "Not measured yet."
 SEARCHES = ("search", "papo")
-COMPARISONS = ("screen", "comparison-3", "comparison-4")
+COMPARISONS = ("screen", "comparison-3", "comparison-4", "ablation", "exact-sign")
 # What an audit was varied in, by result file.
 AUDITS = {
     "audit": "AdamW, learning rate 1e-4",
     "audit-small": "AdamW, learning rate 1e-5",
+    "audit-held": "AdamW, learning rate 1e-4, the thermostat holding 0.6 nats",
     "audit-sgd": "SGD without momentum, learning rate 0.1",
 }
 
@@ -40,6 +42,8 @@ def page(text: str, folder: Path = RESULTS) -> str:
         compared = _read(folder / f"{name}.json")
         tables = comparison_tables(compared["summary"]) if compared else []
         blocks[name] = "\n\n".join(f"{t.title}\n\n{_markdown(t)}" for t in tables) or MISSING
+    signs = _read(folder / "exact-sign.json")
+    blocks["exact-sign:control"] = exact_sign.control(signs) if signs else MISSING
     return filled(text, blocks, PAGE.name)
 
 

@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/trainer_step.py --prompts 8 --output benchmarks/results/trainer_step.json
 
-Steps of PolarityTrainer (all statistics, a causal controller) and of two GRPOTrainers alternate. All start each step
-from the same weights (learning rate 0) and the same random state, so that they generate the same completions and do
-the same work. The figure is the ratio of the medians, PAPO's to that of both GRPOs; beside it stands the ratio of the
+Steps of PolarityTrainer (all statistics, a causal controller), of it with a forecast of every update, of it with exact
+signs on every rollout, and of two GRPOTrainers alternate. All start each step from the same weights (learning rate 0)
+and the same random state, so that they generate the same completions and do the same work. The figures are ratios of
+medians, PAPO's to that of both GRPOs, the forecast's and the exact signs' to PAPO's; beside them stands that of the
 two GRPOs, which would be 1 on a quiet machine: the noise of this measurement. Intervals come from a bootstrap over
 rounds.
 """
@@ -25,14 +26,17 @@ from trl import GRPOConfig, GRPOTrainer
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.record import environment
 from entropy_polarity.tasks.countdown import Countdown
+from entropy_polarity.trainers.auditing import UpdateForecaster
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
 
 
 class Stepper:
     """A trainer driven one optimiser step at a time."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: Any, forecaster: UpdateForecaster | None = None) -> None:
+        self.trainer, self.forecaster = trainer, forecaster
+        if forecaster is not None:
+            forecaster.attach(trainer)
         trainer.create_optimizer_and_scheduler(num_training_steps=10_000)
         trainer.current_gradient_accumulation_steps = 1
         self.batches = iter(trainer.get_train_dataloader())
@@ -43,7 +47,12 @@ class Stepper:
         batch = next(self.batches)
         start = time.perf_counter()
         self.trainer.training_step(self.trainer.model, batch, None)
+        where = (self.trainer.args, self.trainer.state, self.trainer.control)
+        if self.forecaster is not None:
+            self.forecaster.on_pre_optimizer_step(*where)
         self.trainer.optimizer.step()
+        if self.forecaster is not None:
+            self.forecaster.on_optimizer_step(*where)
         self.trainer.optimizer.zero_grad()
         return time.perf_counter() - start
 
@@ -62,7 +71,7 @@ def steppers(prompts: int, group: int, folder: str) -> dict[str, Stepper]:
         "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True, "seed": 0,
     }  # fmt: skip
 
-    def build(kind: type, config: Any) -> Stepper:
+    def build(kind: type, config: Any, forecaster: UpdateForecaster | None = None) -> Stepper:
         path = resolve_model("embedded")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         return Stepper(
@@ -72,12 +81,17 @@ def steppers(prompts: int, group: int, folder: str) -> dict[str, Stepper]:
                 args=config,
                 train_dataset=dataset,
                 processing_class=AutoTokenizer.from_pretrained(path),
-            )
+            ),
+            forecaster,
         )
 
-    papo = PolarityConfig(**settings, method="papo", method_settings={"controller": "trend"})
+    def papo(**method: Any) -> PolarityConfig:
+        return PolarityConfig(**settings, method="papo", method_settings={"controller": "trend", **method})
+
     return {
-        "papo": build(PolarityTrainer, papo),
+        "papo": build(PolarityTrainer, papo()),
+        "forecast": build(PolarityTrainer, papo(), UpdateForecaster()),
+        "exact": build(PolarityTrainer, papo(sign_from="exact")),
         "grpo": build(GRPOTrainer, GRPOConfig(**settings)),
         "again": build(GRPOTrainer, GRPOConfig(**settings)),
     }
@@ -95,17 +109,17 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=16)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    times: dict[str, list[float]] = {"papo": [], "grpo": [], "again": []}
     with tempfile.TemporaryDirectory() as folder:
         trainers = steppers(arguments.prompts, arguments.group, folder)
         names = list(trainers)
+        times: dict[str, list[float]] = {name: [] for name in names}
         for seed in range(arguments.steps + 3):
             first = seed % len(names)  # who goes first changes: the later ones find warmer caches
             for name in names[first:] + names[:first]:
                 seconds = trainers[name].step(seed)
                 if seed >= 3:  # the first steps pay for warming up
                     times[name].append(seconds)
-    papo, grpo, again = (np.array(times[name]) for name in ("papo", "grpo", "again"))
+    papo, forecast, exact, grpo, again = (np.array(times[name]) for name in names)
     picks = np.random.default_rng(0).integers(len(papo), size=(2000, len(papo)))
 
     def ratio(top: np.ndarray, bottom: np.ndarray) -> dict[str, Any]:
@@ -121,10 +135,14 @@ def main() -> None:
         "rounds": len(papo),
         "median_seconds": {name: float(np.median(values)) for name, values in times.items()},
         "papo_to_grpo": ratio(papo, np.stack([grpo, again])),
+        "forecast_to_papo": ratio(forecast, papo),
+        "exact_to_papo": ratio(exact, papo),
         "grpo_to_grpo": ratio(again, grpo),
         "environment": environment(seed=0) | {"command": "see the top of benchmarks/trainer_step.py"},
     }
     print(f"PAPO step / GRPO step = {shown(result['papo_to_grpo'])}, over {len(papo)} rounds")
+    print(f"with a forecast / without = {shown(result['forecast_to_papo'])}")
+    print(f"exact signs on every rollout / local ones = {shown(result['exact_to_papo'])}")
     print(f"GRPO step / GRPO step = {shown(result['grpo_to_grpo'])}, the noise of this measurement")
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

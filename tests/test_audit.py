@@ -13,11 +13,11 @@ from test_trl import make_trainer
 
 from entropy_polarity.agreement import agreement, pearson, ranks, spearman
 from entropy_polarity.asymmetry import by_probability, family_sensitivity, threshold
-from entropy_polarity.audit import audited
+from entropy_polarity.audit import audited, spaced
 from entropy_polarity.exact import Sequences
 from entropy_polarity.experiments.audit import ON_POLICY, audit
 from entropy_polarity.recipe import load_recipe
-from entropy_polarity.trainers.auditing import UpdateAuditor
+from entropy_polarity.trainers.auditing import UpdateAuditor, UpdateForecaster
 from entropy_polarity.trainers.trl import PolarityTrainer
 
 
@@ -163,6 +163,65 @@ def test_the_audit_leaves_no_trace_in_a_run(tmp_path):
     assert without == [
         {k: v for k, v in row.items() if k in without[i]} for i, row in enumerate(seen.state.log_history)
     ]
+
+
+def test_a_forecast_of_all_sequences_is_the_exact_level_and_of_some_that_of_these():
+    model, sequences = tiny(), batch(rows=8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    c = pressures(sequences)
+    one_update(model, sequences, optimizer, c)  # there is momentum now
+    whole = one_update(model, sequences, optimizer, c, share=1.0).accounts["batch"]
+    assert whole.sampled == pytest.approx(whole.exact)
+    few = Sequences(*(None if x is None else x[[0, 4]] for x in sequences))
+    seen = one_update(model, sequences, optimizer, c, share=1 / 4, held_out=few)
+    assert seen.accounts["batch"].sampled == pytest.approx(seen.accounts["held_out"].exact)
+    assert seen.accounts["batch"].sampled != pytest.approx(seen.accounts["batch"].exact, rel=0.01)
+    assert seen.momentum == 0.9
+
+
+def test_a_share_is_taken_of_sequences_that_have_something():
+    sequences = batch(rows=8)
+    mask = sequences.mask.clone()
+    mask[[0, 2]] = False
+    kept = spaced(sequences._replace(mask=mask), 1 / 3).input_ids
+    assert torch.equal(kept, sequences.input_ids[[1, 5]])
+    assert len(spaced(sequences, 1e-3).mask) == 1
+    for share in (0.0, 1.5, -1.0):
+        with pytest.raises(ValueError, match=f"share is {share}; expected a part"):
+            spaced(sequences, share)
+
+
+def test_a_state_is_the_text_before_a_token_wherever_the_padding_is():
+    ids = torch.tensor([[0, 5, 6, 7, 8], [5, 6, 7, 9, 8], [5, 6, 8, 9, 8]])
+    attention = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    mask = torch.tensor([[False, False, True, True, True], [False, True, True, True, True], [False] + [True] * 4])
+    model = embedded(torch.float32)
+    model.config.vocab_size = 10
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.5)
+    seen = one_update(model, Sequences(ids, mask, attention), optimizer, torch.where(mask, 0.1, 0.0))
+    first, second, third = seen.tokens.state.split([3, 4, 4])
+    assert torch.equal(first, second[:3])  # after 5, 56, 567
+    assert second[3] not in first
+    assert torch.equal(third[:2], second[:2])
+    assert len(torch.cat([second, third[2:]]).unique()) == 6
+    assert seen.momentum == 0.5
+
+
+def test_the_forecaster_logs_every_update_and_leaves_no_trace(tmp_path):
+    settings = {"max_steps": 4, "num_iterations": 2}
+    plain, told, seen = (make_trainer(PolarityTrainer, tmp_path / n, **settings) for n in ("a", "b", "c"))
+    UpdateForecaster(share=1 / 4).attach(told)
+    found = []
+    UpdateAuditor(lambda step, audit: found.append(audit.accounts["batch"].exact)).attach(seen)
+    for trainer in (plain, told, seen):
+        torch.manual_seed(0)
+        trainer.train()
+    for a, b in zip(plain.model.parameters(), told.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    forecasts = [row["polarity/forecast_entropy_change"] for row in told.state.log_history if "loss" in row]
+    assert len(forecasts) == len(found) == 4
+    assert np.corrcoef(forecasts, found)[0, 1] > 0.5
+    assert not any("polarity/forecast_entropy_change" in row for row in plain.state.log_history)
 
 
 # ---- statistics ------------------------------------------------------------------------------------------

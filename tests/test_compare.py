@@ -20,12 +20,15 @@ from small import SMALL
 
 from entropy_polarity import cli
 from entropy_polarity.experiments.compare import runs as runs_module
+from entropy_polarity.experiments.compare.ablation import ARMS, ablation_plan
 from entropy_polarity.experiments.compare.experiment import compare, default_jobs, read_comparison, search, write_page
 from entropy_polarity.experiments.compare.plan import Plan, Search, load_plan, methods_of
 from entropy_polarity.experiments.compare.runs import Job, Queue, locked, refuse_others
 from entropy_polarity.experiments.compare.search import candidates_of, choose, judge, search_plan, unseen_problems
 from entropy_polarity.experiments.compare.summary import Facts, summarise
 from entropy_polarity.experiments.train import checked, prompts_of
+from entropy_polarity.methods import make_transform
+from entropy_polarity.recipe import load_recipe
 from entropy_polarity.record import Run
 from entropy_polarity.report.comparison import render_comparison
 from entropy_polarity.report.progress import ComparisonView, RunState
@@ -143,6 +146,8 @@ def test_a_method_that_is_only_named_has_the_settings_of_a_recipe_about_it():
         ("[search]", "[seeds_of]\nhold = [0]\n[search]", "'seeds_of.hold': did you mean 'seeds_of.held'"),
         ("[search]", "[seeds_of]\nheld = 1\n[search]", "'seeds_of.held' is 1; expected different whole numbers"),
         ("[search]", "[seeds_of]\nheld = [1, 3]\n[search]", r"'seeds_of.held' has seeds \[3\], which are not in seeds"),
+        ("[search]", '[notes]\nhold = "x"\n[search]', "'notes.hold': did you mean 'notes.held'"),
+        ("[search]", "[notes]\nheld = 1\n[search]", "'notes.held' is 1; expected a text"),
         ("[100, 101]", "[2, 101]", r"seeds \[2\] are in both"),
         ("seed=1000", "seed=0", "both have evaluation.seed=0"),
         ("recipe = ", "recipe = =", "is not valid TOML"),
@@ -552,6 +557,30 @@ def test_a_search_prints_what_to_paste_into_the_plan(scripted, tmp_path, capsys)
         search(plan_of(), tmp_path / "other")
 
 
+def test_an_ablation_takes_papo_from_the_recipe_and_its_parts_from_the_table(scripted, tmp_path, monkeypatch, capfd):
+    plan = ablation_plan("countdown", [0, 1], ["method.level=0.3", "trainer.max_steps=4"])
+    own = load_recipe("countdown", ["method.level=0.3"]).method
+    assert plan.methods["papo"] == own
+    assert plan.methods["papo_shuffled"] == own | {"sign_from": "shuffled"}
+    assert plan.methods["grpo"] == {"name": "grpo"}
+    assert plan.set == ["trainer.max_steps=4"]
+    assert plan.notes.keys() == plan.methods.keys() == ARMS.keys()
+    for table in plan.methods.values():
+        make_transform(table["name"], {key: value for key, value in table.items() if key != "name"})
+    with pytest.raises(ValueError, match="did you mean 'level'"):
+        compare(ablation_plan("countdown", [0], ["method.levl=0.3"]), tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+    scripted()
+    output = ["--output", str(tmp_path / "a"), *(f"--set={o}" for o in TINY)]
+    monkeypatch.setattr(sys, "argv", ["papo", "ablate", "--seeds", "0", *output])
+    cli.main()
+    assert "papo_shuffled" in capfd.readouterr().out
+    page = (tmp_path / "a/comparison.html").read_text()
+    for _, note in ARMS.values():
+        assert note in page
+
+
 # The page
 
 
@@ -559,7 +588,9 @@ HOSTILE = "<script>document.documentElement.dataset.owned = 1</script>"
 
 
 def test_labels_are_shown_not_run_and_nothing_is_fetched(tmp_path):
-    page = render_comparison(synthetic_document(["grpo", HOSTILE]))
+    document = synthetic_document(["grpo", HOSTILE])
+    document["plan"]["notes"] = {HOSTILE: HOSTILE}
+    page = render_comparison(document)
     assert "<script>document" not in page
     assert "&lt;script&gt;document" in page
     outside_plotly = re.sub(r"<script>/\*.*?</script>", "", page, count=1, flags=re.DOTALL)

@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import demo_seeds
+import figures
 import kernel_tables
 import pytest
 import results_page
@@ -75,6 +76,14 @@ def test_the_page_on_performance_is_the_result_files():
 def test_the_page_of_results_is_the_result_files():
     for path, made in ((results_page.PAGE, results_page.page), (results_page.THEORY, results_page.theory)):
         assert made(path.read_text()) == path.read_text()
+
+
+def test_the_pictures_are_of_the_result_files():
+    assert json.loads((figures.FIGURES / figures.SOURCES).read_text()) == figures.sources()
+    for name in figures.PICTURES:
+        assert (figures.FIGURES / f"{name}.svg").read_text().startswith("<svg")
+        assert (figures.FIGURES / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert any(f"figures/{name}.svg" in page.read_text() for page in (results_page.PAGE, results_page.THEORY))
 
 
 def test_every_formula_of_the_theory_holds():

@@ -28,7 +28,7 @@ ALLOWED = {
     "polarity": {"tokens"},
     "evaluate": {"tasks", "policy"},
     "policy": {"tasks"},
-    "report": {"record"},
+    "report": {"record", "asymmetry"},
     "tokens": set(),
     "phase": set(),
     "tasks": set(),

@@ -6,8 +6,9 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from entropy_polarity.report.asymmetry import family_chart, map_chart
 from entropy_polarity.report.audit_tables import audit_tables
-from entropy_polarity.report.html import Chart, blank_figure, render
+from entropy_polarity.report.html import Chart, blank_figure, render, short
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6b4c9a")
 _INK, _EXPAND, _CONTRACT = "#1d2129", "#0072B2", "#D55E00"
@@ -45,13 +46,8 @@ def audit_charts(document: dict[str, Any]) -> list[Chart]:
             "first-order predictions (dotted), in nats. They part where second order counts.",
             _sums(document["runs"]),
         ),
-        Chart(
-            "Where a run's tokens lie",
-            "Shade: how many tokens, on a logarithmic scale, by the probability of the sampled token and the entropy "
-            "of its state. Left of the line p = e^-H a reinforced token expands the entropy; right of it, and a little "
-            "further for what C adds, it contracts.",
-            _map(document["asymmetry"]["map"]),
-        ),
+        map_chart(document["asymmetry"]["map"]),
+        family_chart(document["asymmetry"]["map"]),
         Chart(
             "Who expands, who contracts",
             "The share of Σ|P| of each tenth of the tokens, from the rarest to the most probable: above zero "
@@ -70,8 +66,8 @@ def _scatter(runs: list[dict[str, Any]]) -> go.Figure:
             for states, symbol in (("batch", "circle"), ("held_out", "circle-open")):
                 points = [row[states] for row in run["updates"]]
                 figure.add_scatter(
-                    x=[_short(point[name]) for point in points],
-                    y=[_short(point["realised"]) for point in points],
+                    x=[short(point[name]) for point in points],
+                    y=[short(point["realised"]) for point in points],
                     mode="markers",
                     marker={"color": colour, "symbol": symbol, "size": 6},
                     name=f"seed {run['seed']}, {states.replace('_', ' ')}",
@@ -93,38 +89,11 @@ def _sums(runs: list[dict[str, Any]]) -> go.Figure:
             sums = np.cumsum([row["batch"][name] for row in run["updates"]])
             figure.add_scatter(
                 x=steps,
-                y=[*map(_short, sums)],
+                y=[*map(short, sums)],
                 name=f"seed {run['seed']}, {name}",
                 line={"color": colour, "dash": dash},
             )
     figure.update_layout(xaxis_title="update", yaxis_title="nats")
-    return figure
-
-
-def _map(cells: dict[str, Any]) -> go.Figure:
-    figure = blank_figure(height=380)
-    p, entropy = (np.array(cells[name]) for name in ("p", "entropy"))
-    count = np.array(cells["tokens"], dtype=float).T
-    shade = np.log10(np.where(count > 0, count, np.nan))
-    middle = [(edges[1:] + edges[:-1]) / 2 for edges in (p, entropy)]
-    figure.add_heatmap(
-        x=[*map(_short, middle[0])],
-        y=[*map(_short, middle[1])],
-        z=[[None if np.isnan(value) else _short(value) for value in row] for row in shade],
-        colorscale="Blues",
-        colorbar={
-            "title": "tokens",
-            "tickvals": [0, 1, 2, 3, 4, 5],
-            "ticktext": ["1", "10", "100", "10³", "10⁴", "10⁵"],
-        },
-        hovertemplate="p %{x}, H %{y}<extra></extra>",
-    )
-    heights = np.linspace(0, entropy[-1], 100)
-    border = [*map(_short, np.exp(-heights))]
-    figure.add_scatter(x=border, y=[*map(_short, heights)], mode="lines", line={"color": _INK}, name="p = e^-H")
-    figure.update_layout(
-        xaxis_title="p of the sampled token", yaxis_title="entropy of its state, nats", hovermode="closest"
-    )
     return figure
 
 
@@ -137,7 +106,7 @@ def _deciles(rows: list[dict[str, Any]]) -> go.Figure:
         for part, colour, way in (("expansion", _EXPAND, 1), ("contraction", _CONTRACT, -1)):
             figure.add_bar(
                 x=labels,
-                y=[_short(way * row[part]) for row in chosen],
+                y=[short(way * row[part]) for row in chosen],
                 name=f"{part}, {word}",
                 marker={"color": colour, "pattern": {"shape": pattern}},
             )
@@ -151,8 +120,3 @@ def _deciles(rows: list[dict[str, Any]]) -> go.Figure:
 
 def _cycle(count: int) -> list[str]:
     return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
-
-
-def _short(value: float) -> float:
-    """Four digits: more make the page heavy and cannot be seen."""
-    return float(f"{value:.4g}")

@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render, smoothed
+from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render, short, smoothed
 from entropy_polarity.report.tables import comparison_tables, score_names
 
 # Okabe and Ito's colours, which colour-blind eyes tell apart (black is the baselines' zero line, yellow too faint);
@@ -26,7 +26,7 @@ def render_comparison(document: dict[str, Any]) -> str:
     plan = document["plan"]
     return render(
         "comparison.html",
-        [*_forests(document["summary"]), *_curves(document["runs"]), _pass_at_k(document["summary"])],
+        comparison_charts(document),
         title=f"Comparison on {plan['recipe']}",
         environment=document["environment"],
         plan=plan,
@@ -34,6 +34,11 @@ def render_comparison(document: dict[str, Any]) -> str:
         tables=comparison_tables(document["summary"]),
         commits=sorted({run["commit"] or "installed package" for run in document["runs"]}),
     )
+
+
+def comparison_charts(document: dict[str, Any]) -> list[Chart]:
+    summary = document["summary"]
+    return [*_forests(summary), *_curves(document["runs"]), _pass_at_k(summary)]
 
 
 def _styles(labels: list[str]) -> dict[str, dict[str, str]]:
@@ -175,5 +180,4 @@ def _faint(colour: str) -> str:
 
 
 def _shown(values: np.ndarray) -> list[float]:
-    """Four digits: more make the page heavy and cannot be seen."""
-    return [float(f"{value:.4g}") for value in values]
+    return [*map(short, values)]

@@ -52,6 +52,11 @@ def pass_at_k_axes(figure: go.Figure, sizes: Sequence[str]) -> None:
     figure.update_layout(xaxis_title="k", yaxis_rangemode="tozero", yaxis_range=[0, 1])
 
 
+def short(value: float) -> float:
+    """Four digits: more make the page heavy and cannot be seen."""
+    return float(f"{value:.4g}")
+
+
 def smoothed(values: Sequence[float], window: int) -> list[float]:
     """The mean of each value and those before it, `window` at most.
 

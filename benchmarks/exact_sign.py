@@ -1,0 +1,37 @@
+"""How well PAPO holds the entropy on its path, by where its signs are from: the second table of exact_sign.toml."""
+
+from typing import Any
+
+import numpy as np
+from blocks import markdown
+
+from entropy_polarity.evaluate import t_interval
+from entropy_polarity.phase.core import entropy_path
+
+
+def control(document: dict[str, Any]) -> str:
+    """Mean |H - path| over the rollouts of each run, and its paired difference to the first label that has a path."""
+    off: dict[str, dict[int, float]] = {}
+    for run in document["runs"]:
+        if "level" in run["method"]:
+            off.setdefault(run["label"], {})[run["seed"]] = _off_path(run)
+    base = next(iter(off.values()))
+    rows = []
+    for label, by_seed in off.items():
+        found = np.array(list(by_seed.values()))
+        paired = np.array([by_seed[seed] - base[seed] for seed in by_seed])
+        interval = "" if by_seed is base else _shown(paired)
+        rows.append([label, f"{found.mean():.4f} ± {found.std(ddof=1):.4f}", interval])
+    return markdown(["method", "mean distance from the path, nats", "against papo"], rows)
+
+
+def _off_path(run: dict[str, Any]) -> float:
+    method = run["method"]
+    wanted = entropy_path("papo", method["level"], None, method["path"], method["horizon"])
+    entropy = run["entropy"]["values"]
+    return float(np.mean([abs(value - wanted(k, entropy[0])) for k, value in enumerate(entropy)]))
+
+
+def _shown(paired: np.ndarray) -> str:
+    interval = t_interval(paired)
+    return f"{interval.value:+.4f} t [{interval.low:+.4f}, {interval.high:+.4f}]"
