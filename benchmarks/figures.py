@@ -44,7 +44,7 @@ def main() -> None:
     for name, (source, draw) in PICTURES.items():
         figure = draw(json.loads((RESULTS / f"{source}.json").read_text()))
         figure.update_layout(paper_bgcolor="white", font_family="sans-serif")
-        height = figure.layout.height or 400
+        height = figure.to_dict()["layout"].get("height", 400)
         figure.write_image(FIGURES / f"{name}.svg", width=WIDTH, height=height)
         figure.write_image(FIGURES / f"{name}.png", width=WIDTH, height=height, scale=1.5)
     (FIGURES / SOURCES).write_text(json.dumps(sources(), indent=2) + "\n")

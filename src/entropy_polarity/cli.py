@@ -322,21 +322,31 @@ def _settings_line(owner: str, settings: dict[str, Any]) -> str:
     return f"{owner}: {', '.join(listed) or 'none'}"
 
 
-def pretrain(output: Path, seed: int = 0, steps: int = 1200, as_json: Json = False) -> None:
+def pretrain(
+    output: Path, seed: int = 0, steps: int = 1200, width: int = 128, layers: int = 4, as_json: Json = False
+) -> None:
     """Make the embedded policy again, from a seed, and say how good it is.
 
     Args:
         output: where the model goes; must not exist yet
         seed: seed of weights and problems
         steps: supervised steps of 128 solved problems
+        width: of the hidden states, a multiple of 32
+        layers: number of layers
     """
+    if width < 32 or width % 32 or min(layers, steps) < 1:
+        raise ValueError(
+            f"width {width}, layers {layers}, steps {steps}; expected a multiple of 32, and 1 or more of the others"
+        )
+
     from entropy_polarity.experiments.pretrain import pretrain_policy
+    from entropy_polarity.policy.pretrain import PretrainSettings
 
     def progress(step: int, loss: float) -> None:
         if step % 50 == 0 or step == steps:
             print(f"step {step}/{steps}  loss {loss:.4f}", file=sys.stderr, flush=True)
 
-    quality = pretrain_policy(output, seed, steps, progress)
+    quality = pretrain_policy(output, PretrainSettings(seed=seed, steps=steps, width=width, layers=layers), progress)
     if as_json:
         return _print_json(quality)
     print_estimates({f"countdown, {size} numbers": e for size, e in quality["evaluation"].items()})

@@ -10,12 +10,11 @@ from entropy_polarity.policy.pretrain import PretrainSettings, pretrain
 from entropy_polarity.tasks.countdown import Countdown
 
 
-def pretrain_policy(output: Path, seed: int, steps: int, progress: Callable[[int, float], None]) -> dict[str, Any]:
+def pretrain_policy(output: Path, settings: PretrainSettings, progress: Callable[[int, float], None]) -> dict[str, Any]:
     """Pretrain into `output` (which must not exist) and evaluate on each problem size it has read."""
     quiet()
     if output.exists():
         raise FileExistsError(f"{output} already exists: give another --output")
-    settings = PretrainSettings(seed=seed, steps=steps)
     pretrain(settings, output, progress)
     model, tokenizer = load_policy(str(output))
     return {
