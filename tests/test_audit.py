@@ -1,6 +1,7 @@
 """The audit: perfect where theory is exact, true to the trainer's own gradient, and without a trace in the run."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -13,9 +14,10 @@ from test_trl import make_trainer
 
 from entropy_polarity.agreement import agreement, pearson, ranks, spearman
 from entropy_polarity.asymmetry import by_probability, family_sensitivity, threshold
-from entropy_polarity.audit import audited, spaced
-from entropy_polarity.exact import Sequences
+from entropy_polarity.audit import audited
+from entropy_polarity.exact import Sequences, entropy_gradient
 from entropy_polarity.experiments.audit import ON_POLICY, audit
+from entropy_polarity.forecast import Forecaster, spaced
 from entropy_polarity.recipe import load_recipe
 from entropy_polarity.trainers.auditing import UpdateAuditor, UpdateForecaster
 from entropy_polarity.trainers.trl import PolarityTrainer
@@ -170,13 +172,32 @@ def test_a_forecast_of_all_sequences_is_the_exact_level_and_of_some_that_of_thes
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     c = pressures(sequences)
     one_update(model, sequences, optimizer, c)  # there is momentum now
-    whole = one_update(model, sequences, optimizer, c, share=1.0).accounts["batch"]
-    assert whole.sampled == pytest.approx(whole.exact)
+    whole = one_update(model, sequences, optimizer, c, forecaster=Forecaster(1.0, 0.0)).accounts["batch"]
+    assert whole.forecast == pytest.approx(whole.exact)
     few = Sequences(*(None if x is None else x[[0, 4]] for x in sequences))
-    seen = one_update(model, sequences, optimizer, c, share=1 / 4, held_out=few)
-    assert seen.accounts["batch"].sampled == pytest.approx(seen.accounts["held_out"].exact)
-    assert seen.accounts["batch"].sampled != pytest.approx(seen.accounts["batch"].exact, rel=0.01)
+    seen = one_update(model, sequences, optimizer, c, forecaster=Forecaster(1 / 4), held_out=few)
+    assert seen.accounts["batch"].forecast == pytest.approx(seen.accounts["held_out"].exact)  # nothing to average yet
+    assert seen.accounts["batch"].forecast != pytest.approx(seen.accounts["batch"].exact, rel=0.01)
     assert seen.momentum == 0.9
+    assert one_update(model, sequences, optimizer, c).accounts["batch"].forecast is None
+
+
+def test_a_forecaster_averages_the_slopes_that_it_saw():
+    model, forecaster, slopes = tiny(), Forecaster(1.0, 0.75), []
+    for seed in (0, 1, 2):
+        slopes.append(entropy_gradient(model, batch(seed=seed))[1])
+        with forecaster.foretold(model, batch(seed=seed)) as forecast:
+            assert math.isnan(forecast.change)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p += 1e-3
+    weights = [0.25 * 0.75**2, 0.25 * 0.75, 0.25]
+    said = sum(w * 1e-3 * sum(p.sum() for p in g.values()) for w, g in zip(weights, slopes, strict=True)) / sum(weights)
+    assert forecast.change == pytest.approx(said.item())
+    with pytest.raises(ValueError, match=r"memory is 1\.0; expected at least 0 and below 1"):
+        Forecaster(memory=1.0)
+    with pytest.raises(ValueError, match=r"share is 2\.0; expected a part"):
+        Forecaster(share=2.0)
 
 
 def test_a_share_is_taken_of_sequences_that_have_something():
@@ -210,7 +231,7 @@ def test_a_state_is_the_text_before_a_token_wherever_the_padding_is():
 def test_the_forecaster_logs_every_update_and_leaves_no_trace(tmp_path):
     settings = {"max_steps": 4, "num_iterations": 2}
     plain, told, seen = (make_trainer(PolarityTrainer, tmp_path / n, **settings) for n in ("a", "b", "c"))
-    UpdateForecaster(share=1 / 4).attach(told)
+    UpdateForecaster(share=1 / 4, memory=0.0).attach(told)
     found = []
     UpdateAuditor(lambda step, audit: found.append(audit.accounts["batch"].exact)).attach(seen)
     for trainer in (plain, told, seen):
@@ -332,7 +353,7 @@ def test_an_audit_is_made_kept_and_read_again(tmp_path):
         assert sum(explained) == pytest.approx(levels["gap"]["local leaves"])
     page = (tmp_path / "audit.html").read_text()
     assert "What closes the gap" in page
-    assert page.count("<h3>") == 4
+    assert page.count("<h3>") == 5
     again = []
     kept = audit(recipe, [0, 1], tmp_path, lambda *line: again.append(line))
     assert again == []

@@ -11,7 +11,19 @@ import entropy_polarity
 
 SOURCE = Path(entropy_polarity.__file__).parent
 ROOMS = {p.stem for p in SOURCE.glob("*.py")} | {p.parent.name for p in SOURCE.glob("*/__init__.py")}
-TRAINERS = {"methods", "transforms", "phase", "kernels", "tokens", "polarity", "exact", "audit", "tasks", "record"}
+TRAINERS = {
+    "methods",
+    "transforms",
+    "phase",
+    "kernels",
+    "tokens",
+    "polarity",
+    "exact",
+    "audit",
+    "forecast",
+    "tasks",
+    "record",
+}
 ALLOWED = {
     "__init__": ROOMS,  # lazily
     "cli": ROOMS,
@@ -21,7 +33,8 @@ ALLOWED = {
     "methods": {"transforms", "phase", "polarity"},
     "transforms": {"phase", "polarity", "tokens"},
     "exact": {"kernels", "polarity", "tokens"},
-    "audit": {"exact"},
+    "audit": {"exact", "forecast"},
+    "forecast": {"exact"},
     "agreement": {"evaluate"},
     "asymmetry": set(),
     "kernels": {"polarity", "tokens"},

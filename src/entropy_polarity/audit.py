@@ -12,15 +12,14 @@ to the mean entropy over some states, each of which leaves out less than the one
 g is the gradient of that mean at θ. The first two are per unit of step size, the others in nats. And a forecast that is
 cheap enough for every update of a training:
 
-    sampled          <ĝ, δ>                  the step that was made, ĝ from a few of the sequences trained on
+    forecast         <ḡ, δ>                  the step that was made, ḡ from a few sequences an update: forecast.py
 
 Source: ours; the local formula is the paper's polarity (arXiv 2605.11775) as polarity.py has it.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -36,10 +35,9 @@ from entropy_polarity.exact import (
     exact_sensitivity,
     sequence_stats,
 )
+from entropy_polarity.forecast import Forecaster, dot, followed, inner, moving
 
 LEVELS = ("local", "shared", "preconditioned", "exact")
-# Of the sequences trained on, those that a forecast looks at.
-SHARE = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Account:
     shared: float
     preconditioned: float | None
     exact: float
-    sampled: float
+    forecast: float | None
     realised: float
     parts: dict[str, float]
 
@@ -81,49 +79,6 @@ class Audit:
     momentum: float | None = None
 
 
-@dataclass
-class Forecast:
-    """What `foretold` found, once its block is left: the forecast change of the mean entropy, in nats."""
-
-    change: float = math.nan
-
-
-@contextmanager
-def foretold(
-    model: nn.Module,
-    sequences: Sequences,
-    *,
-    share: float = SHARE,
-    temperature: float = 1.0,
-    chunk_bytes: int = CHUNK_BYTES,
-) -> Iterator[Forecast]:
-    """Forecast what the optimiser step inside the block does to the mean entropy: <ĝ, δ>, before anything is generated.
-
-        with foretold(model, sequences) as forecast:
-            optimizer.step()
-        forecast.change
-
-    ĝ is the gradient of the mean entropy over a `share` of `sequences`, evenly spaced; δ is the change of the
-    parameters, whatever momentum, clipping or weight decay did. To first order in δ, up to the sampling error of ĝ.
-    Costs one backward over that share and memory for θ and ĝ. Changes nothing. Raises ValueError where
-    `exact_sensitivity` does, and for a share that is not in (0, 1].
-    Source: ours.
-    """
-    _, g = entropy_gradient(model, spaced(sequences, share), temperature=temperature, chunk_bytes=chunk_bytes)
-    forecast = Forecast()
-    with _followed(model) as step:
-        yield forecast
-    forecast.change = _inner(g, step)
-
-
-def spaced(sequences: Sequences, share: float) -> Sequences:
-    """About that share of those sequences in which something was sampled, evenly spaced; at least one."""
-    if not 0 < share <= 1:
-        raise ValueError(f"share is {share}; expected a part of the sequences, above 0 and at most 1")
-    rows = sequences.mask.any(1).nonzero().flatten()[:: round(1 / share)]
-    return Sequences(*(None if column is None else column[rows] for column in sequences))  # type: ignore[arg-type]
-
-
 @contextmanager
 def audited(
     model: nn.Module,
@@ -132,7 +87,7 @@ def audited(
     pressure: Float[Tensor, "B S"],
     *,
     held_out: Sequences | None = None,
-    share: float = SHARE,
+    forecaster: Forecaster | None = None,
     temperature: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Iterator[Audit]:
@@ -144,10 +99,11 @@ def audited(
 
     `sequences` are those that the gradients came from, and `pressure` (B, S) the factor c_t on ∇ log π of each sampled
     token in the objective, 0 elsewhere. Accounts are given for "batch", the states of `sequences`, and where `held_out`
-    is given for "held_out"; `sampled` in both is `foretold` of a `share` of `sequences`. Costs one backward for each
-    set of states and one for the share, four forward passes over `sequences`, one over `held_out`, and memory for g and
-    two copies of θ. It changes nothing: parameters, gradients, modes and the random state are left to the bit. Raises
-    ValueError where `exact_sensitivity` does, and for pressure of another shape.
+    is given for "held_out". A `forecaster`, which is to see every update of a run, adds its forecast, the same to both.
+    Costs one backward for each set of states and what the forecaster takes, four forward passes over `sequences`, one
+    over `held_out`, and memory for g and two copies of θ. It changes nothing: parameters, gradients, modes and the
+    random state are left to the bit. Raises ValueError where `exact_sensitivity` does, and for pressure of another
+    shape.
     Source: ours.
     """
     if pressure.shape != sequences.mask.shape:
@@ -161,9 +117,10 @@ def audited(
     slopes = {name: entropy_gradient(model, chosen, **where) for name, chosen in states.items()}
     exact = exact_sensitivity(model, sequences, gradient=slopes["batch"], **where).sensitivity
     audit = Audit(momentum=_momentum(optimizer))
-    with foretold(model, sequences, share=share, **where) as forecast, _followed(model) as step:
+    told = nullcontext() if forecaster is None else forecaster.foretold(model, sequences, **where)
+    with told as forecast, followed(model) as step:
         yield audit
-    down = {name: _descent(parameter) for name, parameter in _moving(model)}
+    down = {name: _descent(parameter) for name, parameter in moving(model)}
     metric = _without_momentum(optimizer, model)
     after = sequence_stats(model, sequences, **where)
     local = (pressure * before.sensitivity).sum().item()
@@ -172,10 +129,10 @@ def audited(
         audit.accounts[name] = Account(
             entropy=entropy,
             local=local,
-            shared=_inner(g, down),
-            preconditioned=None if metric is None else _inner(g, metric),
-            exact=_inner(g, step),
-            sampled=forecast.change,
+            shared=inner(g, down),
+            preconditioned=None if metric is None else inner(g, metric),
+            exact=inner(g, step),
+            forecast=None if forecast is None else forecast.change,
             realised=_mean(now.entropy, states[name]) - entropy,
             parts=_by_part(g, step),
         )
@@ -204,19 +161,6 @@ def _states(sequences: Sequences) -> Int[Tensor, "B S"]:
     return torch.stack(states, dim=1)
 
 
-@contextmanager
-def _followed(model: nn.Module) -> Iterator[Parameters]:
-    """The change of the parameters inside the block, known once it is left."""
-    start = {name: parameter.detach().clone() for name, parameter in _moving(model)}
-    step: Parameters = {}
-    yield step
-    step |= {name: parameter.detach() - start[name] for name, parameter in _moving(model)}
-
-
-def _moving(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
 def _descent(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else -parameter.grad
 
@@ -225,22 +169,14 @@ def _mean(entropy: Float[Tensor, "B S"], states: Sequences) -> float:
     return (entropy.double().sum() / states.mask.sum()).item()
 
 
-def _inner(a: Parameters, b: Parameters) -> float:
-    return sum(_dot(a[name], b[name]) for name in a)
-
-
 def _by_part(a: Parameters, b: Parameters) -> dict[str, float]:
     """The inner product, split by layer, embedding, norm and head: by the name up to its first number."""
     parts: dict[str, float] = {}
     for name in a:
         layer = re.match(r".*?\.\d+(?=\.)", name)
         part = layer[0] if layer else name.rsplit(".", 1)[0]
-        parts[part] = parts.get(part, 0.0) + _dot(a[name], b[name])
+        parts[part] = parts.get(part, 0.0) + dot(a[name], b[name])
     return parts
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return (a.double() * b.double()).sum().item()
 
 
 def _momentum(optimizer: Any) -> float | None:
@@ -271,7 +207,7 @@ def _without_momentum(optimizer: Any, model: nn.Module) -> Parameters | None:
                 steps[parameter] = rule(parameter, group, plain.state[parameter])
     return {
         name: steps[parameter] if parameter in steps else torch.zeros_like(parameter)
-        for name, parameter in _moving(model)
+        for name, parameter in moving(model)
     }
 
 

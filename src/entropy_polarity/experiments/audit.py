@@ -213,7 +213,7 @@ def _cheap(updates: Sequence[list[dict[str, Any]]], states: str) -> dict[str, An
     realised = [_column(rows, "realised") for rows in runs]
     forecasts = {
         "local": [_column(rows, "local") for rows in runs],
-        "sampled": [_column(rows, "sampled") for rows in runs],
+        "forecast": [_column(rows, "forecast") for rows in runs],
         "the last change": [np.concatenate([[0.0], values[:-1]]) for values in realised],
     }
     if all(row["momentum"] is not None for rows in updates for row in rows):

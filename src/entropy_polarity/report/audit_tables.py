@@ -55,12 +55,13 @@ def _levels(levels: dict[str, Any], title: str) -> TextTable:
 
 def _cheap(cheap: dict[str, Any], title: str) -> TextTable:
     columns = [
-        Column("forecast", "Of the change of the mean entropy by one update, with what a training has at hand."),
+        Column("what foretells", "Of the change of the mean entropy by one update, with what a training has at hand."),
         Column(
             "costs",
             "Local and momentum are made of what the training pass gives anyway. Momentum is the local prediction, "
-            "averaged over updates as the optimiser averages its gradients. Sampled is <ĝ, δθ>, ĝ from a sixteenth of "
-            "the sequences. The last change is that of the update before: it needs no polarity, but a measurement.",
+            "averaged over updates as the optimiser averages its gradients. The forecast is <ḡ, δθ>, ḡ from a "
+            "sixteenth of the sequences of each update, averaged over updates. The last change is that of the update "
+            "before: it needs no polarity, but a measurement.",
         ),
         Column(
             "Spearman", "Correlation of ranks with the realised change; in brackets 95 % block-bootstrap intervals."
@@ -72,7 +73,7 @@ def _cheap(cheap: dict[str, Any], title: str) -> TextTable:
         ),
         Column("error, fitted", "Of that line: the mean absolute error, over the mean size of a change."),
     ]
-    costs = {"sampled": "a backward pass over 1/16", "the last change": "a measurement"}
+    costs = {"forecast": "a backward pass over 1/16", "the last change": "a measurement"}
     rows = [
         [
             name,

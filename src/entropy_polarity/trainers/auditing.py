@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import TrainerCallback
 
-from entropy_polarity.audit import SHARE, Audit, Forecast, audited, foretold, spaced
+from entropy_polarity.audit import Audit, audited
 from entropy_polarity.exact import Sequences
+from entropy_polarity.forecast import MEMORY, SHARE, Forecast, Forecaster, spaced
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.trainers.trl import PolarityTrainer
 from entropy_polarity.trainers.trl_exact import joined, sequences_of
@@ -26,6 +27,7 @@ class UpdateAuditor(TrainerCallback):
 
     def __init__(self, watch: Callable[[int, Audit], None], held_out: Callable[[int], Sequences] | None = None) -> None:
         self.watch, self.held_out = watch, held_out
+        self.forecaster = Forecaster()
         self._seen: list[tuple[Sequences, Tensor]] = []
         self._open = ExitStack()
         self._audit: Audit | None = None
@@ -61,6 +63,7 @@ class UpdateAuditor(TrainerCallback):
             sequences,
             torch.cat(pressures),
             held_out=states,
+            forecaster=self.forecaster,
             temperature=self.trainer.temperature,
         )
         self._audit = self._open.enter_context(block)
@@ -76,11 +79,11 @@ class UpdateAuditor(TrainerCallback):
 class UpdateForecaster(TrainerCallback):
     """Attach with `UpdateForecaster().attach(trainer)`: logs "polarity/forecast_entropy_change" of every update.
 
-    It is `foretold` of the sequences of that update, in nats. The run is the one it would be without.
+    In nats, by a `Forecaster` of the same settings. The run is the one it would be without.
     """
 
-    def __init__(self, share: float = SHARE) -> None:
-        self.share = share
+    def __init__(self, share: float = SHARE, memory: float = MEMORY) -> None:
+        self.forecaster, self.share = Forecaster(1.0, memory), share
         self._seen: list[Sequences] = []
         self._open = ExitStack()
         self._forecast: Forecast | None = None
@@ -101,7 +104,7 @@ class UpdateForecaster(TrainerCallback):
             return
         sequences, self._seen = joined(self._seen), []
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        block = foretold(model, sequences, share=1.0, temperature=self.trainer.temperature)
+        block = self.forecaster.foretold(model, sequences, temperature=self.trainer.temperature)
         self._forecast = self._open.enter_context(block)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
