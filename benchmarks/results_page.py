@@ -1,6 +1,7 @@
 """docs/results.md, and the numbers of docs/theory.md, from the result files: python benchmarks/results_page.py."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ COMPARISONS = ("screen", "comparison-3", "comparison-4", "ablation", "exact-sign
 AUDITS = {
     "audit": "AdamW, learning rate 1e-4",
     "audit-small": "AdamW, learning rate 1e-5",
-    "audit-held": "AdamW, learning rate 1e-4, the thermostat holding 0.6 nats",
+    "audit-held": "AdamW, the thermostat holding 0.6 nats",
     "audit-sgd": "SGD without momentum, learning rate 0.1",
 }
 
@@ -54,6 +55,7 @@ def theory(text: str, folder: Path = RESULTS) -> str:
     blocks = {
         "audit": "\n\n".join(f"**{t.title}**\n\n{_markdown(t)}" for t in tables) or MISSING,
         "audit:variants": _variants(found) if found else MISSING,
+        "audit:forecast": _forecasts(found) if found else MISSING,
     }
     return filled(text, blocks, THEORY.name)
 
@@ -61,18 +63,37 @@ def theory(text: str, folder: Path = RESULTS) -> str:
 def _variants(found: dict[str, dict[str, Any]]) -> str:
     """The local and the exact level of each audit, on both sets of states."""
     head = ["audit", "states", "local: Spearman", "local: signs", "exact: Pearson", "exact: signs", "exact: slope"]
+    return _by_states(
+        head,
+        found,
+        lambda levels: [
+            *(levels["local"][figure] for figure in ("spearman", "sign_agreement")),
+            *(levels["exact"][figure] for figure in ("pearson", "sign_agreement", "slope")),
+        ],
+    )
+
+
+def _forecasts(found: dict[str, dict[str, Any]]) -> str:
+    """The forecast of each audit beside what costs nothing, on both sets of states."""
+    head = ["audit", "states", "forecast: Spearman", "forecast: signs", "the last change: signs", "momentum: signs"]
+    return _by_states(
+        head,
+        found,
+        lambda levels: [
+            levels["cheap"]["forecast"]["spearman"],
+            *(levels["cheap"][name]["sign_agreement"] for name in ("forecast", "the last change", "momentum")),
+        ],
+    )
+
+
+def _by_states(
+    head: list[str], found: dict[str, dict[str, Any]], figures: Callable[[dict[str, Any]], list[dict[str, float]]]
+) -> str:
     rows = []
     for name, document in found.items():
         for states, levels in (("trained on", document), ("held out", document["held_out"])):
-            local, exact = levels["local"], levels["exact"]
-            numbers = [
-                local["spearman"],
-                local["sign_agreement"],
-                *(exact[k] for k in ("pearson", "sign_agreement", "slope")),
-            ]
-            rows.append(
-                [AUDITS[name], states, *(f"{n['value']:.2f} [{n['low']:.2f}, {n['high']:.2f}]" for n in numbers)]
-            )
+            numbers = (f"{n['value']:.2f} [{n['low']:.2f}, {n['high']:.2f}]" for n in figures(levels))
+            rows.append([AUDITS[name], states, *numbers])
     return markdown(head, rows)
 
 

@@ -60,6 +60,7 @@ def test_the_readmes_tables_are_the_result_files():
     step = json.loads((ROOT / "benchmarks/results/trainer_step.json").read_text())
     for figure in ("papo_to_grpo", "grpo_to_grpo"):
         assert trainer_step.shown(step[figure]) in README
+    assert trainer_step.shown(step["forecast_to_papo"]) in results_page.THEORY.read_text()
     kernels = json.loads((ROOT / "benchmarks/results/kernels_cpu.json").read_text())
     for measured, _ in (kernel_tables.logits_budget(kernels), kernel_tables.head_budget(kernels)):
         assert measured in README
