@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from entropy_polarity.exact import CHUNK_BYTES, Parameters, Sequences, entropy_gradient
 
-SHARE, MEMORY = 1 / 16, 0.9
+SHARE, MEMORY, EVERY = 1 / 16, 0.9, 2
 
 
 @dataclass
@@ -33,31 +33,37 @@ class Forecaster:
             optimizer.step()
         forecast.change
 
-    ĝ looks at a `share` of the sequences, and ḡ ← memory ḡ + (1 - memory) ĝ, without the bias of its start; `memory` 0
-    is ĝ alone. To first order in the step, up to the sampling error of ḡ. Costs one backward over that share of
-    the sequences, and memory for θ, ĝ and ḡ. Parameters, gradients, modes and the random state are left to the bit.
-    Raises ValueError for a share outside (0, 1] or a memory outside [0, 1). Source: ours.
+    ĝ looks at a `share` of the sequences of the first update and of each `every`-th after it, and
+    ḡ ← memory ḡ + (1 - memory) ĝ, without the bias of its start; `memory` 0 is ĝ alone. To first order in the step, up to
+    the sampling error of ḡ. Costs one backward over that share of the sequences, and memory for θ, ĝ and ḡ. Parameters,
+    gradients, modes and the random state are left to the bit. Raises ValueError for a share outside (0, 1], a memory
+    outside [0, 1) or an `every` below 1. Source: ours.
     """
 
-    def __init__(self, share: float = SHARE, memory: float = MEMORY) -> None:
+    def __init__(self, share: float = SHARE, memory: float = MEMORY, every: int = EVERY) -> None:
         check_share(share)
         if not 0 <= memory < 1:
             raise ValueError(f"Forecaster: memory is {memory}; expected at least 0 and below 1")
-        self.share, self.memory = share, memory
+        if every < 1:
+            raise ValueError(f"Forecaster: every is {every}; expected a number of updates, at least 1")
+        self.share, self.memory, self.every = share, memory, every
         self._average: Parameters = {}
         self._weight = 0.0
+        self._updates = 0
 
     @contextmanager
     def foretold(
         self, model: nn.Module, sequences: Sequences, *, temperature: float = 1.0, chunk_bytes: int = CHUNK_BYTES
     ) -> Iterator[Forecast]:
         """Forecast the optimiser step inside the block. Raises ValueError where `entropy_gradient` does."""
-        few = spaced(sequences, self.share)
-        _, g = entropy_gradient(model, few, temperature=temperature, chunk_bytes=chunk_bytes)
-        self._weight = self.memory * self._weight + 1 - self.memory
-        for name, part in g.items():
-            old = self._average.get(name)
-            self._average[name] = part * (1 - self.memory) if old is None else old.lerp(part, 1 - self.memory)
+        if self._updates % self.every == 0:
+            few = spaced(sequences, self.share)
+            _, g = entropy_gradient(model, few, temperature=temperature, chunk_bytes=chunk_bytes)
+            self._weight = self.memory * self._weight + 1 - self.memory
+            for name, part in g.items():
+                old = self._average.get(name)
+                self._average[name] = part * (1 - self.memory) if old is None else old.lerp(part, 1 - self.memory)
+        self._updates += 1
         forecast = Forecast()
         with followed(model) as step:
             yield forecast

@@ -60,7 +60,7 @@ def _cheap(cheap: dict[str, Any], title: str) -> TextTable:
             "costs",
             "Local and momentum are made of what the training pass gives anyway. Momentum is the local prediction, "
             "averaged over updates as the optimiser averages its gradients. The forecast is <ḡ, δθ>, ḡ from a "
-            "sixteenth of the sequences of each update, averaged over updates. The last change is that of the update "
+            "sixteenth of the sequences of every second update, averaged. The last change is that of the update "
             "before: it needs no polarity, but a measurement.",
         ),
         Column(
@@ -73,7 +73,7 @@ def _cheap(cheap: dict[str, Any], title: str) -> TextTable:
         ),
         Column("error, fitted", "Of that line: the mean absolute error, over the mean size of a change."),
     ]
-    costs = {"forecast": "a backward pass over 1/16", "the last change": "a measurement"}
+    costs = {"forecast": "a backward pass over 1/32", "the last change": "a measurement"}
     rows = [
         [
             name,

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from entropy_polarity.audit import Audit, audited
 from entropy_polarity.exact import Sequences
-from entropy_polarity.forecast import MEMORY, SHARE, Forecast, Forecaster, spaced
+from entropy_polarity.forecast import EVERY, MEMORY, SHARE, Forecast, Forecaster, spaced
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.trainers.trl import PolarityTrainer
 from entropy_polarity.trainers.trl_exact import joined, sequences_of
@@ -82,8 +82,8 @@ class UpdateForecaster(TrainerCallback):
     In nats, by a `Forecaster` of the same settings. The run is the one it would be without.
     """
 
-    def __init__(self, share: float = SHARE, memory: float = MEMORY) -> None:
-        self.forecaster, self.share = Forecaster(1.0, memory), share
+    def __init__(self, share: float = SHARE, memory: float = MEMORY, every: int = EVERY) -> None:
+        self.forecaster, self.share = Forecaster(1.0, memory, every), share
         self._seen: list[Sequences] = []
         self._open = ExitStack()
         self._forecast: Forecast | None = None
