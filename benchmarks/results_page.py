@@ -23,6 +23,7 @@ AUDITS = {
     "audit": "AdamW, learning rate 1e-4",
     "audit-small": "AdamW, learning rate 1e-5",
     "audit-held": "AdamW, the thermostat holding 0.6 nats",
+    "audit-larger": "AdamW, learning rate 1e-4, 6 layers of width 256",
     "audit-sgd": "SGD without momentum, learning rate 0.1",
 }
 

@@ -5,9 +5,9 @@
 Steps of PolarityTrainer (all statistics, a causal controller), of it with a forecast of every update, of it with exact
 signs on every rollout, and of two GRPOTrainers alternate. All start each step from the same weights (learning rate 0)
 and the same random state, so that they generate the same completions and do the same work. The figures are ratios of
-medians, PAPO's to that of both GRPOs, the forecast's and the exact signs' to PAPO's; beside them stands that of the
-two GRPOs, which would be 1 on a quiet machine: the noise of this measurement. Intervals come from a bootstrap over
-rounds.
+medians: of PAPO to both GRPOs, of the exact signs to PAPO, and of the forecast to PAPO, there of means over the steps
+that one of its slopes serves. Beside them stands that of the two GRPOs, which would be 1 on a quiet machine: the noise
+of this measurement. Intervals come from a bootstrap over rounds.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
+from entropy_polarity.forecast import EVERY
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.record import environment
 from entropy_polarity.tasks.countdown import Countdown
@@ -102,6 +103,12 @@ def shown(figure: dict[str, Any]) -> str:
     return f"{figure['ratio']:.3f} [{low:.3f}, {high:.3f}]"
 
 
+def cycles(seconds: np.ndarray) -> np.ndarray:
+    """Means over the updates between two slopes of a forecast: a median of steps would see one kind of them only."""
+    whole = len(seconds) // EVERY * EVERY
+    return seconds[:whole].reshape(-1, EVERY).mean(axis=1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=80)
@@ -120,9 +127,9 @@ def main() -> None:
                 if seed >= 3:  # the first steps pay for warming up
                     times[name].append(seconds)
     papo, forecast, exact, grpo, again = (np.array(times[name]) for name in names)
-    picks = np.random.default_rng(0).integers(len(papo), size=(2000, len(papo)))
 
     def ratio(top: np.ndarray, bottom: np.ndarray) -> dict[str, Any]:
+        picks = np.random.default_rng(0).integers(top.shape[-1], size=(2000, top.shape[-1]))
         draws = np.median(top[..., picks], axis=-1) / np.median(
             bottom[..., picks].reshape(-1, *picks.shape), axis=(0, 2)
         )
@@ -135,7 +142,7 @@ def main() -> None:
         "rounds": len(papo),
         "median_seconds": {name: float(np.median(values)) for name, values in times.items()},
         "papo_to_grpo": ratio(papo, np.stack([grpo, again])),
-        "forecast_to_papo": ratio(forecast, papo),
+        "forecast_to_papo": ratio(cycles(forecast), cycles(papo)),
         "exact_to_papo": ratio(exact, papo),
         "grpo_to_grpo": ratio(again, grpo),
         "environment": environment(seed=0) | {"command": "see the top of benchmarks/trainer_step.py"},
