@@ -35,9 +35,9 @@ class Forecaster:
 
     ĝ looks at a `share` of the sequences of the first update and of each `every`-th after it, and
     ḡ ← memory ḡ + (1 - memory) ĝ, without the bias of its start; `memory` 0 is ĝ alone. To first order in the step, up
-    to the sampling error of ḡ. Costs one backward over that share of the sequences, and memory for θ, ĝ and ḡ. Parameters,
-    gradients, modes and the random state are left to the bit. Raises ValueError for a share outside (0, 1], a memory
-    outside [0, 1) or an `every` below 1. Source: ours.
+    to the sampling error of ḡ. Costs one backward over that share of the sequences, and memory for θ, ĝ and ḡ.
+    Parameters, gradients, modes and the random state are left to the bit. Raises ValueError for a share outside (0, 1],
+    a memory outside [0, 1) or an `every` below 1. Source: ours.
     """
 
     def __init__(self, share: float = SHARE, memory: float = MEMORY, every: int = EVERY) -> None:
