@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import exact_sign
+import parts
 import regime
 import thermostat
 from blocks import filled, markdown
@@ -52,11 +53,13 @@ def page(text: str, folder: Path = RESULTS) -> str:
 def theory(text: str, folder: Path = RESULTS) -> str:
     """The page of the theory with the numbers of the audits written anew."""
     found = {name: document for name in AUDITS if (document := _read(folder / f"{name}.json"))}
+    restricted = _read(folder / "parts.json")
     tables = audit_tables(found["audit"]) if "audit" in found else []
     blocks = {
         "audit": "\n\n".join(f"**{t.title}**\n\n{_markdown(t)}" for t in tables) or MISSING,
         "audit:variants": _variants(found) if found else MISSING,
         "audit:forecast": _forecasts(found) if found else MISSING,
+        "audit:parts": parts.table(restricted) if restricted else MISSING,
     }
     return filled(text, blocks, THEORY.name)
 

@@ -1,0 +1,140 @@
+"""Would the slope of a few parameters do? What each part of the model foretells of the realised entropy change.
+
+    OMP_NUM_THREADS=1 python benchmarks/parts.py --output benchmarks/results/parts.json
+
+Two formulas, each restricted to a part of the parameters. -<g, G>, the gradients of mean entropy and loss: restricted
+to the embeddings, which the head shares, it is the local formula with a state-similarity factor (the inner product of
+two states' last hidden states stands between their gradients in the logits); restricted to the norms it is one with a
+layer-norm factor. And <ḡ, δ>, the forecast of `Forecaster`. Both are compared with what came, on the states that were
+trained on.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blocks import markdown
+from torch import nn
+
+from entropy_polarity.agreement import agreement
+from entropy_polarity.exact import Parameters, entropy_gradient
+from entropy_polarity.experiments.audit import audit_recipe
+from entropy_polarity.experiments.results import provenance, write_document
+from entropy_polarity.experiments.train import checked, load_policy, prompts_of, quiet, quiet_trainer, trainer_config
+from entropy_polarity.forecast import EVERY, MEMORY, SHARE, dot, followed, moving, spaced
+from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, with_flags
+from entropy_polarity.trainers.auditing import UpdateForecaster
+from entropy_polarity.trainers.trl_exact import joined
+
+FORMULAS = {"shared": "-<g, G>", "forecast": "<ḡ, δ>"}
+
+
+def parts_of(model: nn.Module) -> dict[str, Callable[[str], bool]]:
+    """The parts that are tried, and which parameters belong to each."""
+    layers = sorted({int(name.split(".")[2]) for name, _ in moving(model) if ".layers." in name})
+    return {
+        "all parameters": lambda name: True,
+        "embeddings and head": lambda name: "embed_tokens" in name or "lm_head" in name,
+        "norms": lambda name: "norm" in name,
+        **{f"layer {i}": lambda name, i=i: f".layers.{i}." in name for i in layers},
+        "attention": lambda name: "self_attn" in name,
+        "MLPs": lambda name: ".mlp." in name,
+    }
+
+
+class Parts(UpdateForecaster):
+    """Notes what each part of the model foretells of every update, and what came. The run stays as it is."""
+
+    def __init__(self) -> None:
+        super().__init__(share=1.0)  # all sequences: for what came
+        self.average: Parameters = {}
+        self.weight = 0.0
+        self.updates: list[dict[str, Any]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if not self._seen:
+            return
+        self.sequences, self._seen = joined(self._seen), []
+        model, t = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.temperature
+        if len(self.updates) % EVERY == 0:
+            _, few = entropy_gradient(model, spaced(self.sequences, SHARE), temperature=t)
+            self.weight = MEMORY * self.weight + 1 - MEMORY
+            self.average = {n: MEMORY * self.average.get(n, 0.0) + (1 - MEMORY) * few[n] for n in few}
+        self.before, g = entropy_gradient(model, self.sequences, temperature=t)
+        self.shared = {n: 0.0 if p.grad is None else -dot(g[n], p.grad) for n, p in moving(model)}
+        self.step = self._open.enter_context(followed(model))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._open.close()
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        after, _ = entropy_gradient(model, self.sequences, temperature=self.trainer.temperature)
+        forecast = {name: dot(self.average[name], self.step[name]) / self.weight for name in self.average}
+        told = {"shared": self.shared, "forecast": forecast}
+        sums = {
+            formula: {part: sum(v for n, v in values.items() if has(n)) for part, has in parts_of(model).items()}
+            for formula, values in told.items()
+        }
+        self.updates.append({"realised": after - self.before, **sums})
+
+
+def measured(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+    task, _ = checked(recipe, folder)
+    config = trainer_config(recipe, folder)
+    model, tokenizer = load_policy(recipe.policy.model)
+    trainer = quiet_trainer(model, tokenizer, config, *prompts_of(task, config, recipe.seed))
+    parts = Parts()
+    parts.attach(trainer)
+    trainer.train()
+    return parts.updates
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each formula and part: the agreement with what came."""
+
+    def of(formula: str, part: str) -> dict[str, Any]:
+        pairs = [
+            (np.array([u[formula][part] for u in run["updates"]]), np.array([u["realised"] for u in run["updates"]]))
+            for run in runs
+        ]
+        return asdict(agreement(pairs))
+
+    return {formula: {part: of(formula, part) for part in runs[0]["updates"][0][formula]} for formula in FORMULAS}
+
+
+def table(document: dict[str, Any]) -> str:
+    found = document["summary"]
+    head = ["parameters", *(f"{formula}: {what}" for formula in FORMULAS.values() for what in ("Spearman", "signs"))]
+    rows = [
+        [part] + [_shown(found[formula][part][what]) for formula in FORMULAS for what in ("spearman", "sign_agreement")]
+        for part in found["shared"]
+    ]
+    return markdown(head, rows)
+
+
+def _shown(e: dict[str, float]) -> str:
+    return f"{e['value']:.2f} [{e['low']:.2f}, {e['high']:.2f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    quiet()
+    recipe = audit_recipe(DEFAULT_RECIPE, None, None, "grpo", arguments.steps, "adamw")
+    runs = []
+    for seed in arguments.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            runs.append({"seed": seed, "updates": measured(with_flags(recipe, seed=seed), Path(folder))})
+    document = {"parts": 1, "environment": provenance(), "summary": summary(runs), "runs": runs}
+    write_document(arguments.output, document)
+    print(table(document))
+
+
+if __name__ == "__main__":
+    main()
