@@ -1,0 +1,225 @@
+"""A function of untrusted text, called in processes that can be killed: bounded time and memory, and nothing left over.
+
+A library's own time limit is an alarm, which works in the main thread alone and cannot interrupt a long multiplication.
+Here the parent watches the clock: a worker that does not answer in time is killed and replaced, and the call that it
+was busy with has a failure instead of a value. Arguments and values travel as JSON: nothing of a worker is unpickled.
+"""
+
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from queue import SimpleQueue
+from time import monotonic
+from typing import Any, NamedTuple
+
+START_SECONDS = 120.0  # for the imports of a worker
+GRACE_SECONDS = 1.0  # between the worker's own alarm and its end
+TIMED_OUT, OUT_OF_MEMORY, DIED = "timed out", "out of memory", "worker died"
+_READY = {"ready": True}
+
+
+class Outcome(NamedTuple):
+    """What became of a call: its value, or in a few words why there is none; `failure` is empty where it went well."""
+
+    value: Any
+    failure: str = ""
+
+
+class Workers:
+    """`count` processes that call `function`, an importable "module:name", with JSON arguments.
+
+    >>> with Workers("operator:add", count=1) as workers:
+    ...     workers.map([(1, 2), (1, "a")])
+    [Outcome(value=3, failure=''), Outcome(value=None, failure='TypeError')]
+
+    A call may take `seconds` and a process `memory_bytes` of address space; what takes more is ended, and so is every
+    process that it started. Failures: "timed out", "out of memory", "worker died", or the name of the exception.
+    Processes start at the first call and end with `close`, with the object or with this process, even when it is
+    killed. `map` may be called from any thread. Raises ValueError for limits that are not positive; the first call
+    raises RuntimeError, with the reason, where no worker can import the function.
+    """
+
+    def __init__(
+        self, function: str, *, seconds: float = 5.0, memory_bytes: int = 4 << 30, count: int | None = None
+    ) -> None:
+        count = max(1, os.cpu_count() or 1) if count is None else count
+        if not (seconds > 0 and memory_bytes > 0 and count > 0):
+            raise ValueError(
+                f"Workers: seconds={seconds}, memory_bytes={memory_bytes}, count={count}; expected positive numbers"
+            )
+        self.function, self.seconds, self.memory_bytes, self.count = function, seconds, memory_bytes, count
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        for _ in range(count):
+            self._idle.put(_Worker(function, seconds, memory_bytes))
+
+    def map(self, calls: Sequence[Sequence[Any]]) -> list[Outcome]:
+        """The outcome of every call, in order."""
+        with ThreadPoolExecutor(self.count) as threads:
+            return list(threads.map(self._call, calls))
+
+    def _call(self, arguments: Sequence[Any]) -> Outcome:
+        worker = self._idle.get()
+        try:
+            return worker.call(arguments)
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        """End all processes; a later call starts them again."""
+        for worker in [self._idle.get() for _ in range(self.count)]:
+            worker.end()
+            self._idle.put(worker)
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+class _Worker:
+    """One process, started when it is needed and after it was ended."""
+
+    def __init__(self, function: str, seconds: float, memory_bytes: int) -> None:
+        self.function, self.seconds, self.memory_bytes = function, seconds, memory_bytes
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def call(self, arguments: Sequence[Any]) -> Outcome:
+        process = self.process or self._start()
+        assert process.stdin is not None
+        deadline = monotonic() + self.seconds + GRACE_SECONDS
+        try:
+            # A worker reads a whole line before it computes, so that this never waits for a reader that is stuck.
+            process.stdin.write(json.dumps(list(arguments)).encode() + b"\n")
+            process.stdin.flush()
+            answer = _read_line(process, deadline)
+        except BrokenPipeError:
+            answer = b""
+        if answer is None or not answer.endswith(b"\n"):
+            killed_itself = self.end() == -signal.SIGXCPU
+            return Outcome(None, TIMED_OUT if answer is None or killed_itself else DIED)
+        return Outcome(**json.loads(answer))
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        limits = [str(self.seconds), str(self.memory_bytes)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "entropy_polarity.tasks.workers", self.function, *limits],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a group of its own, to be killed as one
+            # One order of sets in every process: what a function makes of its arguments is the same everywhere.
+            env=os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+        )
+        self.process = process
+        self._finalizer = weakref.finalize(self, _kill, process)
+        hello = _read_line(process, monotonic() + START_SECONDS)
+        if not hello or json.loads(hello) != _READY:
+            self.end()
+            why = json.loads(hello)["failure"] if hello else "it did not start"
+            raise RuntimeError(f"no worker can call {self.function}: {why}")
+        return process
+
+    def end(self) -> int | None:
+        """Kill the process and all that it started, and wait for it: no zombie stays. Returns its exit status."""
+        if self.process is None:
+            return None
+        self._finalizer.detach()
+        process, self.process = self.process, None
+        return _kill(process)
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> int:
+    died_of = process.poll()
+    with suppress(ProcessLookupError, PermissionError):  # the group is gone
+        os.killpg(process.pid, signal.SIGKILL)
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        with suppress(BrokenPipeError):
+            pipe.close()
+    status = process.wait()
+    return status if died_of is None else died_of
+
+
+def _read_line(process: "subprocess.Popen[bytes]", deadline: float) -> bytes | None:
+    """A line of the process's output; without its end where the process ended; None where the deadline passed."""
+    assert process.stdout is not None
+    descriptor, line = process.stdout.fileno(), b""
+    while not line.endswith(b"\n"):
+        readable, _, _ = select.select([descriptor], [], [], max(0.0, deadline - monotonic()))
+        if not readable:
+            return None
+        chunk = os.read(descriptor, 1 << 16)
+        if not chunk:
+            return line
+        line += chunk
+    return line
+
+
+def _serve(name: str, seconds: float, memory_bytes: int) -> None:
+    """The loop of a worker: a line of arguments in, a line of outcome out, until the parent is gone."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+
+    def answer(**content: Any) -> None:
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
+
+    try:
+        module, _, attribute = name.partition(":")
+        function = getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        answer(failure=f"{type(error).__name__}: {error}")
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGALRM, _alarm)
+    answer(**_READY)
+    for line in sys.stdin:
+        answer(**_outcome(function, json.loads(line), seconds)._asdict())
+
+
+def _outcome(function: Callable[..., Any], arguments: list[Any], seconds: float) -> Outcome:
+    _limit_cpu(seconds)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        value = function(*arguments)
+        json.dumps(value)
+        return Outcome(value)
+    except _TimedOutError:
+        return Outcome(None, TIMED_OUT)
+    except MemoryError:
+        return Outcome(None, OUT_OF_MEMORY)
+    except Exception as error:
+        return Outcome(None, type(error).__name__)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _limit_cpu(seconds: float) -> None:
+    """End this process when this call computes for longer: also where the parent is gone and the alarm is not heard."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    soft = int(used.ru_utime + used.ru_stime + seconds + GRACE_SECONDS) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+
+
+class _TimedOutError(BaseException):
+    """Not an Exception: a library that catches everything must not swallow it."""
+
+
+def _alarm(number: int, frame: Any) -> None:
+    raise _TimedOutError
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
