@@ -83,9 +83,9 @@ class Parts(UpdateForecaster):
 
 def measured(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     task, _ = checked(recipe, folder)
-    config = trainer_config(recipe, folder)
+    config = trainer_config(recipe, folder, task)
     model, tokenizer = load_policy(recipe.policy.model)
-    trainer = quiet_trainer(model, tokenizer, config, *prompts_of(task, config, recipe.seed))
+    trainer = quiet_trainer(model, tokenizer, config, *prompts_of(task, tokenizer, config, recipe.seed))
     parts = Parts()
     parts.attach(trainer)
     trainer.train()

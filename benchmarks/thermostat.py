@@ -115,12 +115,12 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
     quiet()
     recipe = load_recipe("countdown", [*SETTINGS, *run.get("settings", []), f"seed={run['seed']}"])
     recipe = replace(recipe, method=run["method"])
-    config = trainer_config(recipe, Path(tempfile.mkdtemp()))
-    model, tokenizer = load_policy("embedded")
     task = make_task(**recipe.task)
-    dataset, reward = prompts_of(task, config, recipe.seed)
+    config = trainer_config(recipe, Path(tempfile.mkdtemp()), task)
+    model, tokenizer = load_policy("embedded")
+    dataset, reward = prompts_of(task, tokenizer, config, recipe.seed)
     if run.get("disturbance") == "prompts":
-        easier, problems = prompts_of(make_task("countdown", numbers=[3]), config, recipe.seed)
+        easier, problems = prompts_of(make_task("countdown", numbers=[3]), tokenizer, config, recipe.seed)
         half = len(dataset) // 2
         for index in range(half, len(dataset)):
             reward.problems[index] = problems.problems[index]

@@ -648,7 +648,7 @@ def test_prompts_are_those_of_the_seed_whatever_the_method(tmp_path):
     plan, prompts = plan_of("grpo", "papo:controller=balance", "other=papo:conserve=true"), {}
     for job in jobs_of(plan, tmp_path):
         task, config = checked(job.recipe, tmp_path)
-        prompts[job.name] = prompts_of(task, config, job.seed)[0]["prompt"][:]
+        prompts[job.name] = prompts_of(task, None, config, job.seed)[0]["prompt"][:]
     assert prompts["grpo-0"] == prompts["papo-0"] == prompts["other-0"]
     assert prompts["grpo-1"] == prompts["papo-1"] == prompts["other-1"] != prompts["grpo-0"]
 

@@ -74,7 +74,11 @@ def test_what_misbehaves_fails_alone(here, how, failure):
     before = {p.pid for p in psutil.Process().children(recursive=True)}
     with Workers(here + "misbehave", seconds=0.3, memory_bytes=1 << 30, count=1) as workers:
         began = time.monotonic()
-        assert workers.map([("well",), (how,), ("again",)]) == [Outcome("well"), Outcome(None, failure), Outcome("again")]
+        assert workers.map([("well",), (how,), ("again",)]) == [
+            Outcome("well"),
+            Outcome(None, failure),
+            Outcome("again"),
+        ]
         assert time.monotonic() - began < 30
     left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
     assert left == [], "a process or a zombie is left"

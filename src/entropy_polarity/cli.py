@@ -28,6 +28,7 @@ def train(
     recipe: Positional[str] = DEFAULT_RECIPE,
     /,
     output: Path | None = None,
+    task: str | None = None,
     method: str | None = None,
     max_steps: int | None = None,
     seed: int | None = None,
@@ -41,6 +42,7 @@ def train(
     Args:
         recipe: name of a recipe that comes with the package, or path of a .toml file
         output: the run directory; must not hold a run yet (default: runs/<recipe>-<method>-<seed>)
+        task: countdown, math:PRESET, gym:DATASET or math (with --set task.data=FILE), in place of the recipe's
         method: a name of `papo methods`
         max_steps: optimiser steps
         seed: seed of prompts, sampling and training
@@ -48,7 +50,7 @@ def train(
         resume: a run directory to go on with, from its last checkpoint (its own recipe is used)
         overrides: any key of the recipe, e.g. trainer.learning_rate=1e-4; can be repeated
     """
-    chosen, directory = _what_to_train(recipe, output, method, max_steps, seed, model, resume, overrides)
+    chosen, directory = _what_to_train(recipe, output, task, method, max_steps, seed, model, resume, overrides)
 
     from entropy_polarity.experiments.train import train as run
     from entropy_polarity.report.live import LiveView
@@ -66,6 +68,7 @@ def train(
 def _what_to_train(
     recipe: str,
     output: Path | None,
+    task: str | None,
     method: str | None,
     max_steps: int | None,
     seed: int | None,
@@ -74,10 +77,14 @@ def _what_to_train(
     overrides: tuple[str, ...],
 ) -> tuple[Recipe, Path]:
     if resume is None:
-        chosen = with_flags(load_recipe(recipe, overrides, method), max_steps=max_steps, seed=seed, model=model)
+        named = () if task is None else (f"task={{name={task!r}}}",)
+        chosen = with_flags(
+            load_recipe(recipe, (*named, *overrides), method), max_steps=max_steps, seed=seed, model=model
+        )
         return chosen, output or Path("runs") / f"{Path(recipe).stem}-{chosen.method['name']}-{chosen.seed}"
     fixed = {
         "--output": output,
+        "--task": task,
         "--method": method,
         "--seed": seed,
         "--model": model,

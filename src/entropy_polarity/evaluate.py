@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from entropy_polarity.tasks import Problem, Score, Task, distinct_problems
+from entropy_polarity.tasks import Messages, Problem, Score, Task, distinct_problems
+from entropy_polarity.tasks.prompts import encoded, for_tokenizer
 
 
 def pass_at_k(successes: Int[np.ndarray, "*P"], samples: int, k: int) -> Float[np.ndarray, "*P"]:
@@ -215,10 +216,11 @@ class Sampled(NamedTuple):
 
 @torch.no_grad()
 def sample_tokens(
-    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, temperature: float
+    model: Any, tokenizer: Any, prompts: Sequence[str | Messages], max_new_tokens: int, temperature: float
 ) -> Sampled:
     """One completion of every prompt, sampled at `temperature` from the whole vocabulary; greedy at 0."""
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
+    texts = {"input_ids": [encoded(prompt, tokenizer) for prompt in prompts]}
+    batch = tokenizer.pad(texts, return_tensors="pt", padding_side="left")
     ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     output = model.generate(
@@ -235,7 +237,7 @@ def sample_tokens(
 def sample_completions(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Messages],
     samples: int,
     max_new_tokens: int,
     temperature: float,
@@ -269,7 +271,7 @@ def evaluate(
     chosen: list[Problem] = distinct_problems(task, seed, "test", problems)
     was_training = model.training
     model.eval()
-    prompts = [problem.prompt for problem in chosen]
+    prompts = [for_tokenizer(problem, tokenizer) for problem in chosen]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sampled = sample_completions(model, tokenizer, prompts, samples, task.max_completion_tokens, temperature)
@@ -277,8 +279,8 @@ def evaluate(
     model.train(was_training)
     scores = _scores(task, chosen, sampled)
     verdicts = Counter(score.reason for row in scores for score in row)
-    successes = np.array([sum(score.reward > 0 for score in row) for row in scores])
-    greedy = np.array([int(score.reward > 0) for (score,) in _scores(task, chosen, likeliest)])
+    successes = np.array([sum(score.reward >= 1 for score in row) for row in scores])
+    greedy = np.array([int(score.reward >= 1) for (score,) in _scores(task, chosen, likeliest)])
     sizes = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < samples] + [samples]
     return Evaluation(
         problems,
@@ -295,4 +297,5 @@ def evaluate(
 
 def _scores(task: Task, problems: list[Problem], completions: list[list[str]]) -> list[list[Score]]:
     rows = zip(problems, completions, strict=True)
-    return [[task.score(problem, text) for text in texts] for problem, texts in rows]
+    scores = iter(task.scores([(problem, text) for problem, texts in rows for text in texts]))
+    return [[next(scores) for _ in texts] for texts in completions]

@@ -28,6 +28,7 @@ from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, load_recipe, with_fl
 from entropy_polarity.record import CONFIG
 from entropy_polarity.report.audit import render_audit
 from entropy_polarity.tasks import Task, distinct_problems
+from entropy_polarity.tasks.prompts import for_tokenizer
 from entropy_polarity.trainers.auditing import UpdateAuditor
 
 AUDIT, PAGE = "audit.json", "audit.html"
@@ -115,11 +116,14 @@ def _finished(recipe: Recipe, seed: int, output: Path) -> dict[str, Any] | None:
 
 
 def _run(recipe: Recipe, seed: int, task: Task, output: Path, watch: Watch) -> dict[str, Any]:
-    config = trainer_config(replace(recipe, seed=seed), output / "trainer")
+    config = trainer_config(replace(recipe, seed=seed), output / "trainer", task)
     model, tokenizer = load_policy(recipe.policy.model)
     output.mkdir(parents=True, exist_ok=True)
-    trainer = quiet_trainer(model, tokenizer, config, *prompts_of(task, config, seed))
-    prompts = [problem.prompt for problem in distinct_problems(task, seed, "test", recipe.evaluation.problems)]
+    trainer = quiet_trainer(model, tokenizer, config, *prompts_of(task, tokenizer, config, seed))
+    prompts = [
+        for_tokenizer(problem, tokenizer)
+        for problem in distinct_problems(task, seed, "test", recipe.evaluation.problems)
+    ]
     updates: list[dict[str, Any]] = []
     tokens: list[TokenAccount] = []
 

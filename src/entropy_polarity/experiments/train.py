@@ -27,6 +27,7 @@ from entropy_polarity.recipe import Recipe
 from entropy_polarity.record import CHECKPOINTS, Run, RunWriter, checkpoint_step, refuse_occupied
 from entropy_polarity.report.page import render_page
 from entropy_polarity.tasks import Problem, Task, distinct_problems, make_task
+from entropy_polarity.tasks.prompts import for_tokenizer, plain
 from entropy_polarity.trainers.recording import Judged, RunRecorder
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
 
@@ -51,7 +52,7 @@ def load_policy(model: str) -> tuple[Any, Any]:
     return policy, tokenizer
 
 
-def trainer_config(recipe: Recipe, output: Path) -> PolarityConfig:
+def trainer_config(recipe: Recipe, output: Path, task: Task) -> PolarityConfig:
     """The TRL configuration of a recipe. Unknown and owned keys raise ValueError."""
     known = {f.name for f in fields(PolarityConfig) if f.init} - _OWNED
     for key in recipe.trainer:
@@ -64,7 +65,12 @@ def trainer_config(recipe: Recipe, output: Path) -> PolarityConfig:
         raise ValueError(f"trainer.max_steps is {recipe.trainer.get('max_steps')}; expected at least 1 (--max-steps)")
     method = dict(recipe.method)
     name = method.pop("name")
-    defaults = {"report_to": "none", "shuffle_dataset": False, "bf16": torch.cuda.is_available()}
+    defaults = {
+        "report_to": "none",
+        "shuffle_dataset": False,
+        "bf16": torch.cuda.is_available(),
+        "max_completion_length": task.max_completion_tokens,
+    }
     config = PolarityConfig(
         output_dir=str(output),
         seed=recipe.seed,
@@ -84,7 +90,7 @@ def trainer_config(recipe: Recipe, output: Path) -> PolarityConfig:
 
 
 class VerifiedReward:
-    """The reward function of a task: 1 for what its verifier accepts. `judged` holds the last batch, in order."""
+    """The reward function of a task: its verifier's. `judged` holds the last batch, in order."""
 
     __name__ = "verified"
 
@@ -92,28 +98,27 @@ class VerifiedReward:
         self.task, self.problems = task, problems
         self.judged: list[Judged] = []
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], problem: list[int], log_metric: Callable, **_: Any
-    ) -> list[float]:
-        scores = [self.task.score(self.problems[i], text) for i, text in zip(problem, completions, strict=True)]
+    def __call__(self, completions: list[Any], problem: list[int], log_metric: Callable, **_: Any) -> list[float]:
+        answers = [(self.problems[i], plain(text)) for i, text in zip(problem, completions, strict=True)]
+        scores = self.task.scores(answers)
         verdicts = Counter(score.reason for score in scores)
         for reason in self.task.reasons:
             log_metric(f"verdict/{reason.replace(' ', '_')}", verdicts[reason] / len(scores))
-        texts = zip(prompts, completions, scores, strict=True)
-        self.judged = [Judged(prompt, completion, score.reason) for prompt, completion, score in texts]
+        verdicts_on = zip(answers, scores, strict=True)
+        self.judged = [Judged(asked.prompt, text, score.reason) for (asked, text), score in verdicts_on]
         return [score.reward for score in scores]
 
 
 def checked(recipe: Recipe, output: Path) -> tuple[Task, PolarityConfig]:
     """The task and the TRL configuration of a recipe. All that needs no model is checked: ValueError or OSError."""
     task = make_task(**recipe.task)
-    config = trainer_config(recipe, output / CHECKPOINTS)
+    config = trainer_config(recipe, output / CHECKPOINTS, task)
     distinct_problems(task, recipe.evaluation.seed, "test", recipe.evaluation.problems)  # there may be too few
     resolve_model(recipe.policy.model)
     return task, config
 
 
-def prompts_of(task: Task, config: PolarityConfig, seed: int) -> tuple[Dataset, VerifiedReward]:
+def prompts_of(task: Task, tokenizer: Any, config: PolarityConfig, seed: int) -> tuple[Dataset, VerifiedReward]:
     """The prompts of the whole run in order, and the reward function that judges completions of them."""
     assert config.generation_batch_size is not None
     assert config.steps_per_generation is not None
@@ -122,7 +127,8 @@ def prompts_of(task: Task, config: PolarityConfig, seed: int) -> tuple[Dataset, 
     rollouts = -(-rollouts // config.num_iterations)
     count = rollouts * config.generation_batch_size // config.num_generations
     problems = [task.problem(seed, index, "train") for index in range(count)]
-    dataset = Dataset.from_dict({"prompt": [p.prompt for p in problems], "problem": list(range(count))})
+    prompts = [for_tokenizer(problem, tokenizer) for problem in problems]
+    dataset = Dataset.from_dict({"prompt": prompts, "problem": list(range(count))})
     return dataset, VerifiedReward(task, problems)
 
 
@@ -184,7 +190,7 @@ def train(
     task, config = checked(recipe, output)
     summary = _summary_to_resume(output, config.max_steps) if resume else refuse_occupied(output) or {}
     model, tokenizer = load_policy(recipe.policy.model)
-    dataset, reward = prompts_of(task, config, recipe.seed)
+    dataset, reward = prompts_of(task, tokenizer, config, recipe.seed)
     trainer = quiet_trainer(model, tokenizer, config, dataset, reward)
     if resume:
         writer, checkpoint = RunWriter.resume(output, recipe.to_dict())

@@ -3,28 +3,35 @@
 A task is a pure function of (seed, index): the same index always gives the same problem, on every machine.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from entropy_polarity._errors import check_settings, unknown_name
 
 Split = Literal["train", "test"]
+Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Problem:
     """One problem: the text the policy continues, the facts that the verifier needs, and what makes it different.
 
-    Two problems with one `key` are the same problem in other words.
+    Two problems with one `key` are the same problem in other words. Where there are `messages`, of roles "system",
+    "user" and "assistant", a tokenizer with a chat template is given those in place of the text.
     """
 
     prompt: str
     facts: dict[str, Any]
     key: str
+    messages: Messages | None = None
 
 
 class Score(NamedTuple):
-    """A verdict: the reward, and in one or two words why. Reasons are counted and shown, never swallowed."""
+    """A verdict: the reward, and in one or two words why. Reasons are counted and shown, never swallowed.
+
+    A reward of 1 or more is a success; between 0 and 1 it is a part of one.
+    """
 
     reward: float
     reason: str
@@ -42,15 +49,15 @@ class Task(Protocol):
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Every verdict that `score` can give."""
+        """Every verdict that can be given."""
         ...
 
     def problem(self, seed: int, index: int, split: Split) -> Problem:
         """Problem `index` of the stream `seed`; the two splits share no problem."""
         ...
 
-    def score(self, problem: Problem, completion: str) -> Score:
-        """Judge a completion, in bounded time and memory, whatever text it is."""
+    def scores(self, answers: Sequence[tuple[Problem, str]]) -> list[Score]:
+        """Judge a completion of each problem, in bounded time and memory, whatever text it is."""
         ...
 
 
@@ -75,11 +82,19 @@ def distinct_problems(task: Task, seed: int, split: Split, count: int) -> list[P
 
 
 def make_task(name: str, **settings: Any) -> Task:
-    """The task called `name`, with its settings. Raises ValueError for an unknown name or a wrong setting."""
-    from entropy_polarity.tasks.countdown import Countdown
+    """The task called `name`, with its settings: "countdown", "math", "math:PRESET" or "gym:DATASET".
 
-    tasks = {"countdown": Countdown}
-    if name not in tasks:
-        raise unknown_name("task", name, tasks)
-    check_settings(f"task {name!r}", tasks[name], settings)
-    return tasks[name](**settings)
+    Raises ValueError for an unknown name or a wrong setting, ImportError where a task needs a package that is missing.
+    """
+    from entropy_polarity.tasks.countdown import Countdown
+    from entropy_polarity.tasks.gym import GymTask
+    from entropy_polarity.tasks.math import MathTask
+
+    tasks = {"countdown": Countdown, "gym": GymTask, "math": MathTask}
+    family, _, member = name.partition(":")
+    if family not in tasks or (member and family == "countdown"):
+        raise unknown_name("task", name, [*tasks, "gym:DATASET", "math:PRESET"])
+    if member:
+        settings = {"dataset" if family == "gym" else "preset": member} | settings
+    check_settings(f"task {name!r}", tasks[family], settings)
+    return tasks[family](**settings)

@@ -12,6 +12,7 @@ import ast
 import hashlib
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from entropy_polarity.tasks import Problem, Score, Split
@@ -90,6 +91,9 @@ class Countdown:
         rng.shuffle(numbers)
         prompt = f"{' '.join(map(str, numbers))}={target}:"
         return Problem(prompt, {"numbers": numbers, "target": target}, key), str(solution)
+
+    def scores(self, answers: Sequence[tuple[Problem, str]]) -> list[Score]:
+        return [self.score(problem, completion) for problem, completion in answers]
 
     def score(self, problem: Problem, completion: str) -> Score:
         if len(completion) > MAX_ANSWER_CHARACTERS:

@@ -1,0 +1,182 @@
+"""Procedural reasoning: every data set of reasoning-gym, by name and configuration, with its own scorer.
+
+Item = f(seed, index). A tenth of all questions, chosen by a hash of the question, is the test split. Items are made and
+answers judged in worker processes: a few data sets depend on the order of sets, which there is always the same, and
+some scorers evaluate the answer, which there is interpreted instead (tasks/careful.py).
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from entropy_polarity._errors import unknown_name
+from entropy_polarity.tasks import Problem, Score, Split
+from entropy_polarity.tasks.workers import DIED, OUT_OF_MEMORY, TIMED_OUT, Outcome, Workers
+
+SIZE = 20_000  # items of a data set, of which a stream draws
+TEST_SHARE = 0.1
+DRAWS = 200  # until one is of the split that was asked for
+MAKE_SECONDS = 60.0
+SYSTEM = "Think about the problem step by step, then give the final answer, alone, between <answer> and </answer>."
+MAX_ANSWER_CHARACTERS = 20_000
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class GymTask:
+    """A reasoning-gym data set: `dataset` by its name there, `config` as its own configuration names the settings.
+
+    `composite` mixes several: config = {"datasets": [{"name": ..., "weight": ..., "config": {...}}, ...]}. What is
+    judged is the text in the last <answer> tags, or where there are none, all of it. The reward is the scorer's, from 0
+    to 1; judging one answer may take `seconds`. Raises ImportError without reasoning-gym, ValueError for a name or a
+    configuration that it does not take.
+    """
+
+    dataset: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    system: str = SYSTEM
+    max_completion_tokens: int = 1024
+    seconds: float = 5.0
+
+    reasons = ("correct", "partly", "wrong", "no answer", "too long", TIMED_OUT, OUT_OF_MEMORY, DIED, "scorer failed")
+
+    def __post_init__(self) -> None:
+        if importlib.util.find_spec("reasoning_gym") is None:
+            raise ImportError(f"task {self.name} needs reasoning-gym: pip install 'entropy-polarity[gym]'")
+        if not self.dataset:
+            raise ValueError("task gym: say which data set, as in gym:chain_sum (or gym:composite, for several)")
+        if not (self.seconds > 0 and self.max_completion_tokens > 0):
+            raise ValueError(
+                f"task {self.name}: seconds={self.seconds}, max_completion_tokens={self.max_completion_tokens}; "
+                "expected positive numbers"
+            )
+        problem = self._made("checked", self._spec)
+        if isinstance(problem, list):
+            raise unknown_name("reasoning-gym data set", self.dataset, problem)
+        if problem:
+            raise ValueError(f"task {self.name}: {problem}")
+
+    @property
+    def name(self) -> str:
+        return f"gym:{self.dataset}"
+
+    @property
+    def _spec(self) -> str:
+        return json.dumps({"dataset": self.dataset, "config": self.config}, sort_keys=True)
+
+    def problem(self, seed: int, index: int, split: Split = "train") -> Problem:
+        made = self._made("item", self._spec, seed, index, split)
+        if made is None:
+            raise ValueError(
+                f"task {self.name} has no {split} problem among {DRAWS} draws: allow more variety in its config"
+            )
+        question = made["question"]
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        facts = {"seed": seed, "position": made["position"], "answer": made["answer"]}
+        return Problem(question, facts, question, [*messages, {"role": "user", "content": question}])
+
+    def _made(self, function: str, *arguments: Any) -> Any:
+        (made,) = _workers(function, MAKE_SECONDS).map([arguments])
+        if made.failure:
+            raise ValueError(f"task {self.name}: making a problem of it failed ({made.failure})")
+        return made.value
+
+    def scores(self, answers: Sequence[tuple[Problem, str]]) -> list[Score]:
+        found: list[Score | None] = []
+        calls = []
+        for problem, completion in answers:
+            answer = extracted(completion)
+            if not answer:
+                found.append(Score(0.0, "no answer"))
+            elif len(answer) > MAX_ANSWER_CHARACTERS:
+                found.append(Score(0.0, "too long"))
+            else:
+                found.append(None)
+                calls.append((self._spec, problem.facts["seed"], problem.facts["position"], answer))
+        judged = iter(_workers("judged", self.seconds).map(calls))
+        return [_score(next(judged)) if score is None else score for score in found]
+
+
+def extracted(completion: str) -> str:
+    """The text in the last <answer> tags of a completion; all of it where there are none."""
+    tagged = _TAGGED.findall(completion)
+    return (tagged[-1] if tagged else completion).strip()
+
+
+def _score(outcome: Outcome) -> Score:
+    if outcome.failure:
+        known = outcome.failure in GymTask.reasons
+        return Score(0.0, outcome.failure if known else "scorer failed")
+    reward = float(outcome.value)
+    return Score(reward, "correct" if reward >= 1 else "partly" if reward > 0 else "wrong")
+
+
+@functools.cache
+def _workers(function: str, seconds: float) -> Workers:
+    return Workers(f"{__name__}:{function}", seconds=seconds, count=1 if function != "judged" else None)
+
+
+# What follows runs in workers.
+
+
+def checked(spec: str) -> str | list[str]:
+    """What is wrong with that configuration, in a line; the known names where the name is not one of them."""
+    from reasoning_gym.factory import DATASETS
+
+    name = json.loads(spec)["dataset"]
+    if name not in DATASETS:
+        return sorted(DATASETS)
+    try:
+        _dataset(spec, 0)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+def item(spec: str, seed: int, index: int, split: Split) -> dict[str, Any] | None:
+    """Problem `index` of a stream: the first of its draws that belongs to the split."""
+    dataset, rng = _dataset(spec, seed), random.Random(f"gym:{split}:{seed}:{index}")
+    for _ in range(DRAWS):
+        position = rng.randrange(SIZE)
+        entry = dataset[position]
+        if _is_test(entry["question"]) == (split == "test"):
+            return {"question": entry["question"], "answer": _text(entry["answer"]), "position": position}
+    return None
+
+
+def judged(spec: str, seed: int, position: int, answer: str) -> float:
+    """The data set's own verdict on an answer."""
+    dataset = _dataset(spec, seed)
+    return float(dataset.score_answer(answer=answer, entry=dataset[position]))
+
+
+@functools.lru_cache(maxsize=8)
+def _dataset(spec: str, seed: int) -> Any:
+    import reasoning_gym
+    import sympy.parsing.sympy_parser  # noqa: F401 (so that it is there to be shielded)
+
+    from entropy_polarity.tasks.careful import shield
+
+    shield("reasoning_gym")
+    shield("sympy.parsing")
+    wanted = json.loads(spec)
+    config = wanted["config"]
+    if wanted["dataset"] == "composite":
+        from reasoning_gym.composite import DatasetSpec
+
+        config = config | {"datasets": [DatasetSpec(**{"weight": 1, "config": {}, **d}) for d in config["datasets"]]}
+    return reasoning_gym.create_dataset(wanted["dataset"], **{"size": SIZE, "seed": seed, **config})
+
+
+def _text(answer: Any) -> str:
+    return answer if isinstance(answer, str) else json.dumps(answer, default=str)
+
+
+def _is_test(question: str) -> bool:
+    return hashlib.sha256(question.encode()).digest()[0] < 256 * TEST_SHARE

@@ -1,0 +1,225 @@
+"""Mathematics: tables of every preset's form are read, answers are graded, and hostile text is survived."""
+
+import json
+import random
+import time
+
+import psutil
+import pytest
+
+from entropy_polarity.tasks import Problem, distinct_problems, make_task
+from entropy_polarity.tasks.math import PRESETS, MathTask, golds, grade
+
+pytest.importorskip("math_verify", reason="needs the extra [math]")
+datasets = pytest.importorskip("datasets")
+
+
+def asked(*answers):
+    return Problem("?", {"answers": list(answers)}, "?")
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    file = tmp_path_factory.mktemp("math") / "p.jsonl"
+    file.write_text(json.dumps({"problem": "1+1", "answer": "2"}))
+    return MathTask(data=str(file), seconds=2.0)
+
+
+GRADED = [
+    ("1/2", r"so it is \boxed{\frac{1}{2}}", "correct"),
+    ("1/2", r"\boxed{0.5}", "correct"),
+    ("1/2", r"\boxed{\frac{1}{3}}", "wrong"),
+    ("72", "#### 72", "correct"),
+    ("1000", "The answer is 1,000.", "correct"),
+    (r"\{1, 2\}", r"$\boxed{\{2, 1\}}$", "correct"),
+    ("[0, 1)", r"\boxed{[0, 1)}", "correct"),
+    ("(0, 1)", r"\boxed{(0, 1]}", "wrong"),
+    ("x^2 + 1", r"\boxed{1 + x^2}", "correct"),
+    (r"50\%", "50%", "correct"),
+    (r"\sqrt{8}", r"\boxed{2\sqrt{2}}", "correct"),
+    ("3", "Step 1: 2.\nAnswer: 3", "correct"),
+    ("2", r"first \boxed{2}, in the end \boxed{3}", "wrong"),
+    ("2", "I do not know", "not parsed"),
+    ("2", "", "not parsed"),
+    ("2", "答えは二です", "not parsed"),
+    ("2", r"\boxed{100000000!}", "timed out"),
+    ("2", r"\boxed{9^{9^{9^{9}}}}", "timed out"),
+]
+
+
+def test_answers_are_graded(task):
+    scores = task.scores([(asked(gold), text) for gold, text, _ in GRADED])
+    assert [(text, score.reason) for (_, text, _), score in zip(GRADED, scores, strict=True)] == [
+        (text, verdict) for _, text, verdict in GRADED
+    ]
+    assert [score.reward for score in scores] == [float(verdict == "correct") for _, _, verdict in GRADED]
+
+
+def test_any_of_several_answers_will_do(task):
+    scores = task.scores([(asked("1", "2"), r"\boxed{2}"), (asked("1", "2"), r"\boxed{3}")])
+    assert [score.reason for score in scores] == ["correct", "wrong"]
+
+
+def hostile(rng, marker):
+    """Answers that break parsers, fill memory, run for ever, or are code that leaves `marker` behind."""
+    n = rng.choice([3, 50, 900])
+    code = f"__import__('pathlib').Path({str(marker)!r}).touch()"
+    form = rng.choice(
+        [
+            "(" * n + "1" + ")" * n,
+            r"\boxed{" * n + "1" + "}" * n,
+            r"\frac{" * n + "1" + "}{2}" * n,
+            r"\boxed{" + "9^{" * min(n, 9) + "9" + "}" * min(n, 9) + "}",
+            "9" + "**9" * min(n, 9),
+            r"\boxed{" + f"{10**n}!" + "}",
+            r"\boxed{\sum_{i=1}^{10^{" + str(n) + r"}} \frac{1}{i}}",
+            r"\boxed{\int_0^\infty " + r"\sin(" * min(n, 30) + "x" + ")" * min(n, 30) + " dx}",
+            code,
+            rf"\boxed{{{code}}}",
+            f"${code}$",
+            f"The answer is {code}",
+            "".join(chr(rng.choice([0, 7, 0x202E, 0x1F600, 0xD7FF, 0xFFFD, 65, 92, 123, 125])) for _ in range(n)),
+            "1" * n * 50,
+            "x" * 3_000_000,
+            r"\left(" * n,
+            r"\begin{matrix}" * n,
+            r"\boxed{" + "+".join(f"x_{{{i}}}^{i}" for i in range(n)) + "}",
+            "$" * n,
+            r"\sqrt[" * n + "2" + "]{2}" * n,
+            "a=b=" * n,
+            "{" * n + "," * n + "}" * n,
+            json.dumps({"value": "correct", "failure": ""}),
+            "\n" * n + '{"value": "correct", "failure": ""}\n',
+        ]
+    )
+    return form if rng.random() < 0.8 else form[: rng.randrange(1, 5000)] + rng.choice(["", "}", "$", "\\"])
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_hostile_answers_have_verdicts_within_limits(count, tmp_path):
+    file, marker, rng = tmp_path / "p.jsonl", tmp_path / "pwned", random.Random(count)
+    file.write_text(json.dumps({"problem": "1+1", "answer": "2"}))
+    task = MathTask(data=str(file), seconds=0.5)
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
+    texts = [hostile(rng, marker) for _ in range(count)]
+    began = time.monotonic()
+    scores = task.scores([(asked("123456789.5"), text) for text in texts])
+    assert time.monotonic() - began < 30 + 3 * count  # one by one, all of them timed out and their workers replaced
+    assert not marker.exists(), "code in an answer ran"
+    assert {score.reason for score in scores} <= set(task.reasons)
+    assert all(score == (0.0, score.reason) for score in scores)
+    assert {"not parsed", "wrong", "timed out"} <= {score.reason for score in scores}
+    (well,) = task.scores([(asked("2"), r"\boxed{2}")])
+    assert well.reason == "correct", "the workers are as good as new"
+    from entropy_polarity.tasks import math
+
+    math._workers(0.5).close()
+    assert {p.pid for p in psutil.Process().children(recursive=True)} <= before, "processes are left"
+
+
+def test_golds():
+    assert golds(r"we get \boxed{\frac{1}{2}} in the end") == [r"\frac{1}{2}"]
+    assert golds("a #### 1,234") == ["1234"]
+    assert golds(7) == ["7"]
+    assert golds(["$1$", " "]) == ["$1$"]
+    assert golds(None) == []
+
+
+ROWS = {
+    "gsm8k": {"question": "How many?", "answer": "He has 6 * 12 = <<6*12=72>>72.\n#### 72"},
+    "math-500": {"problem": "Find $x$.", "solution": r"So \boxed{72}.", "answer": "72", "subject": "Algebra", "level": 1},
+    "dapo-math-17k": {
+        "data_source": "math_dapo",
+        "prompt": [{"role": "user", "content": "Solve it. Answer: $Answer"}],
+        "ability": "MATH",
+        "reward_model": {"ground_truth": "72", "style": "rule-lighteval/MATH_v2"},
+        "extra_info": {"index": "1"},
+    },
+    "aime-2024": {"id": 60, "problem": "Find it.", "solution": "Easy.", "answer": "072", "url": "u", "year": "2024"},
+    "aime-2025": {"problem": "Find it.", "answer": "72", "id": "0"},
+    "amc23": {"id": 0, "question": "Find it.", "answer": 72.0, "url": "u"},
+    "minerva": {"question": "Find it.", "answer": "72"},
+    "olympiadbench": {"id": 1, "question": "Find it.", "solution": ["Easy."], "final_answer": ["$72$"], "unit": None},
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet", "folder"])
+def test_every_preset_reads_a_table_of_its_form(preset, form, tmp_path):
+    kind = PRESETS[preset]
+    table = datasets.Dataset.from_list([ROWS[preset]])
+    path = tmp_path / f"data.{form}"
+    if form == "folder":
+        splits = {name: table for name in {kind.split, kind.test_split} - {""}}
+        datasets.DatasetDict(splits).save_to_disk(str(path))
+    elif form == "parquet":
+        table.to_parquet(str(path))
+    else:
+        table.to_json(str(path), lines=form == "jsonl")
+    # One row is all of a test split, and of a split that is divided it is on one side or the other.
+    task = make_task(f"math:{preset}", data=str(path), **({} if kind.test_split else {"test_split": "train"}))
+    problem = task.problem(0, 0, "test")
+    assert problem.messages[-1]["role"] == "user"
+    assert (problem.messages[0]["role"] == "system") == (preset != "dapo-math-17k")
+    assert problem.prompt.endswith(problem.messages[-1]["content"])
+    assert grade(problem.facts["answers"], r"\boxed{72}") == "correct"
+    if not kind.split:
+        with pytest.raises(ValueError, match="it has no training problems"):
+            task.problem(0, 0, "train")
+
+
+def numbered(path, count):
+    path.write_text("\n".join(json.dumps({"question": f"q{i}", "answer": i}) for i in range(count)))
+    return str(path)
+
+
+def test_splits_share_no_problem_and_every_pass_has_a_new_order(tmp_path):
+    task = MathTask(data=numbered(tmp_path / "p.jsonl", 200))
+    test = {task.problem(0, i, "test").key for i in range(100)}
+    first, second = ([task.problem(0, i + turn * 300, "train").key for i in range(300)] for turn in range(2))
+    assert test.isdisjoint(first)
+    assert len(test | set(first)) == 200
+    assert first != second
+    assert [task.problem(0, i, "train").key for i in range(300)] == first
+    assert [task.problem(1, i, "train").key for i in range(300)] != first
+    with pytest.raises(ValueError, match="different test problems, 100 were asked for: ask for fewer"):
+        distinct_problems(task, 0, "test", 100)
+
+
+def test_the_test_split_may_be_another_file(tmp_path):
+    task = MathTask(data=numbered(tmp_path / "p.jsonl", 20), test_split=numbered(tmp_path / "q.jsonl", 5))
+    assert {task.problem(0, i, "test").facts["answers"][0] for i in range(5)} == set("01234")
+    assert len({task.problem(0, i, "train").key for i in range(20)}) == 20
+
+
+def test_without_a_network_one_line_names_the_local_path(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConnectionError, match=r"--set task\.data=PATH") as failure:
+        make_task("math:gsm8k").problem(0, 0)
+    assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "needs a preset or data"),
+        ({"preset": "gsm9k"}, "did you mean 'gsm8k'"),
+        ({"data": "no/such.jsonl"}, "nothing at no/such.jsonl"),
+        ({"data": "{file}", "prompt_column": "a", "answer_column": "solved"}, "has no column 'solved'; it has a, b"),
+        ({"data": "{file}"}, r"has the columns a, b: say which with --set task.prompt_column"),
+        ({"data": "{folder}"}, "cannot read"),
+        ({"data": "{broken}"}, "cannot read"),
+        ({"data": "{file}", "prompt_column": "a", "answer_column": "b"}, "row 0 of .* has no problem or no answer"),
+        ({"data": "{file}", "seconds": 0.0}, "expected positive numbers"),
+    ],
+)
+def test_bad_data_is_one_clear_line(settings, message, tmp_path):
+    (tmp_path / "file.jsonl").write_text('{"a": "q", "b": null}')
+    (tmp_path / "broken.json").write_text('{"a": ')
+    (tmp_path / "folder").mkdir()
+    names = {"file": "file.jsonl", "broken": "broken.json", "folder": "folder"}
+    paths = {name: str(tmp_path / file) for name, file in names.items()}
+    settings = {k: v.format(**paths) if isinstance(v, str) else v for k, v in settings.items()}
+    with pytest.raises((ValueError, OSError), match=message) as failure:
+        make_task("math", **settings).problem(0, 0)
+    assert "\n" not in str(failure.value)
