@@ -66,19 +66,20 @@ def test_a_tree_is_as_good_as_a_text():
     assert careful_eval(careful_compile(ast.parse("1 + 1", mode="eval"), "<string>", "eval")) == 2
 
 
-def test_sympy_still_parses_expressions(monkeypatch):
+def test_sympy_still_parses_expressions():
     import sympy
     from sympy.parsing import sympy_parser
 
-    monkeypatch.setattr(sympy_parser, "eval", eval, raising=False)  # taken back at the end, with the next
-    monkeypatch.setattr(sympy_parser, "compile", compile, raising=False)
     plain = {text: sympy.parse_expr(text, evaluate=way) for text, way in SYMBOLIC.items()}
     shield("sympy.parsing.sympy_parser")
-    assert sympy_parser.eval is careful_eval
-    assert {text: sympy.parse_expr(text, evaluate=way) for text, way in SYMBOLIC.items()} == plain
-    for hostile in ("__import__('os').getcwd()", "open('/etc/passwd')", "S('open(1)')", "preview(x)", "lambdify(x, x)"):
-        with pytest.raises(ValueError, match="not allowed in an answer"):
-            sympy.parse_expr(hostile)
+    try:
+        assert sympy_parser.eval is careful_eval
+        assert {text: sympy.parse_expr(text, evaluate=way) for text, way in SYMBOLIC.items()} == plain
+        for hostile in ("__import__('os').getcwd()", "open('/x')", "S('open(1)')", "preview(x)", "lambdify(x, x)"):
+            with pytest.raises(ValueError, match="not allowed in an answer"):
+                sympy.parse_expr(hostile)
+    finally:
+        del sympy_parser.eval, sympy_parser.compile
 
 
 SYMBOLIC = {

@@ -124,7 +124,8 @@ def _is_mathematical(thing: Any) -> bool:
 
 
 def shield(package: str) -> None:
-    """Give every loaded module of `package` the careful `eval` and `compile` in place of Python's."""
+    """Give every loaded module of `package` the careful `eval` and `compile` in place of Python's; its own stay."""
     for name, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and (name == package or name.startswith(f"{package}.")):
-            module.__dict__["eval"], module.__dict__["compile"] = careful_eval, careful_compile
+            module.__dict__.setdefault("eval", careful_eval)
+            module.__dict__.setdefault("compile", careful_compile)
