@@ -130,8 +130,8 @@ def test_every_data_set_makes_problems_that_its_own_scorer_accepts():
         (score,) = made.scores([(problem, problem.facts["answer"])])
         if score.reward < 1:
             unscored.append((name, score))
-    # Their entries hold no answer of the form that they accept.
-    assert {name for name, _ in unscored} <= NO_ORACLE, unscored
+    assert {name for name, _ in unscored} == NO_ORACLE, "\n".join(map(str, unscored))
 
 
-NO_ORACLE: set[str] = set()
+# Many answers are right; the entry holds none, or one that its scorer does not read.
+NO_ORACLE = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
