@@ -127,7 +127,7 @@ def test_golds():
 
 ROWS = {
     "gsm8k": {"question": "How many?", "answer": "He has 6 * 12 = <<6*12=72>>72.\n#### 72"},
-    "math-500": {"problem": "Find $x$.", "solution": r"So \boxed{72}.", "answer": "72", "subject": "Algebra", "level": 1},
+    "math-500": {"problem": "Find $x$.", "solution": r"So \boxed{72}.", "answer": "72", "level": 1},
     "dapo-math-17k": {
         "data_source": "math_dapo",
         "prompt": [{"role": "user", "content": "Solve it. Answer: $Answer"}],
@@ -150,7 +150,7 @@ def test_every_preset_reads_a_table_of_its_form(preset, form, tmp_path):
     table = datasets.Dataset.from_list([ROWS[preset]])
     path = tmp_path / f"data.{form}"
     if form == "folder":
-        splits = {name: table for name in {kind.split, kind.test_split} - {""}}
+        splits = dict.fromkeys({kind.split, kind.test_split} - {""}, table)
         datasets.DatasetDict(splits).save_to_disk(str(path))
     elif form == "parquet":
         table.to_parquet(str(path))
