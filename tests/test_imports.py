@@ -21,6 +21,7 @@ TRAINERS = {
     "exact",
     "audit",
     "forecast",
+    "episodes",
     "tasks",
     "record",
 }
@@ -39,7 +40,8 @@ ALLOWED = {
     "asymmetry": set(),
     "kernels": {"polarity", "tokens"},
     "polarity": {"tokens"},
-    "evaluate": {"tasks", "policy"},
+    "evaluate": {"episodes", "tasks", "policy"},
+    "episodes": {"tasks"},
     "policy": {"tasks"},
     "report": {"record", "asymmetry"},
     "tokens": set(),

@@ -5,7 +5,7 @@ The statistics stand first, pure functions of numbers; sampling from a policy co
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from entropy_polarity.episodes import mean_facts, play
 from entropy_polarity.tasks import Messages, Problem, Score, Task, distinct_problems
+from entropy_polarity.tasks.games import Game
 from entropy_polarity.tasks.prompts import encoded, for_tokenizer
 
 
@@ -187,7 +189,8 @@ class Evaluation:
     """Successes on held-out problems: pass@k by k, and how often each verdict was given (as a share).
 
     `successes` counts the right samples of each problem; `greedy` is 1 where the most likely completion, taken token
-    by token, is right, and `greedy_pass` their mean. With both, runs can be compared problem by problem.
+    by token, is right, and `greedy_pass` their mean. With both, runs can be compared problem by problem. `facts` are
+    of games: the number of turns, and what else an environment counts, over the samples.
     """
 
     problems: int
@@ -199,6 +202,7 @@ class Evaluation:
     verdicts: dict[str, float]
     successes: list[int]
     greedy: list[int]
+    facts: dict[str, Estimate] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         document = asdict(self)
@@ -219,8 +223,7 @@ def sample_tokens(
     model: Any, tokenizer: Any, prompts: Sequence[str | Messages], max_new_tokens: int, temperature: float
 ) -> Sampled:
     """One completion of every prompt, sampled at `temperature` from the whole vocabulary; greedy at 0."""
-    texts = {"input_ids": [encoded(prompt, tokenizer) for prompt in prompts]}
-    batch = tokenizer.pad(texts, return_tensors="pt", padding_side="left")
+    batch = encoded(prompts, tokenizer)
     ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     output = model.generate(
@@ -255,7 +258,7 @@ def sample_completions(
 def evaluate(
     model: Any,
     tokenizer: Any,
-    task: Task,
+    task: Task | Game,
     *,
     problems: int = 200,
     samples: int = 16,
@@ -271,16 +274,14 @@ def evaluate(
     chosen: list[Problem] = distinct_problems(task, seed, "test", problems)
     was_training = model.training
     model.eval()
-    prompts = [for_tokenizer(problem, tokenizer) for problem in chosen]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        sampled = sample_completions(model, tokenizer, prompts, samples, task.max_completion_tokens, temperature)
-        likeliest = sample_completions(model, tokenizer, prompts, 1, task.max_completion_tokens, temperature=0.0)
+        scores, facts = _judged(model, tokenizer, task, chosen, samples, temperature)
+        likeliest, _ = _judged(model, tokenizer, task, chosen, 1, 0.0)
     model.train(was_training)
-    scores = _scores(task, chosen, sampled)
     verdicts = Counter(score.reason for row in scores for score in row)
     successes = np.array([sum(score.reward >= 1 for score in row) for row in scores])
-    greedy = np.array([int(score.reward >= 1) for (score,) in _scores(task, chosen, likeliest)])
+    greedy = np.array([int(score.reward >= 1) for (score,) in likeliest])
     sizes = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < samples] + [samples]
     return Evaluation(
         problems,
@@ -292,10 +293,24 @@ def evaluate(
         {reason: verdicts[reason] / (problems * samples) for reason in task.reasons},
         successes.tolist(),
         greedy.tolist(),
+        facts,
     )
 
 
-def _scores(task: Task, problems: list[Problem], completions: list[list[str]]) -> list[list[Score]]:
-    rows = zip(problems, completions, strict=True)
-    scores = iter(task.scores([(problem, text) for problem, texts in rows for text in texts]))
-    return [[next(scores) for _ in texts] for texts in completions]
+def _judged(
+    model: Any, tokenizer: Any, task: Task | Game, problems: list[Problem], samples: int, temperature: float
+) -> tuple[list[list[Score]], dict[str, Estimate]]:
+    """The scores of `samples` completions, or episodes, of each problem; and of episodes what was counted in them."""
+    if isinstance(task, Game):
+        repeated = [problem for problem in problems for _ in range(samples)]
+        episodes = play(model, tokenizer, task, repeated, temperature=temperature)
+        found = [Score(episode.reward, episode.reason) for episode in episodes]
+        means = [mean_facts(episodes[i * samples : (i + 1) * samples]) for i in range(len(problems))]
+        names = dict.fromkeys(name for found_in in means for name in found_in)
+        facts = {name: Estimate.of(np.array([m[name] for m in means if name in m])) for name in names}
+    else:
+        prompts = [for_tokenizer(problem, tokenizer) for problem in problems]
+        texts = sample_completions(model, tokenizer, prompts, samples, task.max_completion_tokens, temperature)
+        rows = zip(problems, texts, strict=True)
+        found, facts = task.scores([(problem, text) for problem, row in rows for text in row]), {}
+    return [found[i * samples : (i + 1) * samples] for i in range(len(problems))], facts

@@ -28,6 +28,7 @@ from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, load_recipe, with_fl
 from entropy_polarity.record import CONFIG
 from entropy_polarity.report.audit import render_audit
 from entropy_polarity.tasks import Task, distinct_problems
+from entropy_polarity.tasks.games import Game
 from entropy_polarity.tasks.prompts import for_tokenizer
 from entropy_polarity.trainers.auditing import UpdateAuditor
 
@@ -86,6 +87,8 @@ def audit(
     """
     quiet()
     task, config = checked(recipe, output)
+    if isinstance(task, Game):
+        raise ValueError(f"papo audit looks at answers of one turn; {task.name} is a game: give another --task")
     if config.max_steps < 3 or not seeds:
         raise ValueError(
             f"{config.max_steps} updates, seeds {list(seeds)}: an audit needs 3 updates and a seed, or more"

@@ -27,7 +27,9 @@ from entropy_polarity.recipe import Recipe
 from entropy_polarity.record import CHECKPOINTS, Run, RunWriter, checkpoint_step, refuse_occupied
 from entropy_polarity.report.page import render_page
 from entropy_polarity.tasks import Problem, Task, distinct_problems, make_task
+from entropy_polarity.tasks.games import Game
 from entropy_polarity.tasks.prompts import for_tokenizer, plain
+from entropy_polarity.trainers.episodes import Episodes
 from entropy_polarity.trainers.recording import Judged, RunRecorder
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
 
@@ -52,7 +54,7 @@ def load_policy(model: str) -> tuple[Any, Any]:
     return policy, tokenizer
 
 
-def trainer_config(recipe: Recipe, output: Path, task: Task) -> PolarityConfig:
+def trainer_config(recipe: Recipe, output: Path, task: Task | Game) -> PolarityConfig:
     """The TRL configuration of a recipe. Unknown and owned keys raise ValueError."""
     known = {f.name for f in fields(PolarityConfig) if f.init} - _OWNED
     for key in recipe.trainer:
@@ -65,12 +67,9 @@ def trainer_config(recipe: Recipe, output: Path, task: Task) -> PolarityConfig:
         raise ValueError(f"trainer.max_steps is {recipe.trainer.get('max_steps')}; expected at least 1 (--max-steps)")
     method = dict(recipe.method)
     name = method.pop("name")
-    defaults = {
-        "report_to": "none",
-        "shuffle_dataset": False,
-        "bf16": torch.cuda.is_available(),
-        "max_completion_length": task.max_completion_tokens,
-    }
+    defaults = {"report_to": "none", "shuffle_dataset": False, "bf16": torch.cuda.is_available()}
+    if not isinstance(task, Game):
+        defaults["max_completion_length"] = task.max_completion_tokens
     config = PolarityConfig(
         output_dir=str(output),
         seed=recipe.seed,
@@ -109,7 +108,7 @@ class VerifiedReward:
         return [score.reward for score in scores]
 
 
-def checked(recipe: Recipe, output: Path) -> tuple[Task, PolarityConfig]:
+def checked(recipe: Recipe, output: Path) -> tuple[Task | Game, PolarityConfig]:
     """The task and the TRL configuration of a recipe. All that needs no model is checked: ValueError or OSError."""
     task = make_task(**recipe.task)
     config = trainer_config(recipe, output / CHECKPOINTS, task)
@@ -118,7 +117,9 @@ def checked(recipe: Recipe, output: Path) -> tuple[Task, PolarityConfig]:
     return task, config
 
 
-def prompts_of(task: Task, tokenizer: Any, config: PolarityConfig, seed: int) -> tuple[Dataset, VerifiedReward]:
+def prompts_of(
+    task: Task | Game, tokenizer: Any, config: PolarityConfig, seed: int
+) -> tuple[Dataset, VerifiedReward | Episodes]:
     """The prompts of the whole run in order, and the reward function that judges completions of them."""
     assert config.generation_batch_size is not None
     assert config.steps_per_generation is not None
@@ -127,17 +128,24 @@ def prompts_of(task: Task, tokenizer: Any, config: PolarityConfig, seed: int) ->
     rollouts = -(-rollouts // config.num_iterations)
     count = rollouts * config.generation_batch_size // config.num_generations
     problems = [task.problem(seed, index, "train") for index in range(count)]
+    numbers = list(range(count))
+    if isinstance(task, Game):
+        return Dataset.from_dict({"prompt": list(map(str, numbers)), "problem": numbers}), Episodes(task, problems)
     prompts = [for_tokenizer(problem, tokenizer) for problem in problems]
-    dataset = Dataset.from_dict({"prompt": prompts, "problem": list(range(count))})
-    return dataset, VerifiedReward(task, problems)
+    return Dataset.from_dict({"prompt": prompts, "problem": numbers}), VerifiedReward(task, problems)
 
 
 def quiet_trainer(
-    model: Any, tokenizer: Any, config: PolarityConfig, dataset: Dataset, reward: VerifiedReward
+    model: Any, tokenizer: Any, config: PolarityConfig, dataset: Dataset, reward: VerifiedReward | Episodes
 ) -> PolarityTrainer:
     """The trainer of a run, without the lines that TRL would print."""
     trainer = PolarityTrainer(
-        model=model, reward_funcs=reward, args=config, train_dataset=dataset, processing_class=tokenizer
+        model=model,
+        reward_funcs=reward,
+        args=config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        rollout_func=reward.rollout if isinstance(reward, Episodes) else None,
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

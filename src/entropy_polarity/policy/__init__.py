@@ -1,18 +1,19 @@
-"""The embedded policy: a 0.86M-parameter Qwen3 that has read countdown problems, shipped inside the package."""
+"""The embedded policies: 0.86M-parameter Qwen3, one that has read countdown problems, one that has watched games."""
 
 from importlib.resources import files
 from pathlib import Path
 
-EMBEDDED = "embedded"
+EMBEDDED, EMBEDDED_GAMES = "embedded", "embedded:games"
+_WEIGHTS = {EMBEDDED: "countdown", EMBEDDED_GAMES: "games"}
 
 
 def resolve_model(model: str) -> str:
-    """The folder of the model: the embedded one for "embedded", else the path (or hub name) as given.
+    """The folder of the model: inside the package for "embedded" and "embedded:games", else the path (or hub name).
 
     Raises FileNotFoundError where a path-like name has no model in it.
     """
-    if model == EMBEDDED:
-        return str(files("entropy_polarity.policy") / "weights" / "countdown")
+    if model in _WEIGHTS:
+        return str(files("entropy_polarity.policy") / "weights" / _WEIGHTS[model])
     path = Path(model)
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{model} holds no model: config.json is missing")

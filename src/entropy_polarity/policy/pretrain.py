@@ -1,28 +1,31 @@
-"""Make the embedded policy again, from a seed: supervised steps on solved problems, nothing else.
+"""Make an embedded policy again, from a seed: supervised steps on demonstrations, nothing else.
 
 The policy should have room on both sides: good enough that reinforcement finds rewards, uncertain enough that
-there is entropy to lose. A few hundred steps on random solutions give exactly that.
+there is entropy to lose. A few hundred steps on imperfect demonstrations give exactly that.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from entropy_polarity.policy.tokenizer import character_tokenizer
-from entropy_polarity.tasks.countdown import Countdown
+from entropy_polarity.policy.demonstrations import Source, countdown, games
+from entropy_polarity.policy.tokenizer import LENGTHS, character_tokenizer
 
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """Width, depth and length of the supervised run. The defaults made the shipped weights."""
+    """What is read, width, depth and length of the supervised run. The defaults made the shipped weights.
 
+    `task` is "countdown", or "games" for guess and keydoor in turns; `numbers` are countdown's.
+    """
+
+    task: Literal["countdown", "games"] = "countdown"
     seed: int = 0
     steps: int = 1200
-    batch_size: int = 128
     learning_rate: float = 2e-3
     numbers: tuple[int, ...] = (3, 4)
     layers: int = 4
@@ -39,7 +42,7 @@ def new_policy(settings: PretrainSettings, tokenizer: Any) -> Qwen3ForCausalLM:
         num_attention_heads=settings.width // 32,
         num_key_value_heads=settings.width // 32,
         head_dim=32,
-        max_position_embeddings=64,
+        max_position_embeddings=LENGTHS[settings.task],
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -49,15 +52,17 @@ def new_policy(settings: PretrainSettings, tokenizer: Any) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def _batch(task: Countdown, tokenizer, seed: int, start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, T) of prompt + solution + <eos>, and labels with prompt and padding left out."""
+def _batch(source: Source, tokenizer, seed: int, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, T) of what was said, <eos> after each part of the player, and labels of those parts alone."""
     rows, labels = [], []
-    for index in range(start, start + size):
-        problem, solution = task.solved_problem(seed, index, "train")
-        prompt = tokenizer.encode(problem.prompt)
-        answer = [*tokenizer.encode(solution), tokenizer.eos_token_id]
-        rows.append(torch.tensor(prompt + answer))
-        labels.append(torch.tensor([-100] * len(prompt) + answer))
+    for index in range(start, start + source.batch_size):
+        row, label = [], []
+        for text, from_player in source.parts(seed, index):
+            ids = tokenizer.encode(text) + [tokenizer.eos_token_id] * from_player
+            row += ids
+            label += ids if from_player else [-100] * len(ids)
+        rows.append(torch.tensor(row))
+        labels.append(torch.tensor(label))
     pad = torch.nn.utils.rnn.pad_sequence
     return (
         pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
@@ -70,9 +75,10 @@ def pretrain(settings: PretrainSettings, output: Path, progress: Callable[[int, 
 
     `progress(step, loss)` is called after each step.
     """
-    tokenizer: Any = character_tokenizer()
+    tokenizer: Any = character_tokenizer(settings.task)
     model = new_policy(settings, tokenizer)
-    task = Countdown(numbers=settings.numbers)
+    sources = games() if settings.task == "games" else (countdown(settings.numbers),)
+    read = [0] * len(sources)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         # torch divides by pct_start * steps - 1: a run of twenty steps must not make that 0.
@@ -82,7 +88,9 @@ def pretrain(settings: PretrainSettings, output: Path, progress: Callable[[int, 
         pct_start=0.05 if settings.steps > 20 else 0.3,
     )
     for step in range(settings.steps):
-        ids, labels = _batch(task, tokenizer, settings.seed, step * settings.batch_size, settings.batch_size)
+        turn = step % len(sources)
+        ids, labels = _batch(sources[turn], tokenizer, settings.seed, read[turn])
+        read[turn] += sources[turn].batch_size
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()

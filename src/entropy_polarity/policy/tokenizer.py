@@ -4,12 +4,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-CHARACTERS = "0123456789 =:+-*()"
+CHARACTERS = {"countdown": "0123456789 =:+-*()", "games": "0123456789-:<>\n.AKBDudlr"}
+LENGTHS = {"countdown": 64, "games": 640}  # the longest text in tokens
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer over CHARACTERS; anything else becomes <unk>."""
-    vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNKNOWN, *CHARACTERS])}
+def character_tokenizer(task: str = "countdown") -> PreTrainedTokenizerFast:
+    """A tokenizer over the characters of a task; anything else becomes <unk>."""
+    vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNKNOWN, *CHARACTERS[task]])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")  # type: ignore[assignment]
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
@@ -20,5 +21,5 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=UNKNOWN,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        model_max_length=64,
+        model_max_length=LENGTHS[task],
     )

@@ -5,9 +5,12 @@ A task is a pure function of (seed, index): the same index always gives the same
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from entropy_polarity._errors import check_settings, unknown_name
+
+if TYPE_CHECKING:
+    from entropy_polarity.tasks.games import Game
 
 Split = Literal["train", "test"]
 Messages = list[dict[str, str]]
@@ -61,7 +64,7 @@ class Task(Protocol):
         ...
 
 
-def distinct_problems(task: Task, seed: int, split: Split, count: int) -> list[Problem]:
+def distinct_problems(task: "Task | Game", seed: int, split: Split, count: int) -> list[Problem]:
     """The first `count` different problems of a stream: repeats would make intervals look surer than they are.
 
     Raises ValueError where the task seems to have fewer: the last thousand draws brought nothing new.
@@ -81,18 +84,19 @@ def distinct_problems(task: Task, seed: int, split: Split, count: int) -> list[P
     return list(found.values())
 
 
-def make_task(name: str, **settings: Any) -> Task:
-    """The task called `name`, with its settings: "countdown", "math", "math:PRESET" or "gym:DATASET".
+def make_task(name: str, **settings: Any) -> "Task | Game":
+    """The task called `name`, with its settings: "countdown", "math", "math:PRESET", "gym:DATASET", or a game.
 
     Raises ValueError for an unknown name or a wrong setting, ImportError where a task needs a package that is missing.
     """
     from entropy_polarity.tasks.countdown import Countdown
+    from entropy_polarity.tasks.games import GAMES
     from entropy_polarity.tasks.gym import GymTask
     from entropy_polarity.tasks.math import MathTask
 
-    tasks = {"countdown": Countdown, "gym": GymTask, "math": MathTask}
-    family, _, member = name.partition(":")
-    if family not in tasks or (member and family == "countdown"):
+    tasks: dict[str, Any] = {"countdown": Countdown, "gym": GymTask, "math": MathTask, **GAMES}
+    family, _, member = str(name).partition(":")
+    if family not in tasks or (member and family not in ("gym", "math")):
         raise unknown_name("task", name, [*tasks, "gym:DATASET", "math:PRESET"])
     if member:
         settings = {"dataset" if family == "gym" else "preset": member} | settings

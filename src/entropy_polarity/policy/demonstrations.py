@@ -1,0 +1,74 @@
+"""What an embedded policy reads before reinforcement: texts in parts, each said by the task or by a player.
+
+The players are good enough that reinforcement finds rewards, and uncertain enough that there is entropy to lose.
+"""
+
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+from entropy_polarity.tasks.countdown import Countdown
+from entropy_polarity.tasks.games import Game, Guess, GuessEnv, KeyDoor, KeyDoorEnv, TextEnv
+
+
+class Part(NamedTuple):
+    """A piece of text; what the player says is learnt, with an <eos> after it."""
+
+    text: str
+    from_player: bool
+
+
+class Source(NamedTuple):
+    """The demonstrations of a task: number `index` of the stream `seed`, and how many make a batch."""
+
+    parts: Callable[[int, int], list[Part]]
+    batch_size: int
+
+
+def countdown(numbers: tuple[int, ...]) -> Source:
+    """Problems with one of their solutions."""
+    task = Countdown(numbers=numbers)
+
+    def parts(seed: int, index: int) -> list[Part]:
+        problem, solution = task.solved_problem(seed, index, "train")
+        return [Part(problem.prompt, False), Part(solution, True)]
+
+    return Source(parts, 128)
+
+
+def episodes(game: Game, player: Callable[[TextEnv, random.Random], str], batch_size: int) -> Source:
+    """Episodes of a game, played by `player(env, rng)`."""
+
+    def parts(seed: int, index: int) -> list[Part]:
+        rng, env = random.Random(f"demonstration:{game.name}:{seed}:{index}"), game.env()
+        said = [Part(env.reset(game.problem(seed, index, "train").facts["seed"]), False)]
+        for turn in range(game.max_turns):
+            action = player(env, rng)
+            said.append(Part(action, True))
+            answer = env.step(action)
+            if answer.done or turn == game.max_turns - 1:
+                break
+            said.append(Part(answer.observation, False))
+        return said
+
+    return Source(parts, batch_size)
+
+
+def guesser(env: GuessEnv, rng: random.Random) -> str:
+    """Three in four of its guesses are anywhere, the others where the number can be."""
+    low, high = (1, 32) if rng.random() < 0.75 else (env.low, env.high)
+    return str(rng.randint(low, high))
+
+
+def walker(env: KeyDoorEnv, rng: random.Random) -> str:
+    """One in six of its steps leads to what it needs next, the others anywhere."""
+    if rng.random() < 5 / 6:
+        return rng.choice("udlr")
+    goal = env.door if env.has_key else env.key
+    down, right = goal[0] - env.walker[0], goal[1] - env.walker[1]
+    useful = ["d"] * (down > 0) + ["u"] * (down < 0) + ["r"] * (right > 0) + ["l"] * (right < 0)
+    return rng.choice(useful or ["u", "d", "l", "r"])
+
+
+def games() -> tuple[Source, ...]:
+    return episodes(Guess(), guesser, 128), episodes(KeyDoor(), walker, 16)  # type: ignore[arg-type]

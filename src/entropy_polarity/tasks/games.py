@@ -1,0 +1,183 @@
+"""Games in text: an environment answers every action of the policy, until the episode is over.
+
+    guess       a number from 1 to 32 in six guesses; the answers are < and >
+    keydoor     a 5 x 5 grid: fetch the key K, then reach the door D; moves are u, d, l, r
+
+A game is a task whose problem is an episode: the same index always starts the same one.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+from entropy_polarity.tasks import Problem, Split
+
+WON, OUT_OF_TURNS, MALFORMED, TOO_LONG, RAISED = "won", "out of turns", "malformed action", "action too long", "raised"
+
+
+class Answer(NamedTuple):
+    """What an environment says to an action. `reason` is why the episode is over, and empty before that."""
+
+    observation: str
+    reward: float = 0.0
+    done: bool = False
+    reason: str = ""
+
+
+@runtime_checkable
+class TextEnv(Protocol):
+    """One episode. Single use: `reset` once, then `step` until done."""
+
+    def reset(self, seed: int) -> str:
+        """Start the episode of that seed; what the policy reads first."""
+        ...
+
+    def step(self, action: str) -> Answer: ...
+
+    def facts(self) -> dict[str, float]:
+        """Numbers of the episode so far, to be averaged over episodes."""
+        ...
+
+
+@runtime_checkable
+class Game(Protocol):
+    """What a multi-turn rollout and an evaluation need."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def max_turns(self) -> int: ...
+
+    @property
+    def max_action_tokens(self) -> int: ...
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Every way an episode can end."""
+        ...
+
+    def problem(self, seed: int, index: int, split: Split) -> Problem:
+        """Episode `index` of the stream `seed`; `facts["seed"]` is what its environment starts from."""
+        ...
+
+    def env(self) -> TextEnv: ...
+
+
+@dataclass(frozen=True)
+class SmallGame:
+    """A game of this file. The splits hold different episodes; so few are possible that their starts may be alike."""
+
+    environment: ClassVar[type]
+    name: ClassVar[str]
+    max_turns: ClassVar[int]
+    max_action_tokens: ClassVar[int]
+    reasons = (WON, OUT_OF_TURNS, MALFORMED, TOO_LONG, RAISED)
+
+    def problem(self, seed: int, index: int, split: Split = "train") -> Problem:
+        start = random.Random(f"{self.name}:{split}:{seed}:{index}").getrandbits(32)
+        return Problem(self.env().reset(start), {"seed": start}, str(start))
+
+    def env(self) -> TextEnv:
+        return self.environment()
+
+
+class GuessEnv:
+    """Guess a number from 1 to 32.
+
+    >>> game = GuessEnv()
+    >>> game.reset(seed=5), game.step("16").observation, game.step("48").reason
+    ('1-32:', '>', 'malformed action')
+    """
+
+    low, high = 1, 32
+
+    def reset(self, seed: int) -> str:
+        self.number = random.Random(seed).randint(self.low, self.high)
+        self.guesses: list[int] = []
+        self.infeasible, self.off_centre = 0, 0.0
+        return f"{self.low}-{self.high}:"
+
+    def step(self, action: str) -> Answer:
+        if not (action.isascii() and action.isdigit() and len(action) <= 2 and 1 <= int(action) <= 32):
+            return Answer("", done=True, reason=MALFORMED)
+        guess = int(action)
+        self._measure(guess)
+        self.guesses.append(guess)
+        if guess == self.number:
+            return Answer("", 1.0, done=True, reason=WON)
+        if guess < self.number:
+            self.low = max(self.low, guess + 1)
+            return Answer(">")
+        self.high = min(self.high, guess - 1)
+        return Answer("<")
+
+    def _measure(self, guess: int) -> None:
+        """Whether the guess can be right at all, and how far from the middle of what can be, from 0 to 1."""
+        self.infeasible += not self.low <= guess <= self.high
+        half = (self.high - self.low) / 2
+        distance = abs(guess - (self.low + self.high) / 2)
+        # In an interval of even length the two middle numbers are half a step away.
+        self.off_centre += 0.0 if distance <= 0.5 else min(1.0, distance / max(half, 0.5))
+
+    def facts(self) -> dict[str, float]:
+        count = max(1, len(self.guesses))
+        return {"infeasible": self.infeasible / count, "off_centre": self.off_centre / count}
+
+
+class Guess(SmallGame):
+    """Bisection always wins; uniform guesses among what is possible win 0.70 of the episodes."""
+
+    environment, name, max_turns, max_action_tokens = GuessEnv, "guess", 6, 3
+
+
+class KeyDoorEnv:
+    """Walk a 5 x 5 grid. A is the walker, B the walker with the key; a step into the wall changes nothing.
+
+    >>> game = KeyDoorEnv()
+    >>> print(game.reset(seed=1))
+    ....A
+    .....
+    .....
+    ...K.
+    ....D
+    :
+    """
+
+    size = 5
+    MOVES: ClassVar[dict[str, tuple[int, int]]] = {"u": (-1, 0), "d": (1, 0), "l": (0, -1), "r": (0, 1)}
+
+    def reset(self, seed: int) -> str:
+        cells = [(row, column) for row in range(self.size) for column in range(self.size)]
+        self.walker, self.key, self.door = random.Random(seed).sample(cells, 3)
+        self.has_key, self.blocked, self.steps = False, 0, 0
+        return self._grid()
+
+    def step(self, action: str) -> Answer:
+        if action not in self.MOVES:
+            return Answer("", done=True, reason=MALFORMED)
+        moved = [at + by for at, by in zip(self.walker, self.MOVES[action], strict=True)]
+        inside = tuple(min(max(at, 0), self.size - 1) for at in moved)
+        self.steps += 1
+        self.blocked += inside == self.walker
+        self.walker = inside
+        self.has_key |= self.walker == self.key
+        if self.has_key and self.walker == self.door:
+            return Answer("", 1.0, done=True, reason=WON)
+        return Answer(self._grid())
+
+    def _grid(self) -> str:
+        marks = {self.door: "D"} | ({} if self.has_key else {self.key: "K"}) | {self.walker: "AB"[self.has_key]}
+        rows = ("".join(marks.get((row, column), ".") for column in range(self.size)) for row in range(self.size))
+        return "\n".join(rows) + "\n:"
+
+    def facts(self) -> dict[str, float]:
+        return {"key": float(self.has_key), "blocked": self.blocked / max(1, self.steps)}
+
+
+class KeyDoor(SmallGame):
+    environment, name, max_turns, max_action_tokens = KeyDoorEnv, "keydoor", 16, 2
+
+
+GAMES: dict[str, Callable[..., Any]] = {"guess": Guess, "keydoor": KeyDoor}
