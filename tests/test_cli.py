@@ -145,7 +145,7 @@ def test_pretrain_makes_a_policy_that_loads_and_says_how_good_it_is(run_papo, tm
     code, out, err = run_papo("pretrain", "--output", "policy", "--steps", "2", "--json")
     assert code == 0, err
     quality = json.loads(out)
-    assert set(quality["evaluation"]) == {"3", "4"}
+    assert set(quality["evaluation"]) == {"countdown, 3 numbers", "countdown, 4 numbers"}
     assert (tmp_path / "policy/model.safetensors").stat().st_size < 2_000_000
     code, _, err = run_papo("pretrain", "--output", "other", "--width", "100")
     assert code == 2

@@ -330,14 +330,21 @@ def _settings_line(owner: str, settings: dict[str, Any]) -> str:
 
 
 def pretrain(
-    output: Path, seed: int = 0, steps: int = 1200, width: int = 128, layers: int = 4, as_json: Json = False
+    output: Path,
+    task: Literal["countdown", "games"] = "countdown",
+    seed: int = 0,
+    steps: int = 1200,
+    width: int = 128,
+    layers: int = 4,
+    as_json: Json = False,
 ) -> None:
-    """Make the embedded policy again, from a seed, and say how good it is.
+    """Make an embedded policy again, from a seed, and say how good it is.
 
     Args:
         output: where the model goes; must not exist yet
+        task: countdown ("embedded"), or games ("embedded:games": guess and keydoor)
         seed: seed of weights and problems
-        steps: supervised steps of 128 solved problems
+        steps: supervised steps, each on a batch of demonstrations
         width: of the hidden states, a multiple of 32
         layers: number of layers
     """
@@ -353,10 +360,11 @@ def pretrain(
         if step % 50 == 0 or step == steps:
             print(f"step {step}/{steps}  loss {loss:.4f}", file=sys.stderr, flush=True)
 
-    quality = pretrain_policy(output, PretrainSettings(seed=seed, steps=steps, width=width, layers=layers), progress)
+    settings = PretrainSettings(task, seed, steps, width=width, layers=layers)
+    quality = pretrain_policy(output, settings, progress)
     if as_json:
         return _print_json(quality)
-    print_estimates({f"countdown, {size} numbers": e for size, e in quality["evaluation"].items()})
+    print_estimates(quality["evaluation"])
     print(f"policy written to {output}")
 
 

@@ -8,20 +8,22 @@ from entropy_polarity.evaluate import evaluate
 from entropy_polarity.experiments.train import load_policy, quiet
 from entropy_polarity.policy.pretrain import PretrainSettings, pretrain
 from entropy_polarity.tasks.countdown import Countdown
+from entropy_polarity.tasks.games import GAMES
 
 
 def pretrain_policy(output: Path, settings: PretrainSettings, progress: Callable[[int, float], None]) -> dict[str, Any]:
-    """Pretrain into `output` (which must not exist) and evaluate on each problem size it has read."""
+    """Pretrain into `output` (which must not exist) and evaluate on each problem size, or game, it has read."""
     quiet()
     if output.exists():
         raise FileExistsError(f"{output} already exists: give another --output")
     pretrain(settings, output, progress)
     model, tokenizer = load_policy(str(output))
+    if settings.task == "games":
+        judged = {name: make() for name, make in GAMES.items()}
+    else:
+        judged = {f"countdown, {size} numbers": Countdown(numbers=(size,)) for size in settings.numbers}
     return {
         "output": str(output),
-        "evaluation": {
-            # Three numbers make only about two hundred different test problems.
-            str(size): evaluate(model, tokenizer, Countdown(numbers=(size,)), problems=150).to_json()
-            for size in settings.numbers
-        },
+        # Three numbers make only about two hundred different test problems.
+        "evaluation": {name: evaluate(model, tokenizer, task, problems=150).to_json() for name, task in judged.items()},
     }

@@ -55,14 +55,14 @@ def episodes(game: Game, player: Callable[[TextEnv, random.Random], str], batch_
 
 
 def guesser(env: GuessEnv, rng: random.Random) -> str:
-    """Three in four of its guesses are anywhere, the others where the number can be."""
-    low, high = (1, 32) if rng.random() < 0.75 else (env.low, env.high)
+    """Half of its guesses are anywhere, the others where the number can be."""
+    low, high = (1, 32) if rng.random() < 0.5 else (env.low, env.high)
     return str(rng.randint(low, high))
 
 
 def walker(env: KeyDoorEnv, rng: random.Random) -> str:
-    """One in six of its steps leads to what it needs next, the others anywhere."""
-    if rng.random() < 5 / 6:
+    """A third of its steps lead to what it needs next, the others anywhere."""
+    if rng.random() < 2 / 3:
         return rng.choice("udlr")
     goal = env.door if env.has_key else env.key
     down, right = goal[0] - env.walker[0], goal[1] - env.walker[1]

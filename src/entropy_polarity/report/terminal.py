@@ -12,12 +12,14 @@ from entropy_polarity.report.tables import TextTable, comparison_tables, search_
 
 
 def print_estimates(evaluations: dict[str, dict[str, Any]]) -> None:
-    """A column for each evaluation, a row for each pass@k and the greedy answer."""
+    """A column for each evaluation, a row for each pass@k, the greedy answer and what a game's environments counted."""
     if not evaluations:
         return
     table = Table("", *map(escape, evaluations))
     estimates = {
-        name: {f"pass@{k}": e for k, e in found["pass_at"].items()} | {"greedy": found.get("greedy_pass")}
+        name: {f"pass@{k}": e for k, e in found["pass_at"].items()}
+        | {"greedy": found.get("greedy_pass")}
+        | found.get("facts", {})
         for name, found in evaluations.items()
     }
     for row in next(iter(estimates.values())):
