@@ -16,6 +16,8 @@ from entropy_polarity.recipe import load_recipe, with_flags
 from entropy_polarity.record import Run
 from entropy_polarity.tasks import distinct_problems, make_task
 from entropy_polarity.tasks.games import Answer, Game, Guess, GuessEnv, KeyDoor, KeyDoorEnv, SmallGame, TextEnv
+from entropy_polarity.tokens import Tokens
+from entropy_polarity.transforms.monitor import by_turn
 
 
 def won(game, player, episodes):
@@ -314,3 +316,35 @@ def test_environment_tokens_enter_no_statistic_and_no_gradient(words, method, tm
     logged = {name: value for row in trainer.state.log_history for name, value in row.items()}
     assert "polarity/entropy" in logged
     assert [name for name, value in logged.items() if value != value] == []
+
+
+def test_the_record_and_the_page_keep_the_words_of_the_environment(tmp_path):
+    few_steps(games_policy(tmp_path / "model"), "{name='guess'}", tmp_path / "run", "record.completions=4")
+    run = Run.read(tmp_path / "run")
+    rows = [row for row in run.rollouts if row["step"] == 1]
+    tokens = run.tokens(1)
+    for row in rows:
+        mine = [token for token in tokens if token["rollout"] == row["rollout"]]
+        assert [token["position"] for token in mine] == list(range(len(mine)))
+        for token in mine:
+            assert token["from_policy"] == (token["entropy"] == token["entropy"])
+    heard = [token for token in tokens if not token["from_policy"]]
+    assert heard
+    page = (tmp_path / "run/report.html").read_text()
+    assert "What an environment said is grey" in page
+
+
+def test_metrics_of_each_turn_by_hand():
+    mask = torch.tensor([[1, 1, 0, 1, 0, 0], [1, 0, 0, 1, 1, 1], [1, 0, 0, 0, 0, 0]]).bool()
+    entropy = torch.where(mask, torch.arange(18.0).reshape(3, 6), torch.nan)
+    T = torch.where(mask, 0.5, torch.nan)
+    logp = torch.full((3, 6), -1.0)
+    facts = {"logp": logp, "old_logp": logp, "entropy": entropy, "sensitivity": T, "sum_p2": T, "sum_p2_logp": T}
+    A = torch.tensor([[1.0], [-1.0], [2.0]]).expand(3, 6)
+    found = by_turn(Tokens(mask, A, **facts))
+    assert found["polarity/entropy_turn_1"] == pytest.approx((0 + 1 + 6 + 12) / 4)
+    assert found["polarity/entropy_turn_2"] == pytest.approx((3 + 9 + 10 + 11) / 4)
+    assert found["polarity/positive_flow_turn_1"] == pytest.approx((0.5 + 0.5 + 1.0) / 4)
+    assert found["polarity/negative_flow_turn_2"] == pytest.approx(1.5 / 4)
+    assert len(found) == 6
+    assert by_turn(Tokens(mask[2:], A[2:], **{k: v[2:] for k, v in facts.items()})) == {}, "one turn is the whole"

@@ -43,6 +43,7 @@ TOKEN_COLUMNS = pa.schema(
         ("sensitivity", pa.float32()),
         ("polarity", pa.float32()),
         ("weight", pa.float32()),
+        ("from_policy", pa.bool_()),  # False: an environment said it, and the other columns are NaN
     ]
 )
 

@@ -13,8 +13,10 @@ EXPANDS, CONTRACTS = "33, 102, 214", "214, 48, 49"  # blue and red that survive 
 
 @dataclass(frozen=True)
 class ColouredToken:
+    """`colour` is None where the environment said it."""
+
     text: str
-    colour: str
+    colour: str | None
     facts: list[tuple[str, str]]
 
 
@@ -61,6 +63,8 @@ def coloured_rollouts(run: Run, count: int = 12) -> list[ColouredRollout]:
 
 
 def _coloured(token: dict[str, Any], scale: float) -> ColouredToken:
+    if not token.get("from_policy", True):
+        return ColouredToken(token["token"], None, [])
     polarity = token["polarity"]
     strength = min(1.0, abs(polarity) / scale) if math.isfinite(polarity) else 0.0
     colour = EXPANDS if polarity > 0 else CONTRACTS

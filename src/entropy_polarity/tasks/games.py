@@ -136,13 +136,8 @@ class KeyDoorEnv:
     """Walk a 5 x 5 grid. A is the walker, B the walker with the key; a step into the wall changes nothing.
 
     >>> game = KeyDoorEnv()
-    >>> print(game.reset(seed=1))
-    ....A
-    .....
-    .....
-    ...K.
-    ....D
-    :
+    >>> game.reset(seed=1).split()
+    ['....A', '.....', '.....', '...K.', '....D', ':']
     """
 
     size = 5

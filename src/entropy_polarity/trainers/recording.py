@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from transformers import TrainerCallback
 
 from entropy_polarity.record import TOKEN_COLUMNS, RunWriter
@@ -75,9 +76,13 @@ class RunRecorder(TrainerCallback):
         self.writer.rollouts(rows, columns)
 
     def _token_columns(self, rollout: Rollout, row: int) -> dict[str, list[Any]]:
-        """The columns of one completion's model tokens."""
-        tokens = rollout.tokens
-        kept = tokens.mask[row].nonzero().flatten()
+        """The columns of one completion: its model tokens, and between them what an environment said."""
+        tokens, inputs = rollout.tokens, rollout.inputs
+        learnt = tokens.mask[row]
+        heard = torch.zeros_like(learnt)
+        if "tool_mask" in inputs:
+            heard = inputs["completion_mask"][row].bool() & ~inputs["tool_mask"][row].bool()
+        kept = (learnt | heard).nonzero().flatten()
         decode: Callable[..., str] = self.trainer.processing_class.decode  # type: ignore[union-attr,assignment]
         values = {
             "logp": tokens.known("logp"),
@@ -88,6 +93,7 @@ class RunRecorder(TrainerCallback):
         }
         return {
             "position": kept.tolist(),
-            "token": [decode([token]) for token in rollout.inputs["completion_ids"][row, kept].tolist()],
-            **{name: column[row, kept].tolist() for name, column in values.items()},
+            "token": [decode([token]) for token in inputs["completion_ids"][row, kept].tolist()],
+            **{name: column[row].where(learnt, torch.nan)[kept].tolist() for name, column in values.items()},
+            "from_policy": learnt[kept].tolist(),
         }

@@ -1,6 +1,9 @@
 """The metrics of a batch, measured around any method."""
 
 import math
+from dataclasses import replace
+
+import torch
 
 from entropy_polarity.phase import Metrics, State
 from entropy_polarity.polarity import predicted_entropy_change
@@ -26,9 +29,27 @@ def measure(before: Tokens, after: Tokens, state: State) -> tuple[State, Metrics
         "polarity/predicted_entropy_change": predicted_entropy_change(token_polarity(after), after.mask).item(),
         "polarity/nonfinite_tokens": float((~p.isfinite() & before.mask).sum()),
     }
+    metrics |= by_turn(before)
     if state["entropy"] is not None:
         metrics["polarity/realised_entropy_change"] = observed.entropy - state["entropy"]
     return {"entropy": observed.entropy if math.isfinite(observed.entropy) else state["entropy"]}, metrics
+
+
+def by_turn(tokens: Tokens) -> Metrics:
+    """Entropy and branch flows of each turn, counted from 1; nothing where no response has a second turn.
+
+    A turn is a run of model tokens: between two of them an environment speaks.
+    """
+    begins = tokens.mask & ~torch.nn.functional.pad(tokens.mask, (1, 0))[:, :-1]
+    turn = begins.cumsum(1).where(tokens.mask, 0)
+    metrics: Metrics = {}
+    if (turns := int(turn.max())) > 1:
+        for number in range(1, turns + 1):
+            observed = observe(replace(tokens, mask=turn == number))
+            metrics[f"polarity/entropy_turn_{number}"] = observed.entropy
+            metrics[f"polarity/positive_flow_turn_{number}"] = observed.positive_flow
+            metrics[f"polarity/negative_flow_turn_{number}"] = observed.negative_flow
+    return metrics
 
 
 def monitored(inner: Transform) -> Transform:
