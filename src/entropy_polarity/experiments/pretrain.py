@@ -7,6 +7,7 @@ from typing import Any
 from entropy_polarity.evaluate import evaluate
 from entropy_polarity.experiments.train import load_policy, quiet
 from entropy_polarity.policy.pretrain import PretrainSettings, pretrain
+from entropy_polarity.tasks import make_task
 from entropy_polarity.tasks.countdown import Countdown
 from entropy_polarity.tasks.games import GAMES
 
@@ -18,8 +19,11 @@ def pretrain_policy(output: Path, settings: PretrainSettings, progress: Callable
         raise FileExistsError(f"{output} already exists: give another --output")
     pretrain(settings, output, progress)
     model, tokenizer = load_policy(str(output))
+    judged: dict[str, Any]
     if settings.task == "games":
         judged = {name: make() for name, make in GAMES.items()}
+    elif settings.family == "gym":
+        judged = {settings.task: make_task(settings.task, config=settings.config, max_completion_tokens=32)}
     else:
         judged = {f"countdown, {size} numbers": Countdown(numbers=(size,)) for size in settings.numbers}
     return {

@@ -5,10 +5,12 @@ The players are good enough that reinforcement finds rewards, and uncertain enou
 
 import random
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from entropy_polarity._errors import unknown_name
 from entropy_polarity.tasks.countdown import Countdown
 from entropy_polarity.tasks.games import Game, Guess, GuessEnv, KeyDoor, KeyDoorEnv, TextEnv
+from entropy_polarity.tasks.gym import GymTask
 
 
 class Part(NamedTuple):
@@ -34,6 +36,16 @@ def countdown(numbers: tuple[int, ...]) -> Source:
         return [Part(problem.prompt, False), Part(solution, True)]
 
     return Source(parts, 128)
+
+
+def answered(task: GymTask) -> Source:
+    """Problems of a data set with the answer that comes with them."""
+
+    def parts(seed: int, index: int) -> list[Part]:
+        problem = task.problem(seed, index, "train")
+        return [Part(problem.prompt, False), Part(problem.facts["answer"], True)]
+
+    return Source(parts, 64)  # its prompts are longer
 
 
 def episodes(game: Game, player: Callable[[TextEnv, random.Random], str], batch_size: int) -> Source:
@@ -70,5 +82,12 @@ def walker(env: KeyDoorEnv, rng: random.Random) -> str:
     return rng.choice(useful or ["u", "d", "l", "r"])
 
 
-def games() -> tuple[Source, ...]:
-    return episodes(Guess(), guesser, 128), episodes(KeyDoor(), walker, 16)  # type: ignore[arg-type]
+def sources_of(task: str, numbers: tuple[int, ...], config: dict[str, Any]) -> tuple[Source, ...]:
+    """What a policy for `task` reads, in turn. Raises ValueError for a task that has no demonstrations."""
+    if task == "countdown":
+        return (countdown(numbers),)
+    if task == "games":
+        return episodes(Guess(), guesser, 128), episodes(KeyDoor(), walker, 16)  # type: ignore[arg-type]
+    if task.startswith("gym:"):
+        return (answered(GymTask(task.removeprefix("gym:"), config)),)
+    raise unknown_name("task with demonstrations", task, ["countdown", "games", "gym:DATASET"])

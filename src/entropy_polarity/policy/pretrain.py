@@ -5,14 +5,14 @@ there is entropy to lose. A few hundred steps on imperfect demonstrations give e
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from entropy_polarity.policy.demonstrations import Source, countdown, games
+from entropy_polarity.policy.demonstrations import Source, sources_of
 from entropy_polarity.policy.tokenizer import LENGTHS, character_tokenizer
 
 
@@ -20,16 +20,22 @@ from entropy_polarity.policy.tokenizer import LENGTHS, character_tokenizer
 class PretrainSettings:
     """What is read, width, depth and length of the supervised run. The defaults made the shipped weights.
 
-    `task` is "countdown", or "games" for guess and keydoor in turns; `numbers` are countdown's.
+    `task` is "countdown"; "games", guess and keydoor in turns; or "gym:DATASET", problems with their answers.
+    `numbers` are countdown's, `config` is the data set's.
     """
 
-    task: Literal["countdown", "games"] = "countdown"
+    task: str = "countdown"
     seed: int = 0
     steps: int = 1200
     learning_rate: float = 2e-3
     numbers: tuple[int, ...] = (3, 4)
+    config: dict[str, Any] = field(default_factory=dict)
     layers: int = 4
     width: int = 128
+
+    @property
+    def family(self) -> str:
+        return self.task.partition(":")[0]
 
 
 def new_policy(settings: PretrainSettings, tokenizer: Any) -> Qwen3ForCausalLM:
@@ -42,7 +48,7 @@ def new_policy(settings: PretrainSettings, tokenizer: Any) -> Qwen3ForCausalLM:
         num_attention_heads=settings.width // 32,
         num_key_value_heads=settings.width // 32,
         head_dim=32,
-        max_position_embeddings=LENGTHS[settings.task],
+        max_position_embeddings=LENGTHS[settings.family],
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -75,9 +81,9 @@ def pretrain(settings: PretrainSettings, output: Path, progress: Callable[[int, 
 
     `progress(step, loss)` is called after each step.
     """
-    tokenizer: Any = character_tokenizer(settings.task)
+    tokenizer: Any = character_tokenizer(settings.family)
     model = new_policy(settings, tokenizer)
-    sources = games() if settings.task == "games" else (countdown(settings.numbers),)
+    sources = sources_of(settings.task, settings.numbers, settings.config)
     read = [0] * len(sources)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

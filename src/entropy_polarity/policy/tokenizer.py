@@ -4,12 +4,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-CHARACTERS = {"countdown": "0123456789 =:+-*()", "games": "0123456789-:<>\n.AKBDudlr"}
-LENGTHS = {"countdown": 64, "games": 640}  # the longest text in tokens
+PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))
+CHARACTERS = {"countdown": "0123456789 =:+-*()", "games": "0123456789-:<>\n.AKBDudlr", "gym": PRINTABLE}
+LENGTHS = {"countdown": 64, "games": 640, "gym": 512}  # the longest text in tokens
 
 
 def character_tokenizer(task: str = "countdown") -> PreTrainedTokenizerFast:
-    """A tokenizer over the characters of a task; anything else becomes <unk>."""
+    """A tokenizer over the characters of "countdown", "games" or "gym"; anything else becomes <unk>."""
     vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNKNOWN, *CHARACTERS[task]])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")  # type: ignore[assignment]

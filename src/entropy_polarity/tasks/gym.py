@@ -99,7 +99,7 @@ class GymTask:
             else:
                 found.append(None)
                 calls.append((self._spec, problem.facts["seed"], problem.facts["position"], answer))
-        judged = iter(_workers("judged", self.seconds).map(calls))
+        judged = iter(_workers("judged", self.seconds).map_distinct(calls))
         return [_score(next(judged)) if score is None else score for score in found]
 
 

@@ -133,7 +133,7 @@ class MathTask:
 
     def scores(self, answers: Sequence[tuple[Problem, str]]) -> list[Score]:
         calls = [(problem.facts["answers"], completion[-MAX_ANSWER_CHARACTERS:]) for problem, completion in answers]
-        outcomes = _workers(self.seconds).map(calls)
+        outcomes = _workers(self.seconds).map_distinct(calls)
         verdicts = [outcome.value or outcome.failure for outcome in outcomes]
         verdicts = [verdict if verdict in self.reasons else FAILED for verdict in verdicts]
         return [Score(float(verdict == CORRECT), verdict) for verdict in verdicts]

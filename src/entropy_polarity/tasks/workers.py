@@ -63,8 +63,17 @@ class Workers:
 
     def map(self, calls: Sequence[Sequence[Any]]) -> list[Outcome]:
         """The outcome of every call, in order."""
+        if min(self.count, len(calls)) < 2:
+            return [self._call(call) for call in calls]  # threads cost more than a small call
         with ThreadPoolExecutor(self.count) as threads:
             return list(threads.map(self._call, calls))
+
+    def map_distinct(self, calls: Sequence[Sequence[Any]]) -> list[Outcome]:
+        """As `map`, of a pure function: equal calls are made once. Completions of one group are often the same."""
+        keys = [json.dumps(list(call)) for call in calls]
+        distinct = dict(zip(keys, calls, strict=True))
+        outcomes = dict(zip(distinct, self.map([*distinct.values()]), strict=True))
+        return [outcomes[key] for key in keys]
 
     def _call(self, arguments: Sequence[Any]) -> Outcome:
         worker = self._idle.get()

@@ -29,26 +29,34 @@ def measure(before: Tokens, after: Tokens, state: State) -> tuple[State, Metrics
         "polarity/predicted_entropy_change": predicted_entropy_change(token_polarity(after), after.mask).item(),
         "polarity/nonfinite_tokens": float((~p.isfinite() & before.mask).sum()),
     }
-    metrics |= by_turn(before)
+    metrics |= by_turn(before, after)
     if state["entropy"] is not None:
         metrics["polarity/realised_entropy_change"] = observed.entropy - state["entropy"]
     return {"entropy": observed.entropy if math.isfinite(observed.entropy) else state["entropy"]}, metrics
 
 
-def by_turn(tokens: Tokens) -> Metrics:
-    """Entropy and branch flows of each turn, counted from 1; nothing where no response has a second turn.
+def by_turn(before: Tokens, after: Tokens) -> Metrics:
+    """Entropy, branch flows and what was made of the advantages in each turn; nothing where no response has two.
 
-    A turn is a run of model tokens: between two of them an environment speaks.
+        pressure of turn n = Σ |A'| / Σ |A|        over the tokens of all n-th turns, n from 1
+
+    A turn is a run of model tokens: between two of them an environment speaks. λ is the same for all turns of a
+    rollout; the pressure says which turns it reaches. It is 1 where a turn has no advantage.
     """
-    begins = tokens.mask & ~torch.nn.functional.pad(tokens.mask, (1, 0))[:, :-1]
-    turn = begins.cumsum(1).where(tokens.mask, 0)
+    begins = before.mask & ~torch.nn.functional.pad(before.mask, (1, 0))[:, :-1]
+    turn = begins.cumsum(1).where(before.mask, 0)
+    turns = int(turn.max()) if turn.numel() else 0
     metrics: Metrics = {}
-    if (turns := int(turn.max())) > 1:
-        for number in range(1, turns + 1):
-            observed = observe(replace(tokens, mask=turn == number))
-            metrics[f"polarity/entropy_turn_{number}"] = observed.entropy
-            metrics[f"polarity/positive_flow_turn_{number}"] = observed.positive_flow
-            metrics[f"polarity/negative_flow_turn_{number}"] = observed.negative_flow
+    for number in range(1, turns + 1) if turns > 1 else ():
+        mask = turn == number
+        observed = observe(replace(before, mask=mask))
+        given, made = (t.advantages.abs()[mask & t.mask].sum().item() for t in (before, after))
+        metrics |= {
+            f"polarity/entropy_turn_{number}": observed.entropy,
+            f"polarity/positive_flow_turn_{number}": observed.positive_flow,
+            f"polarity/negative_flow_turn_{number}": observed.negative_flow,
+            f"polarity/pressure_turn_{number}": made / given if given else 1.0,
+        }
     return metrics
 
 
