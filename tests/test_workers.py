@@ -113,3 +113,10 @@ def test_workers_end_with_a_killed_parent(here):
             return
         time.sleep(0.1)
     pytest.fail("the worker outlives its parent")
+
+
+def test_equal_calls_of_a_pure_function_are_made_once():
+    with Workers("random:randint", count=2) as workers:
+        outcomes = workers.map_distinct([(0, 10**12), (1, 10**12), (0, 10**12), (0, 10**12)])
+        assert outcomes[0] == outcomes[2] == outcomes[3] != outcomes[1]
+        assert workers.map_distinct([]) == []

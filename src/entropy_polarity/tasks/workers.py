@@ -25,6 +25,11 @@ START_SECONDS = 120.0  # for the imports of a worker
 GRACE_SECONDS = 1.0  # between the worker's own alarm and its end
 TIMED_OUT, OUT_OF_MEMORY, DIED = "timed out", "out of memory", "worker died"
 _READY = {"ready": True}
+_NEEDED = {"PATH", "LD_LIBRARY_PATH"}  # to start an interpreter at all
+
+
+class NoWorkerError(RuntimeError):
+    """No process can make the call, whatever its arguments: the machine or the installation is at fault."""
 
 
 class Outcome(NamedTuple):
@@ -44,12 +49,21 @@ class Workers:
     A call may take `seconds` and a process `memory_bytes` of address space; what takes more is ended, and so is every
     process that it started. Failures: "timed out", "out of memory", "worker died", or the name of the exception.
     Processes start at the first call and end with `close`, with the object or with this process, even when it is
-    killed. `map` may be called from any thread. Raises ValueError for limits that are not positive; the first call
-    raises RuntimeError, with the reason, where no worker can import the function.
+    killed. They import the function, and the module `preload`, before the clock of a call runs; what this process can
+    import, they can. `isolated` ones get nothing else of this process's environment, where keys to services may be.
+    `map` may be called from any thread. Raises ValueError for limits that are not positive; the first call raises
+    NoWorkerError, with the reason, where no worker can import these.
     """
 
     def __init__(
-        self, function: str, *, seconds: float = 5.0, memory_bytes: int = 4 << 30, count: int | None = None
+        self,
+        function: str,
+        *,
+        seconds: float = 5.0,
+        memory_bytes: int = 4 << 30,
+        count: int | None = None,
+        preload: str = "",
+        isolated: bool = False,
     ) -> None:
         count = max(1, os.cpu_count() or 1) if count is None else count
         if not (seconds > 0 and memory_bytes > 0 and count > 0):
@@ -59,7 +73,7 @@ class Workers:
         self.function, self.seconds, self.memory_bytes, self.count = function, seconds, memory_bytes, count
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for _ in range(count):
-            self._idle.put(_Worker(function, seconds, memory_bytes))
+            self._idle.put(_Worker(function, seconds, memory_bytes, preload, isolated))
 
     def map(self, calls: Sequence[Sequence[Any]]) -> list[Outcome]:
         """The outcome of every call, in order."""
@@ -98,8 +112,9 @@ class Workers:
 class _Worker:
     """One process, started when it is needed and after it was ended."""
 
-    def __init__(self, function: str, seconds: float, memory_bytes: int) -> None:
-        self.function, self.seconds, self.memory_bytes = function, seconds, memory_bytes
+    def __init__(self, function: str, seconds: float, memory_bytes: int, preload: str, isolated: bool) -> None:
+        self.function, self.seconds, self.memory_bytes, self.preload = function, seconds, memory_bytes, preload
+        self.isolated = isolated
         self.process: subprocess.Popen[bytes] | None = None
 
     def call(self, arguments: Sequence[Any]) -> Outcome:
@@ -119,15 +134,19 @@ class _Worker:
         return Outcome(**json.loads(answer))
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        limits = [str(self.seconds), str(self.memory_bytes)]
+        arguments = [self.function, str(self.seconds), str(self.memory_bytes), self.preload]
+        path = os.pathsep.join(entry for entry in sys.path if entry)
+        # -I would leave out the path and the order of sets too.
+        flags = ["-P", "-s"] if self.isolated else []
+        inherited = {name: value for name, value in os.environ.items() if not self.isolated or name in _NEEDED}
         process = subprocess.Popen(
-            [sys.executable, "-m", "entropy_polarity.tasks.workers", self.function, *limits],
+            [sys.executable, *flags, "-m", "entropy_polarity.tasks.workers", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # a group of its own, to be killed as one
             # One order of sets in every process: what a function makes of its arguments is the same everywhere.
-            env=os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+            env=inherited | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         )
         self.process = process
         self._finalizer = weakref.finalize(self, _kill, process)
@@ -135,7 +154,7 @@ class _Worker:
         if not hello or json.loads(hello) != _READY:
             self.end()
             why = json.loads(hello)["failure"] if hello else "it did not start"
-            raise RuntimeError(f"no worker can call {self.function}: {why}")
+            raise NoWorkerError(f"no worker can call {self.function}: {why}")
         return process
 
     def end(self) -> int | None:
@@ -174,10 +193,11 @@ def _read_line(process: "subprocess.Popen[bytes]", deadline: float) -> bytes | N
     return line
 
 
-def _serve(name: str, seconds: float, memory_bytes: int) -> None:
+def _serve(name: str, seconds: float, memory_bytes: int, preload: str) -> None:
     """The loop of a worker: a line of arguments in, a line of outcome out, until the parent is gone."""
-    answers = os.fdopen(os.dup(1), "w")
+    calls, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # and what it reads is no call
 
     def answer(**content: Any) -> None:
         answers.write(json.dumps(content) + "\n")
@@ -186,6 +206,8 @@ def _serve(name: str, seconds: float, memory_bytes: int) -> None:
     try:
         module, _, attribute = name.partition(":")
         function = getattr(importlib.import_module(module), attribute)
+        if preload:
+            importlib.import_module(preload)
     except Exception as error:
         answer(failure=f"{type(error).__name__}: {error}")
         return
@@ -193,7 +215,7 @@ def _serve(name: str, seconds: float, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, _alarm)
     answer(**_READY)
-    for line in sys.stdin:
+    for line in calls:
         answer(**_outcome(function, json.loads(line), seconds)._asdict())
 
 
@@ -231,4 +253,4 @@ def _alarm(number: int, frame: Any) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
+    _serve(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

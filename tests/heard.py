@@ -1,0 +1,55 @@
+"""Training under watch: what an environment or a tool said must be in no statistic and get no gradient."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from entropy_polarity.trainers.trl import PolarityTrainer, Rollout
+
+COLUMNS = ("entropy", "sum_p2", "sum_p2_logp", "sensitivity")
+
+
+class Watched(NamedTuple):
+    rollouts: list[Rollout]
+    batches: list[dict[str, Any]]
+    gradients: list[Tensor]
+
+
+def train_watched(trainer: PolarityTrainer) -> Watched:
+    """Train, with the statistics of what the policy did not write made NaN before any method sees them."""
+    watched = Watched([], [], [])
+
+    def poisoned(*args, make=trainer._tokens, **kwargs):
+        tokens = make(*args, **kwargs)
+        known = {name: value for name in COLUMNS if (value := getattr(tokens, name)) is not None}
+        return replace(tokens, **{n: torch.where(tokens.mask, v, torch.nan) for n, v in known.items()})
+
+    def watch_states(module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(watched.gradients.append)
+
+    trainer._tokens = poisoned
+    trainer.on_rollout = watched.rollouts.append
+    trainer.on_loss = lambda inputs, tokens: watched.batches.append(inputs)
+    trainer.model.model.norm.register_forward_hook(watch_states)
+    trainer.train()
+    return watched
+
+
+def assert_only_the_policy_is_learnt(trainer: PolarityTrainer, watched: Watched) -> None:
+    rollout = watched.rollouts[0]
+    mask = rollout.tokens.mask
+    assert rollout.weight.isfinite().all()
+    assert (rollout.weight[~mask] == 1).all()
+    for inputs, gradient in zip(watched.batches, watched.gradients, strict=True):
+        # The state before a token is what foretells it; the last prompt token foretells the first.
+        first = inputs["prompt_ids"].size(1) - 1
+        foretelling = gradient[:, first : first + inputs["completion_ids"].size(1)]
+        learnt = inputs["completion_mask"].bool() & inputs["tool_mask"].bool()
+        assert not foretelling[~learnt].any()
+        assert foretelling[learnt].any()
+    logged = {name: value for row in trainer.state.log_history for name, value in row.items()}
+    assert "polarity/entropy" in logged
+    assert [name for name, value in logged.items() if value != value] == []
