@@ -64,6 +64,13 @@ def run_papo(monkeypatch, capfd, tmp_path):
         (("eval", "--task", "countdwn"), "did you mean 'countdown'"),
         (("eval", "--problems", "0"), "problems=0"),
         (("eval", "--temperature", "0"), "temperature is 0.0"),
+        (("eval", "--top-p", "1.5"), "top_p is 1.5"),
+        (("eval", "--batch-size", "0"), "batch_size is 0"),
+        (("eval", "--seeds", "1", "1"), "seeds are [1, 1]; expected different ones"),
+        (("eval", "--model", "a/m", "b/m"), "two models are called 'm'"),
+        (("eval", "--model", "a=embedded", "b=embedded", "--baseline", "c"), "unknown baseline 'c'"),
+        (("eval", "--baseline", "embedded"), "needs several models"),
+        (("eval", "--task", "guess", "--backend", "vllm"), "only --backend transformers can play"),
         (("eval", "--problems", "1000", "--set", "numbers=[2]"), "different test problems"),
         (("report", "nowhere"), "nowhere holds no run"),
     ],
@@ -110,7 +117,7 @@ def test_train_prints_one_json_document_and_refuses_the_same_place_twice(run_pap
     code, out, _ = run_papo("eval", "--model", "run", "--problems", "3", "--samples", "2", "--json")
     assert code == 0
     evaluation = json.loads(out)
-    assert evaluation["model"].endswith("checkpoint-2")
+    assert evaluation["models"]["run"]["model"].endswith("checkpoint-2")
     assert evaluation["task"]["numbers"] == [3]
     (tmp_path / "run/report.html").unlink()
     code, out, _ = run_papo("report", "run", "--json")
@@ -125,6 +132,25 @@ def test_eval_prints_a_table(run_papo):
     assert "pass@1" in out
     assert "pass@2" in out
     assert "3 problems x 2 samples" in out
+
+
+def test_eval_puts_models_side_by_side(run_papo, tmp_path):
+    arguments = ["eval", "--model", "base=embedded", "other=embedded", "--problems", "2", "--samples", "3"]
+    code, out, err = run_papo(*arguments, "--seeds", "1", "2", "--top-p", "0.9", "--output", "out")
+    assert code == 0, err
+    assert "Against base" in out
+    assert "maj@3" in out
+    assert "sampling seeds 1, 2, temperature 1, top-p 0.9" in out
+    assert out.splitlines()[-1] == "out/evaluation.html"
+    assert err.splitlines() == [f"{m}, seed {s}: 2 problems x 3 samples" for m in ("base", "other") for s in (1, 2)]
+    code, out, err = run_papo(*arguments, "--baseline", "other", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["baseline"] == "other"
+    assert document["against"]["base"]["pass@1"] == {"difference": 0.0, "bootstrap": [0.0, 0.0]}
+    code, out, err = run_papo(*arguments, "--output", "out")
+    assert code == 2
+    assert "out is not an empty folder" in err
 
 
 def test_methods_lists_every_method_and_controller(run_papo):

@@ -1,5 +1,6 @@
 """Countdown: problems are a function of their index, and no text fools, stops or crashes the verifier."""
 
+import random
 import re
 import time
 
@@ -372,3 +373,35 @@ def test_more_distinct_problems_than_there_are_is_an_error_with_their_number():
         distinct_problems(task, 0, "train", 10_000)
     count = int(re.search(r"about (\d+)", str(error.value))[1])
     assert len(distinct_problems(task, 0, "train", count)) == count
+
+
+def swapped(expression: Expression) -> Expression:
+    """The same expression with the operands of every sum and product the other way round."""
+    if expression.left is None or expression.right is None:
+        return expression
+    left, right = swapped(expression.left), swapped(expression.right)
+    if expression.operator == "-":
+        return Expression(expression.value, "-", left, right)
+    return Expression(expression.value, expression.operator, right, left)
+
+
+@given(st.integers(0, 10_000))
+def test_a_final_answer_is_the_expression_in_any_order(index):
+    task = Countdown(numbers=(3, 4, 5))
+    made, solution = task.solved_problem(0, index)
+    (answer,) = task.final_answers([(made, solution)])
+    value, used = evaluated(answer)
+    assert value == made.facts["target"]
+    assert sorted(used) == sorted(made.facts["numbers"])
+    rng = random.Random(index)
+    expression = countdown._random_expression(rng, [rng.randint(1, 9) for _ in range(4)])
+    first, second = task.final_answers([(made, str(expression)), (made, str(swapped(expression)))])
+    assert first == second
+
+
+def test_final_answers_by_hand():
+    task, made = Countdown(), problem([1, 2, 3, 4], 10)
+    texts = ["1+2+3+4", "4+(3+2)+1", "4-(3-2)", "4*(1-2)", "(1-2)*4", "4*(2-1)", "1+", "one", "", "1+" * 200 + "1"]
+    assert task.final_answers([(made, text) for text in texts]) == [
+        "1+2+3+4", "1+2+3+4", "2+4-3", "(1-2)*4", "(1-2)*4", "(2-1)*4", None, None, None, None,
+    ]  # fmt: skip

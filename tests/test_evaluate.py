@@ -1,195 +1,27 @@
-"""Estimates by enumeration, intervals by simulation, and an evaluation whose every answer is known."""
+"""Evaluations whose every answer is known: counts, votes, seeds, comparisons, files and page."""
 
-from itertools import combinations
+import json
+import re
+import shutil
+import subprocess
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 
-from entropy_polarity.evaluate import (
-    Estimate,
-    area_under_curve,
-    bootstrap_interval,
-    evaluate,
-    moving_average,
-    paired_bootstrap,
-    pass_at_k,
-    steps_to_reach,
-    t_interval,
-    t_quantile,
-)
-from entropy_polarity.tasks import distinct_problems
+from entropy_polarity.evaluate import Attempt, Attempts, attempt, evaluate
+from entropy_polarity.experiments import evaluate as experiment
+from entropy_polarity.experiments.evaluate import Settings, evaluate_models
+from entropy_polarity.experiments.models import labelled, settle_task
+from entropy_polarity.generation import GREEDY, Sampling
+from entropy_polarity.report.evaluation_tables import evaluation_tables
+from entropy_polarity.statistics.intervals import Estimate, paired_bootstrap
+from entropy_polarity.tasks import Score, distinct_problems
 from entropy_polarity.tasks.countdown import Countdown
+from entropy_polarity.tasks.games import Guess
 
-
-@pytest.mark.parametrize("samples", range(1, 7))
-def test_pass_at_k_is_the_share_of_k_subsets_that_hold_a_success(samples):
-    for k in range(1, samples + 1):
-        # The first c of the samples are right: a k-subset passes if its smallest index is below c.
-        subsets = list(combinations(range(samples), k))
-        shares = [sum(s[0] < c for s in subsets) / len(subsets) for c in range(samples + 1)]
-        np.testing.assert_allclose(pass_at_k(np.arange(samples + 1), samples, k), shares, atol=1e-15)
-
-
-def test_pass_at_k_of_many_samples_neither_overflows_nor_rounds_away():
-    # pass@1 = c / n; pass@n = 1 as soon as one is right; 1 - C(9999, 2) / C(10000, 2) = 2 / 10000
-    assert pass_at_k(np.array([3]), 10_000, 1) == pytest.approx(3e-4)
-    assert pass_at_k(np.array([0, 1]), 10_000, 10_000).tolist() == [0, 1]
-    assert pass_at_k(np.array([1]), 10_000, 2) == pytest.approx(2e-4, rel=1e-10)
-
-
-def test_pass_at_k_is_unbiased():
-    # With success probability 0.3, the chance that one of 4 is right is 1 - 0.7^4 = 0.7599.
-    successes = np.random.default_rng(0).binomial(16, 0.3, size=20_000)
-    # The standard error of the mean is below 0.3 / sqrt(20000) = 0.002.
-    assert pass_at_k(successes, 16, 4).mean() == pytest.approx(1 - 0.7**4, abs=0.008)
-
-
-@pytest.mark.parametrize(
-    ("successes", "samples", "k", "told"),
-    [
-        ([1], 4, 0, "k is 0; expected a number from 1 to the 4 samples"),
-        ([1], 4, 5, "k is 5"),
-        ([5, 0], 4, 2, r"successes must lie in \[0, 4\], got 0..5"),
-        ([-1, 2], 4, 2, r"got -1..2"),
-    ],
-)
-def test_pass_at_k_refuses_what_cannot_be(successes, samples, k, told):
-    with pytest.raises(ValueError, match=told):
-        pass_at_k(np.array(successes), samples, k)
-
-
-@pytest.mark.parametrize("level", [0.8, 0.95])
-def test_the_interval_covers_the_truth_as_often_as_it_says(level):
-    # 400 data sets of 100 Bernoulli(0.3) values: the coverage has a standard error of 2 % (level 0.8), 1.1 % (0.95).
-    data = (np.random.default_rng(1).random((400, 100)) < 0.3).astype(float)
-    intervals = [bootstrap_interval(values, level, draws=400, seed=i) for i, values in enumerate(data)]
-    coverage = np.mean([low <= 0.3 <= high for low, high in intervals])
-    assert level - 0.05 < coverage < level + 0.04
-
-
-def test_the_interval_of_equal_values_is_the_value_and_of_different_ones_holds_the_mean():
-    assert bootstrap_interval(np.full(10, 0.25)) == (0.25, 0.25)
-    low, high = bootstrap_interval(np.array([0.0, 0.0, 1.0, 1.0]))
-    assert 0 <= low < 0.5 < high <= 1
-
-
-def test_intervals_are_repeatable_and_leave_the_global_random_state_alone():
-    values = np.random.default_rng(0).random(50)
-    np.random.seed(5)
-    before = np.random.get_state()[1].copy()
-    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
-    assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
-    assert (np.random.get_state()[1] == before).all()
-
-
-def test_no_values_have_no_interval():
-    with pytest.raises(ValueError, match="no values"):
-        bootstrap_interval(np.array([]))
-
-
-def test_an_estimate_prints_its_interval():
-    assert str(Estimate(0.5, 0.41, 0.59)) == "0.500 [0.410, 0.590]"
-    assert Estimate.of(np.array([1.0, 1.0])) == Estimate(1.0, 1.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("freedom", "table"),  # two-sided 90 %, 95 %, 99 %, as in every table of Student's t
-    [
-        (1, (6.314, 12.706, 63.657)),
-        (2, (2.920, 4.303, 9.925)),
-        (3, (2.353, 3.182, 5.841)),
-        (4, (2.132, 2.776, 4.604)),
-        (5, (2.015, 2.571, 4.032)),
-        (9, (1.833, 2.262, 3.250)),
-        (30, (1.697, 2.042, 2.750)),
-        (120, (1.658, 1.980, 2.617)),
-    ],
-)
-def test_quantiles_of_students_t_are_those_of_the_tables(freedom, table):
-    assert [round(t_quantile(level, freedom), 3) for level in (0.90, 0.95, 0.99)] == list(table)
-
-
-def test_quantiles_of_students_t_to_many_digits():
-    # ν = 1: tan(π · level / 2). ν = 2: P = t / √(2 + t²), hence t = P √(2 / (1 - P²)).
-    assert t_quantile(0.95, 1) == pytest.approx(np.tan(np.pi * 0.95 / 2), rel=1e-12)
-    assert t_quantile(0.95, 2) == pytest.approx(0.95 * np.sqrt(2 / (1 - 0.95**2)), rel=1e-12)
-    assert t_quantile(0.95, 1_000_000) == pytest.approx(1.959964, abs=1e-5)  # the normal distribution's
-
-
-def test_a_t_interval_by_hand():
-    # 1, 2, 3, 6: mean 3, sd √(14/3), half 3.18245 · √(14/3) / 2 = 3.43743
-    interval = t_interval(np.array([1.0, 2.0, 3.0, 6.0]))
-    assert (interval.value, interval.low, interval.high) == pytest.approx((3, 3 - 3.43743, 3 + 3.43743), abs=1e-5)
-    assert t_interval(np.full(3, 0.5)) == Estimate(0.5, 0.5, 0.5)
-    with pytest.raises(ValueError, match="1 differences; a spread over seeds needs at least two"):
-        t_interval(np.array([0.5]))
-
-
-def test_a_t_interval_of_three_seeds_covers_the_truth_as_often_as_it_says():
-    # 2000 data sets: the coverage has a standard error of 0.5 %.
-    data = np.random.default_rng(2).normal(1.0, 3.0, size=(2000, 3))
-    covered = np.mean([(e := t_interval(row)).low <= 1.0 <= e.high for row in data])
-    assert covered == pytest.approx(0.95, abs=0.015)
-
-
-def test_a_paired_bootstrap_sees_only_the_difference():
-    """What seeds and problems have in common cancels: a constant difference has an interval without width."""
-    rng = np.random.default_rng(0)
-    b = rng.normal(size=(4, 1)) + rng.normal(size=(1, 50))
-    constant = paired_bootstrap(b + 0.25, b)
-    assert (constant.value, constant.low, constant.high) == pytest.approx((0.25, 0.25, 0.25))
-    a = b + rng.normal(0.1, 1.0, size=(4, 50))
-    there, back = paired_bootstrap(a, b, seed=1), paired_bootstrap(b, a, seed=1)
-    assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low))
-    assert paired_bootstrap(a, b, level=0.5).high < paired_bootstrap(a, b).high
-
-
-def test_a_paired_bootstrap_by_enumeration():
-    """Two seeds, one problem, differences 0 and 1: the draws are 0, 1/2, 1/2, 1 with equal chance."""
-    interval = paired_bootstrap(np.array([[0.0], [1.0]]), np.zeros((2, 1)), level=0.4)
-    assert (interval.value, interval.low, interval.high) == (0.5, 0.5, 0.5)  # the middle half of them
-    interval = paired_bootstrap(np.array([[0.0], [1.0]]), np.zeros((2, 1)), level=0.6)
-    assert (interval.low, interval.high) == (0.0, 1.0)
-    # The same over problems, and of a single seed nothing else is resampled.
-    assert paired_bootstrap(np.array([[0.0, 1.0]]), np.zeros((1, 2)), level=0.6) == interval
-
-
-@pytest.mark.parametrize(("seeds", "problems", "noise"), [(1.0, 1.0, 0.0), (0.3, 1.0, 1.0), (1.0, 0.0, 1.0)])
-def test_a_paired_bootstrap_covers_the_truth_as_often_as_it_says(seeds, problems, noise):
-    """Differences 0.5 + seed + problem + noise, for 20 seeds and 40 problems; where noise rules it may be wider."""
-    rng, covered = np.random.default_rng(3), []
-    for number in range(300):  # the coverage has a standard error of 1.3 %
-        d = 0.5 + seeds * rng.normal(size=(20, 1)) + problems * rng.normal(size=(1, 40))
-        d = d + noise * rng.normal(size=(20, 40))
-        interval = paired_bootstrap(d, np.zeros_like(d), draws=500, seed=number)
-        covered.append(interval.low <= 0.5 <= interval.high)
-    assert 0.95 - 0.05 < np.mean(covered) <= 0.95 + 0.035
-
-
-def test_a_paired_bootstrap_refuses_what_cannot_be_paired(untyped):
-    for a, b in (((2, 3), (2, 4)), ((0, 3), (0, 3))):
-        with pytest.raises(ValueError, match=r"expected one \(seeds, problems\) for both"):
-            paired_bootstrap(np.zeros(a), np.zeros(b))
-
-
-def test_the_area_is_the_mean_over_rollouts():
-    assert area_under_curve(np.array([0.0, 0.5, 1.0, 1.0])) == 0.625
-
-
-def test_a_moving_average_has_whole_windows_only():
-    np.testing.assert_allclose(moving_average(np.array([0.0, 3.0, 6.0, 0.0]), 3), [3, 3])
-    np.testing.assert_allclose(moving_average(np.array([1.0, 2.0]), 10), [1.5])
-
-
-def test_a_level_is_reached_at_the_end_of_the_first_window_that_has_it():
-    steps, values = [1, 3, 5, 7, 9], np.array([1.0, 0.0, 0.2, 0.4, 0.6])
-    # Averages of two: 0.5 (step 3), 0.1, 0.3 (step 7), 0.5 (step 9)
-    assert steps_to_reach(steps, values, 0.5, window=2) == 3
-    assert steps_to_reach(steps, values, 0.51, window=2) is None
-    assert steps_to_reach(steps[1:], values[1:], 0.3, window=2) == 7
-    assert steps_to_reach(steps, values, 0.44, window=9) == 9  # as wide as there are values
-    assert steps_to_reach(steps, values, float(moving_average(values, 3).max()), window=3) == 5  # its own best
+HOSTILE = '<script>alert("owned")</script><img src=x onerror=alert(1)>'
 
 
 class Scripted:
@@ -276,3 +108,207 @@ def test_an_evaluation_leaves_the_mode_of_the_model_and_the_random_state_as_they
 def test_an_evaluation_of_nothing_is_refused():
     with pytest.raises(ValueError, match="problems=0 and samples=4"):
         evaluate(None, None, Countdown(), problems=0, samples=4)
+
+
+class Answering:
+    """A generator without a model: the k-th sample of a problem is what `says(problem number, k, seed)` says."""
+
+    def __init__(self, says):
+        self.says, self.tokenizer, self.batch_sizes, self.asked = says, None, [7], []
+
+    def complete(self, prompts, samples, max_new_tokens, sampling, seed):
+        self.asked.append((samples, max_new_tokens, sampling, seed))
+        return [[self.says(i, k, seed) for k in range(samples)] for i in range(len(prompts))]
+
+
+@cache
+def solved(count: int):
+    """The first problems of the test split, and a solution of each."""
+    solutions = dict(Scripted.solution(Countdown(), i) for i in range(2 * count))
+    problems = distinct_problems(Countdown(), 0, "test", count)
+    return problems, [solutions[p.prompt] for p in problems]
+
+
+def test_attempts_count_votes_and_rewards():
+    problems, solutions = solved(3)
+    # Right twice and one wrong answer three times; right twice, each wrong one once; never right, nothing to vote for.
+    says = [["1", "=", "1", "=", "1"], ["1", "=", "2", "=", "3"], ["x"] * 5]
+    generator = Answering(lambda i, k, seed: solutions[i] if says[i][k] == "=" else says[i][k])
+    made = attempt(generator, Countdown(), problems, 5, 3, Sampling(0.5, 0.9), final_answers=True)
+    assert generator.asked == [(5, 16, Sampling(0.5, 0.9), 3), (1, 16, GREEDY, 3)]
+    found = made.measures(voted=True)
+    assert list(found) == ["avg@5", "pass@1", "pass@2", "pass@4", "pass@5", "maj@4", "maj@5", "greedy", "reward"]
+    assert found["avg@5"].tolist() == found["pass@1"].tolist() == found["reward"].tolist() == [0.4, 0.4, 0]
+    assert found["maj@5"].tolist() == [0, 1, 0]
+    # Four of the five: a right one is left out twice (3 to 1), a wrong one three times (2 to 2: a half).
+    assert found["maj@4"] == pytest.approx([3 / 5 / 2, (3 + 2 * 0.25) / 5, 0])
+    assert "maj@4" not in made.measures(voted=False)
+    again = attempt(generator, Countdown(), problems, 5, 4, Sampling(), greedy=made.greedy)
+    assert len(generator.asked) == 3  # the greedy answer is of no seed
+    assert again.sampled[0][0].answer is None  # nobody asked
+    assert made.sampled[0][0].answer == "1"
+
+
+def test_a_game_needs_a_model_to_play_it():
+    with pytest.raises(TypeError, match="'guess' is a game"):
+        attempt(Answering(None), Guess(), [Guess().problem(0, 0)], 1, 0, Sampling())
+
+
+@pytest.fixture
+def compared(monkeypatch, tmp_path):
+    """Three models on four problems with two seeds: never right, right on even problems, and HOSTILE text."""
+    _, solutions = solved(4)
+    says = {
+        "none": lambda i, k, seed: "1",
+        "even": lambda i, k, seed: solutions[i] if i % 2 == 0 and (k > 0 or seed == 5) else "1",
+        "hostile": lambda i, k, seed: HOSTILE,
+    }
+    monkeypatch.setattr(experiment, "resolve_model", str)
+    monkeypatch.setattr(experiment, "_generator", lambda place, settings: Answering(says[place]))
+
+    def run(**more):
+        settings = Settings(problems=4, samples=4, seeds=(2, 5))
+        models = ["none", "even", f"{HOSTILE[:8]}=hostile"]
+        return evaluate_models(models, settings, output=tmp_path / "out", **more), tmp_path / "out"
+
+    return run
+
+
+def test_models_are_compared_on_the_same_problems_and_seeds(compared):
+    document, _ = compared()
+    assert document["baseline"] == "none"
+    none, even, hostile = document["models"].values()
+    # Even problems: 3 of 4 right with seed 2, 4 of 4 with seed 5.
+    assert even["successes"] == [[3, 0, 3, 0], [4, 0, 4, 0]]
+    assert even["scores"]["avg@4"]["value"] == pytest.approx((3 / 4 / 2 + 1 / 2) / 2)
+    assert even["scores"]["maj@4"]["value"] == 0.5
+    assert even["batch_sizes"] == [7]
+    assert none["scores"]["pass@4"] == {"value": 0, "low": 0, "high": 0}
+    assert hostile["verdicts"]["not an expression"] == 1
+    a = np.array(even["successes"]) / 4
+    expected = paired_bootstrap(a, np.zeros((2, 4)))
+    difference = document["against"]["even"]["avg@4"]
+    assert difference["difference"] == pytest.approx(expected.value)
+    assert difference["bootstrap"] == pytest.approx([expected.low, expected.high], abs=1e-6)
+    assert set(document["against"]) == {"even", HOSTILE[:8]}
+
+
+def test_another_baseline_turns_the_signs(compared):
+    document, _ = compared(baseline="even")
+    assert document["against"]["none"]["pass@1"]["difference"] < 0
+    assert "even" not in document["against"]
+
+
+def test_every_attempt_has_its_line_and_the_document_is_written(compared):
+    document, folder = compared()
+    assert sorted(p.name for p in folder.iterdir()) == ["evaluation.html", "evaluation.json", "problems.jsonl"]
+    assert json.loads((folder / "evaluation.json").read_text()) == json.loads(json.dumps(document))
+    lines = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+    assert [(line["model"], line["seed"], line["problem"]) for line in lines] == [
+        (label, seed, number) for label in document["models"] for seed in (2, 5) for number in range(4)
+    ]
+    (line,) = [line for line in lines if (line["model"], line["seed"], line["problem"]) == ("even", 2, 2)]
+    problems, solutions = solved(4)
+    assert line["prompt"] == problems[2].prompt
+    assert line["facts"] == problems[2].facts
+    assert line["successes"] == 3
+    right = {"completion": solutions[2], "verdict": "correct", "reward": 1.0}
+    assert right.items() <= line["samples"][1].items()
+    assert line["samples"][1]["answer"] is not None
+    assert line["samples"][0] == {"completion": "1", "answer": "1", "verdict": "wrong numbers", "reward": 0.0}
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        compared()
+
+
+def test_the_page_shows_model_text_and_does_not_run_it(compared):
+    _, folder = compared()
+    page = (folder / "evaluation.html").read_text()
+    assert "<script>alert" not in page
+    assert "<img src=x" not in page
+    assert page.count("&lt;script&gt;alert") >= 4  # every problem shows its completions
+    outside_plotly = re.sub(r"<script>/\*.*?</script>", "", page, count=1, flags=re.DOTALL)
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", outside_plotly)
+    for text in ("Against none", "Difference to none", "pass@k", "maj@4", "3 of 4 right", "batches of 7"):
+        assert text in page
+
+
+@pytest.mark.browser
+def test_a_browser_draws_the_page(compared, chromium):
+    _, folder = compared()
+    page = (folder / "evaluation.html").as_uri()
+    dom = subprocess.run([*chromium, "--dump-dom", page], capture_output=True, text=True, timeout=120).stdout
+    assert len(re.findall(r'id="chart-\d"[^>]*js-plotly-plot', dom)) == 2
+    assert dom.count('class="problem"') == 4
+
+
+def test_games_have_no_vote_and_their_own_facts(tmp_path):
+    document = evaluate_models(["embedded"], Settings(problems=3, samples=2), task="guess", output=tmp_path / "out")
+    (found,) = document["models"].values()
+    assert list(found["scores"]) == ["avg@2", "pass@1", "pass@2", "greedy", "reward"]
+    assert list(found["facts"]) == ["turns", "infeasible", "off_centre"]
+    (scores,) = evaluation_tables(document)
+    assert [column.name for column in scores.columns] == [
+        "model", "success rate", "pass@2", "greedy", "return", "turns", "infeasible", "off_centre",
+    ]  # fmt: skip
+    line = json.loads((tmp_path / "out/problems.jsonl").read_text().splitlines()[0])
+    assert set(line["samples"][0]) == {"observation", "turns", "verdict", "reward", "facts"}
+    assert line["samples"][0]["observation"] == "1-32:"
+
+
+def test_what_an_environment_did_not_always_count_is_compared_where_it_did():
+    def made(*facts):
+        attempts = [[Attempt("", Score(0.0, "won"), said=[], facts=one)] for one in facts]
+        return Attempts([Guess().problem(0, i) for i in range(len(facts))], attempts, [row[0] for row in attempts])
+
+    nothing: dict[str, float] = {}
+    attempts = {
+        "a": [made({"keys": 1.0, "never both": 1.0}, {"keys": 3.0}, nothing)],
+        "b": [made({"keys": 2.0}, nothing, {"keys": 9.0, "never both": 1.0})],
+    }
+    document = experiment.summarise(attempts, Guess(), "a")
+    assert document["models"]["a"]["facts"]["keys"]["value"] == 2
+    assert document["models"]["b"]["facts"]["keys"]["value"] == 5.5
+    assert document["against"]["b"]["keys"]["difference"] == 1  # the first problem alone
+    assert "never both" not in document["against"]["b"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"problems": 0}, "problems=0 and samples=16"),
+        ({"temperature": -1.0}, r"temperature is -1.0; expected a positive number"),
+        ({"top_p": 0.0}, r"top_p is 0.0; expected a number above 0, at most 1"),
+        ({"top_p": float("nan")}, "top_p is nan"),
+        ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
+        ({"seeds": (1, 1)}, r"seeds are \[1, 1\]; expected different ones, none negative"),
+        ({"seed": -1}, "seed is -1"),
+        ({"backend": "vllm", "batch_size": 4}, "--batch-size cannot be given with --backend vllm"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_clear_line(given, told):
+    with pytest.raises(ValueError, match=told):
+        Settings(**given)
+
+
+def test_models_have_labels_and_one_task(small_runs):
+    run, other = (str(run.directory) for run in small_runs)
+    assert labelled([run, f"b={other}", "Qwen/Qwen3-0.6B"]) == {
+        "trend": run, "b": other, "Qwen3-0.6B": "Qwen/Qwen3-0.6B",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"two models are called 'm': give them labels, as in a=x/m b=y/m"):
+        labelled(["x/m", "y/m"])
+    checkpoint = f"{run}/checkpoints/checkpoint-2"
+    task = {"name": "countdown", "numbers": [3]}
+    assert settle_task({"a": run, "b": "embedded", "c": checkpoint}, None, ()) == task
+    assert settle_task({"a": checkpoint}, "countdown", ["max_target=9"]) == task | {"max_target": 9}
+    assert settle_task({"a": run}, "guess", ()) == {"name": "guess"}
+    assert settle_task({"a": "embedded"}, None, ()) == {"name": "countdown"}
+
+
+def test_models_of_different_tasks_need_a_word(small_runs, tmp_path):
+    run = str(small_runs[0].directory)
+    shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints"))
+    config = tmp_path / "other/config.toml"
+    config.write_text(config.read_text().replace("[task]\n", "[task]\nmax_target = 50\n"))
+    with pytest.raises(ValueError, match=r"trained on different tasks .*: say --task"):
+        settle_task({"a": run, "b": str(tmp_path / "other")}, None, ())

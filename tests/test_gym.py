@@ -135,3 +135,9 @@ def test_every_data_set_makes_problems_that_its_own_scorer_accepts():
 
 # Many answers are right; the entry holds none, or one that its scorer does not read.
 NO_ORACLE = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
+
+
+def test_final_answers_are_what_is_judged(task):
+    problem = task.problem(0, 0)
+    texts = ["<answer> 4 </answer>", "4", "<answer></answer>", " ", "9" * 30_000]
+    assert task.final_answers([(problem, text) for text in texts]) == ["4", "4", None, None, None]

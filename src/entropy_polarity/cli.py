@@ -14,8 +14,15 @@ from rich.markup import escape
 from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
-from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, load_recipe, with_flags
-from entropy_polarity.report.terminal import print_audit, print_comparison, print_estimates, print_search
+from entropy_polarity._errors import unknown_name
+from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, apply_override, load_recipe, with_flags
+from entropy_polarity.report.terminal import (
+    print_audit,
+    print_comparison,
+    print_estimates,
+    print_evaluation,
+    print_search,
+)
 
 Json = Annotated[
     FlagCreatePairsOff[bool],
@@ -102,34 +109,57 @@ def _what_to_train(
 
 
 def evaluate(
-    model: str = "embedded",
+    model: tuple[str, ...] = ("embedded",),
+    baseline: str | None = None,
     task: str | None = None,
     samples: int = 16,
     problems: int = 200,
     seed: int = 0,
+    seeds: tuple[int, ...] = (),
     temperature: float = 1.0,
+    top_p: float = 1.0,
+    output: Path | None = None,
+    backend: Literal["transformers", "vllm"] = "transformers",
+    batch_size: int | None = None,
     overrides: Overrides = (),
     as_json: Json = False,
 ) -> None:
-    """Evaluate a model, or the last checkpoint of a run, on held-out problems: pass@1 to pass@k with intervals.
+    """Evaluate models on held-out problems: avg@k, pass@k and maj@k with intervals; several side by side.
 
     Args:
-        model: a model folder, a run directory, or "embedded"
-        task: name of a task (default: the run's own, or countdown)
-        samples: completions a problem, the k of pass@k
+        model: model folders, runs (their last checkpoints), checkpoints of runs, or "embedded"; LABEL=MODEL names one
+        baseline: label of the model that the others are compared with (default: the first)
+        task: name of a task (default: the runs' own, or countdown)
+        samples: completions a problem, the largest k
         problems: number of held-out problems
-        seed: seed of problems and sampling
+        seed: seed of the problems, and of sampling unless --seeds are given
+        seeds: seeds of sampling; intervals are then over problems and seeds
         temperature: sampling temperature
+        top_p: sample from the likeliest tokens that make up this probability
+        output: folder for evaluation.json, problems.jsonl (every completion) and evaluation.html
+        backend: what generates; vllm needs the extra [vllm]
+        batch_size: completions at a time to start with, halved when memory runs out (default: by free memory)
         overrides: settings of the task, e.g. numbers=[3,4]; can be repeated
     """
-    from entropy_polarity.experiments.evaluate import evaluate_model
+    from entropy_polarity.experiments.evaluate import PAGE, Settings, evaluate_models
+    from entropy_polarity.report.lines import LiveOrLines
 
-    evaluation = evaluate_model(model, task, overrides, problems, samples, seed, temperature)
+    settings = Settings(problems, samples, seed, seeds, temperature, top_p, backend, batch_size)
+    with LiveOrLines(sys.stderr) as view:
+        document = evaluate_models(
+            model,
+            settings,
+            task=task,
+            task_settings=overrides,
+            baseline=baseline,
+            output=output,
+            say=view.line,
+        )
     if as_json:
-        return _print_json(evaluation)
-    print_estimates({evaluation["model"]: evaluation})
-    shares = ", ".join(f"{reason} {share:.1%}" for reason, share in evaluation["verdicts"].items())
-    print(f"{problems} problems x {samples} samples, 95 % bootstrap intervals over problems; verdicts: {shares}")
+        return _print_json(document)
+    print_evaluation(document)
+    if output is not None:
+        print(output / PAGE)
 
 
 def compare(
@@ -248,43 +278,59 @@ def audit(
     /,
     model: str | None = None,
     task: str | None = None,
-    method: str = "grpo",
+    method: str | None = None,
     steps: int = 40,
     seeds: tuple[int, ...] = (0,),
-    optimizer: Literal["adamw", "sgd"] = "adamw",
+    optimizer: Literal["adamw", "sgd"] | None = None,
     output: Path | None = None,
+    finished: Annotated[Path | None, arg(name="from")] = None,
     overrides: Overrides = (),
     as_json: Json = False,
 ) -> None:
-    """Does polarity predict the entropy change? Audit every update of a short training, one update a rollout.
+    """Does polarity predict the entropy change? Audit every update of a short training. The same command goes on.
 
     Args:
         recipe: name of a recipe that comes with the package, or path of a .toml file
         model: "embedded", a model folder, or a run directory (its last checkpoint, on its own recipe)
         task: name of a task (default: the recipe's)
-        method: a name of `papo methods`
-        steps: updates to audit, for each seed
+        method: a name of `papo methods` (default: that of a run as --model, else grpo)
+        steps: updates to audit, for each seed; one update a rollout
         seeds: seeds of prompts, sampling and training; what is finished in --output is kept
-        optimizer: adamw, or sgd without momentum
+        optimizer: adamw, or sgd without momentum at a learning rate of 0.1 (default: the recipe's)
         output: where audit.json and audit.html go (default: runs/audit-<recipe>-<method>-<optimizer>)
+        finished: print the tables of an audit.json again, summarised anew from its updates, and write them and the
+            page with --output; nothing is run
         overrides: any key of the recipe, e.g. trainer.learning_rate=1e-5; can be repeated
     """
-    from entropy_polarity.experiments.audit import PAGE, audit_recipe
     from entropy_polarity.experiments.audit import audit as run
+    from entropy_polarity.experiments.audit import audit_recipe, audited_before, default_output
     from entropy_polarity.report.lines import LiveOrLines
 
+    if finished is not None:
+        _refuse("--from", model=model, task=task, method=method, optimizer=optimizer, set=overrides)
+        return _print_found(audited_before(finished, output), output, as_json)
     chosen = audit_recipe(recipe, model, task, method, steps, optimizer, overrides)
-    directory = output or Path("runs") / f"audit-{Path(recipe).stem}-{method}-{optimizer}"
+    directory = output or default_output(recipe, chosen)
     with LiveOrLines(sys.stderr if as_json else sys.stdout) as view:
 
         def watch(seed: int, step: int, exact: float, realised: float) -> None:
             view.line(f"seed {seed}, update {step}/{steps}: exact {exact:+.5f}, realised {realised:+.5f} nats")
 
-        document = run(chosen, seeds, directory, watch)
+        try:
+            document = run(chosen, seeds, directory, watch)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on; finished seeds are kept") from None
+    _print_found(document, directory, as_json)
+
+
+def _print_found(document: dict[str, Any], directory: Path | None, as_json: bool) -> None:
+    from entropy_polarity.experiments.audit import PAGE
+
     if as_json:
-        _print_json({"output": str(directory)} | {k: document[k] for k in document.keys() - {"runs", "environment"}})
-    else:
-        print_audit(document)
+        found = {key: value for key, value in document.items() if key not in ("runs", "environment")}
+        return _print_json({"output": directory and str(directory)} | found)
+    print_audit(document)
+    if directory is not None:
         print(directory / PAGE)
 
 
@@ -331,22 +377,24 @@ def _settings_line(owner: str, settings: dict[str, Any]) -> str:
 
 def pretrain(
     output: Path,
-    task: Literal["countdown", "games"] = "countdown",
+    task: str = "countdown",
     seed: int = 0,
     steps: int = 1200,
     width: int = 128,
     layers: int = 4,
+    overrides: Overrides = (),
     as_json: Json = False,
 ) -> None:
     """Make an embedded policy again, from a seed, and say how good it is.
 
     Args:
         output: where the model goes; must not exist yet
-        task: countdown ("embedded"), or games ("embedded:games": guess and keydoor)
+        task: countdown ("embedded"), games ("embedded:games": guess and keydoor) or gym:DATASET
         seed: seed of weights and problems
         steps: supervised steps, each on a batch of demonstrations
         width: of the hidden states, a multiple of 32
         layers: number of layers
+        overrides: numbers of countdown, or config of a gym data set, e.g. config.max_terms=3; can be repeated
     """
     if width < 32 or width % 32 or min(layers, steps) < 1:
         raise ValueError(
@@ -360,7 +408,13 @@ def pretrain(
         if step % 50 == 0 or step == steps:
             print(f"step {step}/{steps}  loss {loss:.4f}", file=sys.stderr, flush=True)
 
-    settings = PretrainSettings(task, seed, steps, width=width, layers=layers)
+    given: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(given, override)
+    if stray := sorted(given.keys() - {"numbers", "config"}):
+        raise unknown_name("setting", stray[0], ["numbers", "config"])
+    given = {key: tuple(value) if key == "numbers" else value for key, value in given.items()}
+    settings = PretrainSettings(task, seed, steps, width=width, layers=layers, **given)
     quality = pretrain_policy(output, settings, progress)
     if as_json:
         return _print_json(quality)
@@ -387,7 +441,9 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2))
+    from entropy_polarity.experiments.results import without_nan
+
+    print(json.dumps(without_nan(document), indent=2, allow_nan=False))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

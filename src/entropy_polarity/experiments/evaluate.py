@@ -1,48 +1,263 @@
-"""Evaluate a model folder, or the last checkpoint of a run."""
+"""What `papo eval` does: the same problems for every model, every sampling seed, and what is different between them."""
 
+import gc
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from entropy_polarity.evaluate import evaluate
+import numpy as np
+import torch
+
+from entropy_polarity._errors import unknown_name
+from entropy_polarity.evaluate import Attempts, attempt, check_counts
+from entropy_polarity.experiments.models import labelled, settle_task, weights_of
+from entropy_polarity.experiments.results import provenance, write_document
 from entropy_polarity.experiments.train import load_policy, quiet
-from entropy_polarity.recipe import apply_override
-from entropy_polarity.record import CONFIG, Run, last_checkpoint
-from entropy_polarity.tasks import make_task
+from entropy_polarity.generation import Generator, Sampling
+from entropy_polarity.generation.sampling import TransformersGenerator
+from entropy_polarity.policy import resolve_model
+from entropy_polarity.record import refuse_occupied
+from entropy_polarity.report.evaluation import render_evaluation
+from entropy_polarity.statistics.intervals import Estimate, paired_bootstrap
+from entropy_polarity.tasks import Problem, Task, distinct_problems, make_task
+from entropy_polarity.tasks.games import Game
+
+EVALUATION, PROBLEMS, PAGE = "evaluation.json", "problems.jsonl", "evaluation.html"
+Backend = Literal["transformers", "vllm"]
+SHOWN_PROBLEMS, SHOWN_ATTEMPTS = 12, 4  # on the page
 
 
-def evaluate_model(
-    model: str,
-    task: str | None,
-    task_settings: tuple[str, ...],
-    problems: int,
-    samples: int,
-    seed: int,
-    temperature: float,
+@dataclass(frozen=True)
+class Settings:
+    """How models are evaluated: on `problems` held-out problems of the stream `seed`, with `samples` samples for each
+    of the sampling `seeds`."""
+
+    problems: int = 200
+    samples: int = 16
+    seed: int = 0
+    seeds: tuple[int, ...] = ()
+    temperature: float = 1.0
+    top_p: float = 1.0
+    backend: Backend = "transformers"
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_counts(self.problems, self.samples)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}; expected a positive number")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; expected a number above 0, at most 1")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; expected at least 1")
+        if self.batch_size is not None and self.backend == "vllm":
+            raise ValueError("--batch-size cannot be given with --backend vllm, which batches on its own")
+        object.__setattr__(self, "seeds", self.seeds or (self.seed,))
+        if min(self.seed, *self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(
+                f"seed is {self.seed}, seeds are {list(self.seeds)}; expected different ones, none negative"
+            )
+
+
+def evaluate_models(
+    models: Sequence[str],
+    settings: Settings,
+    *,
+    task: str | None = None,
+    task_settings: Sequence[str] = (),
+    baseline: str | None = None,
+    output: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """The evaluation as plain data. `model` may be a run: then its last checkpoint, on its own task by default."""
+    """Evaluate every one of `models` on the same problems; where there are several, compare them with `baseline`.
+
+    A model is a folder, a hub name, a run (its last checkpoint) or a checkpoint of a run, by default on the run's own
+    task; "label=model" gives it another name than its own. Returns the document that `output` gets as evaluation.json,
+    beside problems.jsonl (a line for every problem, model and seed) and the page. What a user can get wrong raises
+    ValueError, OSError or ImportError, most of it before anything is computed.
+    """
     quiet()
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; expected a positive number")
-    weights, trained_on = weights_of(model)
-    settings: dict[str, Any] = {"name": task or "countdown"}
-    if trained_on is not None and task in (None, trained_on["task"]["name"]):
-        settings = dict(trained_on["task"])
-    for setting in task_settings:
-        apply_override(settings, setting)
-    judged = make_task(**settings)
-    policy, tokenizer = load_policy(weights)
-    evaluation = evaluate(
-        policy, tokenizer, judged, problems=problems, samples=samples, seed=seed, temperature=temperature
+    named = labelled(models)
+    reference = _reference(baseline, list(named))
+    weights = {label: weights_of(model)[0] for label, model in named.items()}
+    for place in weights.values():
+        resolve_model(place)
+    of_task = settle_task(named, task, task_settings)
+    judged = make_task(**of_task)
+    if isinstance(judged, Game) and settings.backend != "transformers":
+        raise ValueError(f"task {judged.name!r} is a game, which only --backend transformers can play")
+    chosen = distinct_problems(judged, settings.seed, "test", settings.problems)
+    if output is not None:
+        refuse_occupied(output)
+    attempts: dict[str, list[Attempts]] = {}
+    batch_sizes: dict[str, list[int]] = {}
+    for label, place in weights.items():
+        generator = _generator(place, settings)
+        attempts[label] = []
+        for seed in settings.seeds:
+            say(f"{label}, seed {seed}: {settings.problems} problems x {settings.samples} samples")
+            greedy = attempts[label][0].greedy if attempts[label] else None
+            made = _attempted(generator, judged, chosen, seed, settings, greedy)
+            attempts[label].append(made)
+            if output is not None:
+                output.mkdir(parents=True, exist_ok=True)
+                _append(output / PROBLEMS, label, seed, made)
+        batch_sizes[label] = generator.batch_sizes
+        del generator
+        _free()
+    document = {
+        "evaluation": 1,  # version of this layout
+        "task": of_task,
+        "settings": asdict(settings),
+        "environment": provenance(),
+        "game": isinstance(judged, Game),
+        "baseline": reference,
+        **summarise(attempts, judged, reference),
+    }
+    for label, found in document["models"].items():
+        document["models"][label] = {"model": weights[label], "batch_sizes": batch_sizes[label], **found}
+    if output is not None:
+        write_document(output / EVALUATION, document)
+        (output / PAGE).write_text(render_evaluation(document, examples(attempts)))
+    return document
+
+
+def summarise(attempts: dict[str, list[Attempts]], task: Task | Game, reference: str | None) -> dict[str, Any]:
+    """Every measure of every model with its interval over problems and seeds, and its paired differences to
+    `reference`."""
+    voted = not isinstance(task, Game)
+    scores = {label: _by_seed([made.measures(voted) for made in rows]) for label, rows in attempts.items()}
+    facts = {label: _by_seed([made.facts() for made in rows]) for label, rows in attempts.items()}
+    models = {
+        label: {
+            "scores": {name: _estimate(values) for name, values in scores[label].items()},
+            "facts": {name: _estimate(values) for name, values in facts[label].items()},
+            "verdicts": _mean_shares([made.verdicts(task.reasons) for made in rows]),
+            "successes": [made.successes for made in rows],
+            "greedy": rows[0].greedy_right,
+        }
+        for label, rows in attempts.items()
+    }
+    against = {}
+    if reference is not None:
+        theirs = scores[reference] | facts[reference]
+        for label in attempts.keys() - {reference}:
+            mine = scores[label] | facts[label]
+            shared = [name for name in mine if name in theirs and _complete(mine[name] + theirs[name]).any()]
+            against[label] = {name: _difference(mine[name], theirs[name]) for name in shared}
+    return {"models": models, "against": {label: against[label] for label in attempts if label in against}}
+
+
+def _by_seed(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """(seeds, problems) for each name that every seed has, of one problem at least."""
+    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0] if all(name in row for row in rows)}
+    return {name: values for name, values in stacked.items() if _complete(values).any()}
+
+
+def _complete(values: np.ndarray) -> np.ndarray:
+    """The problems of which every seed has a number: an environment need not always count the same."""
+    return np.logical_not(np.isnan(values).any(axis=0))
+
+
+def _estimate(values: np.ndarray) -> dict[str, float]:
+    estimate = Estimate.of(values[:, _complete(values)])
+    return {name: _round(value) for name, value in asdict(estimate).items()}
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+    """Over the problems that both have, and the same sampling seeds."""
+    both = _complete(a + b)
+    found = paired_bootstrap(a[:, both], b[:, both])
+    return {"difference": _round(found.value), "bootstrap": [_round(found.low), _round(found.high)]}
+
+
+def _mean_shares(shares: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: _round(sum(share[name] for share in shares) / len(shares)) for name in shares[0]}
+
+
+def _round(value: float) -> float:
+    return round(value, 6) + 0.0
+
+
+def _reference(baseline: str | None, labels: list[str]) -> str | None:
+    if baseline is not None and baseline not in labels:
+        raise unknown_name("baseline", baseline, labels)
+    if len(labels) == 1:
+        if baseline is not None:
+            raise ValueError(f"--baseline {baseline} needs several models to compare: give them with --model")
+        return None
+    return baseline or labels[0]
+
+
+def _generator(place: str, settings: Settings) -> Generator:
+    if settings.backend == "vllm":
+        from entropy_polarity.generation.vllm import VllmGenerator
+
+        return VllmGenerator(resolve_model(place))
+    policy, tokenizer = load_policy(place)
+    return TransformersGenerator(
+        policy.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, settings.batch_size
     )
-    return {"model": weights, "task": settings, **evaluation.to_json()}
 
 
-def weights_of(model: str) -> tuple[str, dict[str, Any] | None]:
-    """Where the weights of `model` are, and where it is a run, its recipe: the weights are its last checkpoint then."""
-    folder = Path(model)
-    if not (folder / CONFIG).is_file():
-        return model, None
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is None:
-        raise FileNotFoundError(f"{model} is a run without a finished checkpoint: nothing to look at yet")
-    return str(checkpoint), Run.read(folder).config
+def _attempted(
+    generator: Generator,
+    task: Task | Game,
+    problems: list[Problem],
+    seed: int,
+    settings: Settings,
+    greedy: list[Any] | None,
+) -> Attempts:
+    sampling = Sampling(settings.temperature, settings.top_p)
+    voted = not isinstance(task, Game)
+    return attempt(generator, task, problems, settings.samples, seed, sampling, final_answers=voted, greedy=greedy)
+
+
+def _append(path: Path, label: str, seed: int, made: Attempts) -> None:
+    """A line for each problem: what was asked, what is right, and every attempt."""
+    with path.open("a") as file:
+        for number, (problem, row, greedy) in enumerate(zip(made.problems, made.sampled, made.greedy, strict=True)):
+            line = {
+                "model": label,
+                "seed": seed,
+                "problem": number,
+                "prompt": problem.prompt,
+                "facts": problem.facts,
+                "successes": sum(one.right for one in row),
+                "samples": [one.to_json() for one in row],
+                "greedy": greedy.to_json(),
+            }
+            file.write(json.dumps(line, default=str) + "\n")
+
+
+def examples(attempts: dict[str, list[Attempts]]) -> list[dict[str, Any]]:
+    """For the page: problems, those first on which the models differ most, with a few attempts of each model."""
+    first = {label: rows[0] for label, rows in attempts.items()}
+    problems = next(iter(first.values())).problems
+    counts = np.array([made.successes for made in first.values()])
+    spread = counts.max(axis=0) - counts.min(axis=0)
+    order = sorted(range(len(problems)), key=lambda i: (-spread[i], i))[:SHOWN_PROBLEMS]
+    return [
+        {
+            "number": number,
+            "prompt": problems[number].prompt,
+            "facts": problems[number].facts,
+            "models": {
+                label: {
+                    "successes": sum(one.right for one in made.sampled[number]),
+                    "samples": made.samples,
+                    "attempts": [one.to_json() for one in made.sampled[number][:SHOWN_ATTEMPTS]],
+                }
+                for label, made in first.items()
+            },
+        }
+        for number in sorted(order)
+    ]
+
+
+def _free() -> None:
+    """What a model leaves behind has to go before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

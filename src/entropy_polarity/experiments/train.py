@@ -29,9 +29,11 @@ from entropy_polarity.report.page import render_page
 from entropy_polarity.tasks import Problem, Task, distinct_problems, make_task
 from entropy_polarity.tasks.games import Game
 from entropy_polarity.tasks.prompts import for_tokenizer, plain
+from entropy_polarity.tasks.tools import tools_of
 from entropy_polarity.trainers.episodes import Episodes
 from entropy_polarity.trainers.recording import Judged, RunRecorder
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
+from entropy_polarity.trainers.trl_tools import check_tool_support
 
 # Set by the run itself: a recipe that names one would be overruled silently.
 _OWNED = {"output_dir", "seed", "method", "method_settings", "logging_steps", "disable_tqdm"}
@@ -138,7 +140,13 @@ def prompts_of(
 def quiet_trainer(
     model: Any, tokenizer: Any, config: PolarityConfig, dataset: Dataset, reward: VerifiedReward | Episodes
 ) -> PolarityTrainer:
-    """The trainer of a run, without the lines that TRL would print."""
+    """The trainer of a run, without the lines that TRL would print.
+
+    Raises ValueError where the task has tools and the tokenizer has no way to call them.
+    """
+    tools = [] if isinstance(reward, Episodes) else tools_of(reward.task)
+    if tools:
+        check_tool_support(tokenizer)
     trainer = PolarityTrainer(
         model=model,
         reward_funcs=reward,
@@ -146,6 +154,7 @@ def quiet_trainer(
         train_dataset=dataset,
         processing_class=tokenizer,
         rollout_func=reward.rollout if isinstance(reward, Episodes) else None,
+        tools=tools,
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -206,7 +215,8 @@ def train(
         writer, checkpoint = RunWriter.create(output, recipe.to_dict(), recipe.seed), None
 
     def held_out(policy: Any) -> dict[str, Any]:
-        say(f"evaluating on {recipe.evaluation.problems} held-out problems x {recipe.evaluation.samples} samples")
+        size = f"{recipe.evaluation.problems} held-out problems x {recipe.evaluation.samples} samples"
+        say(f"evaluating on {size}{', without its tools' if tools_of(task) else ''}")
         return evaluate(policy, tokenizer, task, **asdict(recipe.evaluation)).to_json()
 
     try:

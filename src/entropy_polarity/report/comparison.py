@@ -6,17 +6,12 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
+from entropy_polarity.report.forest import forest, styles
 from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render, short, smoothed
 from entropy_polarity.report.tables import comparison_tables, score_names
 
-# Okabe and Ito's colours, which colour-blind eyes tell apart (black is the baselines' zero line, yellow too faint);
-# where there are more methods than colours, dashes and markers tell them apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6b4c9a")
-_DASHES = ("solid", "dash", "dot", "dashdot")
-_MARKERS = ("circle", "square", "diamond", "cross")
-_GREY, _INK = "#8a8f98", "#1d2129"
+_GREY = "#8a8f98"
 _LEGEND = {"orientation": "v", "x": 1.01, "y": 1}  # beside the chart: many methods would cover it
 _SMOOTH = 10  # rollouts
 
@@ -41,71 +36,21 @@ def comparison_charts(document: dict[str, Any]) -> list[Chart]:
     return [*_forests(summary), *_curves(document["runs"]), _pass_at_k(summary)]
 
 
-def _styles(labels: list[str]) -> dict[str, dict[str, str]]:
-    """Colour, dash and marker of each method, the same in every chart."""
-    count = len(_COLOURS)
-    return {
-        label: {
-            "colour": _COLOURS[i % count],
-            "dash": _DASHES[i // count % len(_DASHES)],
-            "marker": _MARKERS[i // count % len(_MARKERS)],
-        }
-        for i, label in enumerate(labels)
-    }
-
-
 def _forests(summary: dict[str, Any]) -> Iterator[Chart]:
     """For each baseline the paired differences of all others, one panel a score."""
-    styles = _styles(list(summary["methods"]))
+    looks = styles(list(summary["methods"]))
     names = [name for name in score_names(summary) if name != "greedy"]
     for baseline, rows in summary["against"].items():
         paired = {label: row for label, row in rows.items() if row["seeds"]}
         if not paired:
             continue
-        figure = make_subplots(
-            rows=1, cols=len(names), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.03
-        )
-        figure.update_layout(blank_figure(height=110 + 34 * len(paired)).layout, margin={"t": 30, "l": 120})
-        for column, name in enumerate(names, start=1):
-            for label, row in paired.items():
-                for trace in _interval_traces(label, row[name], styles[label]):
-                    figure.add_trace(trace, row=1, col=column)
-            figure.update_xaxes(range=_room([row[name] for row in paired.values()]), col=column)
-        figure.update_yaxes(
-            ticksuffix="  ", autorange="reversed", categoryorder="array", categoryarray=[*map(escape, paired)]
-        )
-        figure.update_xaxes(zeroline=True, zerolinecolor=_INK, zerolinewidth=1)
-        figure.update_layout(showlegend=False, hovermode="closest")
         yield Chart(
             f"Difference to {baseline}, held out",
             f"Each method minus {baseline} on the same seeds and problems; right of zero is better. Thick: 95 % "
             "bootstrap interval over seeds and problems. Thin: 95 % interval of Student's t over seeds, not drawn for "
             "a single seed.",
-            figure,
+            forest(paired, names, looks),
         )
-
-
-def _interval_traces(label: str, number: dict[str, Any], style: dict[str, str]) -> Iterator[go.Scatter]:
-    """The t interval thin, the bootstrap interval thick, the difference as a point."""
-    for bounds, width in ((number["t"], 1.5), (number["bootstrap"], 5)):
-        if bounds:
-            line = {"color": style["colour"], "width": width}
-            yield go.Scatter(x=bounds, y=[escape(label)] * 2, mode="lines", line=line, hoverinfo="skip")
-    low, high = number["bootstrap"]
-    yield go.Scatter(
-        x=[number["difference"]],
-        y=[escape(label)],
-        mode="markers",
-        marker={"color": "white", "size": 9, "symbol": style["marker"], "line": {"color": style["colour"], "width": 2}},
-        hovertemplate=f"%{{y}}: %{{x:+.3f}} [{low:+.3f}, {high:+.3f}]<extra></extra>",
-    )
-
-
-def _room(numbers: list[dict[str, Any]]) -> list[float]:
-    """From the lowest to the highest bound, zero included, and a little more, so that no bar ends at the frame."""
-    bounds = [0.0, *(bound for number in numbers for bound in number["bootstrap"] + (number["t"] or []))]
-    spare = 0.05 * (max(bounds) - min(bounds)) or 0.01
-    return [min(bounds) - spare, max(bounds) + spare]
 
 
 def _curves(runs: list[dict[str, Any]]) -> Iterator[Chart]:
@@ -126,7 +71,7 @@ def _seed_curves(runs: list[dict[str, Any]], name: str) -> go.Figure:
     """A line and a band for each method, as far as all of its seeds have come."""
     labels = list(dict.fromkeys(run["label"] for run in runs))
     figure = blank_figure(_height(len(labels)))
-    for label, style in _styles(labels).items():
+    for label, style in styles(labels).items():
         curves = [run[name] for run in runs if run["label"] == label]
         length = min(len(curve["values"]) for curve in curves)
         steps = curves[0]["steps"][:length]
@@ -148,8 +93,8 @@ def _pass_at_k(summary: dict[str, Any]) -> Chart:
     figure = blank_figure(_height(len(methods)))
     before = next(iter(methods.values()))["pass_at"]["before"]
     lines = [("before training", before, {"colour": _GREY, "dash": "dot", "marker": "circle"})]
-    styles = _styles(list(methods))
-    lines += [(label, method["pass_at"]["after"], styles[label]) for label, method in methods.items()]
+    looks = styles(list(methods))
+    lines += [(label, method["pass_at"]["after"], looks[label]) for label, method in methods.items()]
     for label, curve, style in lines:
         figure.add_scatter(
             x=[int(k) for k in curve],

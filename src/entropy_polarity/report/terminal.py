@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from entropy_polarity.report.audit_tables import audit_tables
+from entropy_polarity.report.evaluation_tables import evaluation_tables
 from entropy_polarity.report.tables import TextTable, comparison_tables, search_table
 
 
@@ -32,6 +33,23 @@ def print_comparison(document: dict[str, Any]) -> None:
         _print_table(table)
     for name, line in document["failed"].items():
         print(f"failed: {name}: {line}")
+
+
+def print_evaluation(document: dict[str, Any]) -> None:
+    """Tables, then how often each verdict was given, then how it was sampled."""
+    for table in evaluation_tables(document):
+        _print_table(table)
+    for label, model in document["models"].items():
+        shares = ", ".join(f"{reason} {share:.1%}" for reason, share in model["verdicts"].items())
+        print(f"{label}: {shares}")
+    used = document["settings"]
+    seeds = ", ".join(map(str, used["seeds"]))
+    over = "problems and sampling seeds" if len(used["seeds"]) > 1 else "problems"
+    cut = "" if used["top_p"] == 1 else f", top-p {used['top_p']:g}"
+    print(
+        f"{used['problems']} problems x {used['samples']} samples, sampling seeds {seeds}, temperature "
+        f"{used['temperature']:g}{cut}; 95 % bootstrap intervals over {over}"
+    )
 
 
 def print_audit(document: dict[str, Any]) -> None:

@@ -98,17 +98,25 @@ class Countdown:
     def score(self, problem: Problem, completion: str) -> Score:
         if len(completion) > MAX_ANSWER_CHARACTERS:
             return Score(0.0, "too long")
-        if not _ANSWER.fullmatch(completion):
+        parsed = _parsed(completion)
+        if parsed is None:
             return Score(0.0, "not an expression")
-        try:
-            tree = ast.parse(completion.strip(), mode="eval").body
-            used: list[int] = []
-            value = _evaluate(tree, used)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return Score(0.0, "not an expression")
+        _, value, used = parsed
         if sorted(used) != sorted(problem.facts["numbers"]):
             return Score(0.0, "wrong numbers")
         return Score(1.0, "correct") if value == problem.facts["target"] else Score(0.0, "wrong value")
+
+    def final_answers(self, answers: Sequence[tuple[Problem, str]]) -> list[str | None]:
+        """The expression, whatever the order of its sums and products.
+
+        Not its value: the target is in the problem, and a vote for it would be the verifier's.
+
+        >>> task = Countdown()
+        >>> task.final_answers([(task.problem(0, 0), text) for text in ("2*3-(1-4)", "4+3*2-1", "2*3+", "7")])
+        ['2*3+4-1', '2*3+4-1', None, '7']
+        """
+        parsed = [None if len(text) > MAX_ANSWER_CHARACTERS else _parsed(text) for _, text in answers]
+        return [None if found is None else _canonical(found[0]) for found in parsed]
 
 
 def _random_expression(rng: random.Random, numbers: list[int]) -> Expression:
@@ -134,6 +142,18 @@ def _is_test(key: str) -> bool:
 _NODES = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
 
 
+def _parsed(completion: str) -> tuple[ast.expr, int, list[int]] | None:
+    """Syntax tree, value and numbers of an answer; None where it is no whitelisted expression."""
+    if not _ANSWER.fullmatch(completion):
+        return None
+    try:
+        tree = ast.parse(completion.strip(), mode="eval").body
+        used: list[int] = []
+        return tree, _evaluate(tree, used), used
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
 def _evaluate(node: ast.AST, used: list[int]) -> int:
     """The value of a whitelisted expression; numbers met on the way are appended to `used`."""
     if isinstance(node, ast.Constant) and type(node.value) is int:
@@ -142,3 +162,21 @@ def _evaluate(node: ast.AST, used: list[int]) -> int:
     if isinstance(node, ast.BinOp) and type(node.op) in _NODES:
         return _apply(_NODES[type(node.op)], _evaluate(node.left, used), _evaluate(node.right, used))
     raise ValueError("not allowed in an answer")
+
+
+def _canonical(node: ast.expr) -> str:
+    """A checked expression as a sum of signed products, both sorted."""
+    return "".join(sorted(_terms(node, "+"))).removeprefix("+")
+
+
+def _terms(node: ast.expr, sign: str) -> list[str]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub):
+        turned = sign if isinstance(node.op, ast.Add) else "-" if sign == "+" else "+"
+        return _terms(node.left, sign) + _terms(node.right, turned)
+    return [sign + "*".join(sorted(_factors(node)))]
+
+
+def _factors(node: ast.expr) -> list[str]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return _factors(node.left) + _factors(node.right)
+    return [f"({_canonical(node)})"] if isinstance(node, ast.BinOp) else [ast.unparse(node)]

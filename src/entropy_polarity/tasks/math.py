@@ -1,7 +1,7 @@
 """Mathematics: problems of a data set, from the hub or from a file, answers graded by math-verify.
 
-    papo eval MODEL --task math:gsm8k
-    papo eval MODEL --task math --set data=problems.jsonl --set prompt_column=question --set answer_column=answer
+    papo eval --model MODEL --task math:gsm8k
+    papo eval --model MODEL --task math --set data=problems.jsonl --set prompt_column=question
 
 Grading happens in worker processes with limits of time and memory (tasks/workers.py), and nothing of an answer is
 evaluated (tasks/careful.py). What cannot be parsed, and what does not end in time, has a verdict of its own.
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 from entropy_polarity._errors import unknown_name
 from entropy_polarity.tasks import Messages, Problem, Score, Split
+from entropy_polarity.tasks.tools import known_tools
+from entropy_polarity.tasks.voting import merged
 from entropy_polarity.tasks.workers import DIED, OUT_OF_MEMORY, TIMED_OUT, Workers
 
 TEST_SHARE = 0.1
@@ -25,6 +27,7 @@ MAX_ANSWER_CHARACTERS = 4000  # of a completion, from its end: where an answer s
 SYSTEM = "Reason step by step, and put the final answer within \\boxed{}."
 PROMPT_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "solution")
+GRADE, FIND, COMPARE = "grade", "find", "compare"  # what workers do
 CORRECT, WRONG, NOT_PARSED, FAILED = "correct", "wrong", "not parsed", "grading failed"
 _FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -66,6 +69,7 @@ class MathTask:
                     where they are, "a.b" for nested ones; empty looks for the usual names. A prompt may be messages
     system          the system message, and before the problem where a tokenizer has no chat template
     seconds         that grading one answer may take
+    tools           names of tasks/tools.py: what the policy may call while it is trained; none unless asked for
 
     Raises ImportError without math-verify, ValueError or OSError for data that is not there or not of that form.
     """
@@ -80,6 +84,7 @@ class MathTask:
     system: str | None = None
     max_completion_tokens: int = 1024
     seconds: float = 5.0
+    tools: tuple[str, ...] = ()
 
     reasons = (CORRECT, WRONG, NOT_PARSED, TIMED_OUT, OUT_OF_MEMORY, DIED, FAILED)
 
@@ -98,6 +103,7 @@ class MathTask:
                 f"task {self.name}: seconds={self.seconds}, max_completion_tokens={self.max_completion_tokens}; "
                 "expected positive numbers"
             )
+        object.__setattr__(self, "tools", known_tools(self.tools))
 
     @property
     def name(self) -> str:
@@ -132,11 +138,23 @@ class MathTask:
         return known._replace(**said)
 
     def scores(self, answers: Sequence[tuple[Problem, str]]) -> list[Score]:
-        calls = [(problem.facts["answers"], completion[-MAX_ANSWER_CHARACTERS:]) for problem, completion in answers]
+        calls = [
+            (GRADE, problem.facts["answers"], completion[-MAX_ANSWER_CHARACTERS:]) for problem, completion in answers
+        ]
         outcomes = _workers(self.seconds).map_distinct(calls)
         verdicts = [outcome.value or outcome.failure for outcome in outcomes]
         verdicts = [verdict if verdict in self.reasons else FAILED for verdict in verdicts]
         return [Score(float(verdict == CORRECT), verdict) for verdict in verdicts]
+
+    def final_answers(self, answers: Sequence[tuple[Problem, str]]) -> list[str | None]:
+        """The words in which math-verify finds the answer; of those that it takes for equal, the first one's."""
+        texts, workers = [completion[-MAX_ANSWER_CHARACTERS:] for _, completion in answers], _workers(self.seconds)
+        found = [outcome.value for outcome in workers.map_distinct([(FIND, text) for text in texts])]
+
+        def equal(pairs: list[tuple[str, str]]) -> list[bool]:
+            return [outcome.value is True for outcome in workers.map_distinct([(COMPARE, *pair) for pair in pairs])]
+
+        return merged([problem.key for problem, _ in answers], found, texts, equal)
 
 
 @functools.lru_cache(maxsize=8)
@@ -254,10 +272,15 @@ def _cell(row: dict[str, Any], column: str, data: str) -> Any:
 
 @functools.cache
 def _workers(seconds: float) -> Workers:
-    return Workers(f"{__name__}:grade", seconds=seconds)
+    return Workers(f"{__name__}:work", seconds=seconds)
 
 
 # What follows runs in workers.
+
+
+def work(what: str, *arguments: Any) -> Any:
+    """One pool of processes for all that math-verify is asked."""
+    return {GRADE: grade, FIND: find, COMPARE: compare}[what](*arguments)
 
 
 def grade(answers: list[str], completion: str) -> str:
@@ -267,6 +290,19 @@ def grade(answers: list[str], completion: str) -> str:
     if not found:
         return NOT_PARSED
     return CORRECT if any(verify(parse(_as_latex(gold)), found) for gold in answers) else WRONG
+
+
+def find(completion: str) -> str | None:
+    """The answer in a completion, in its own words; None where math-verify finds none."""
+    parse, _ = _math_verify()
+    found = parse(completion)
+    return str(found[-1]) if found else None
+
+
+def compare(completion: str, other: str) -> bool:
+    """Whether the answers of two completions are equal."""
+    parse, verify = _math_verify()
+    return bool(verify(parse(completion), parse(other)))
 
 
 def _as_latex(gold: str) -> str:

@@ -33,8 +33,8 @@ ARMS: dict[str, tuple[dict[str, Any], str]] = {
     "papo": ({"name": "papo"}, "both branches, pressure moved between them as the entropy goes"),
     "papo_shuffled": (
         {"name": "papo", "sign_from": "shuffled"},
-        "PAPO, with the signs dealt out anew among the tokens: the same weights, on tokens that have nothing to do "
-        "with them",
+        "PAPO, with the signs dealt out anew among the tokens: weights by the same rule, on tokens that have nothing "
+        "to do with them",
     ),
 }
 
@@ -42,8 +42,10 @@ ARMS: dict[str, tuple[dict[str, Any], str]] = {
 def ablation_plan(recipe: str, seeds: Sequence[int], overrides: Sequence[str] = ()) -> Plan:
     """Every arm on `recipe`, whose method, where it is papo, says how PAPO is set. Raises as `load_plan`."""
     own = load_recipe(recipe, overrides, "papo").method
+    if own["name"] != "papo":
+        raise ValueError(f"method.name is {own['name']!r}: papo ablate takes PAPO apart, and sets the method itself")
     methods = {label: own | table if table["name"] == "papo" else table for label, (table, _) in ARMS.items()}
     notes = {label: note for label, (_, note) in ARMS.items()}
     # The method is in the tables: an override of its settings would be one of every method.
-    rest = [override for override in overrides if not override.startswith("method.")]
+    rest = [override for override in overrides if override.partition("=")[0].partition(".")[0].strip() != "method"]
     return checked_plan(Plan(recipe, rest, [*seeds], baselines=["grpo", "papo"], methods=methods, notes=notes))

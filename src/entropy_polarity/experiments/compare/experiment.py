@@ -128,6 +128,8 @@ def _run(
     ]
     failed, stopped = {}, False
     if at_once == 0:
+        if not output.exists() and not elsewhere:
+            raise ValueError(f"jobs is 0, and {output} is not there: nothing to summarise")
         claim(output)
         refuse_others(jobs)
     else:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from entropy_polarity.evaluate import pass_at_k
 from entropy_polarity.experiments.compare.plan import Plan
 from entropy_polarity.experiments.compare.summary import WINDOW, Facts
+from entropy_polarity.statistics.success import pass_at_k
 from entropy_polarity.tasks import distinct_problems, make_task
 
 

@@ -5,20 +5,15 @@ function of the facts: a committed result file can be summarised again.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from entropy_polarity.evaluate import (
-    area_under_curve,
-    moving_average,
-    paired_bootstrap,
-    pass_at_k,
-    steps_to_reach,
-    t_interval,
-)
 from entropy_polarity.record import Run
+from entropy_polarity.statistics.curves import area_under_curve, moving_average, steps_to_reach
+from entropy_polarity.statistics.intervals import paired_bootstrap, t_interval
+from entropy_polarity.statistics.success import pass_at_k
 
 WINDOW = 10  # rollouts: of the moving average of the reward, and of the entropy at the end
 HEADLINES = (1, 8, 16)  # the k of pass@k that are compared
@@ -29,7 +24,8 @@ class Facts:
     """What a comparison keeps of one run.
 
     `before` and `after` hold `successes` (right samples of each held-out problem, of `samples`) and `greedy` (0 or 1
-    each); a curve holds `steps` and `values`, one a rollout; `step_seconds` has one entry a step.
+    each); a curve holds `steps` and `values`, one a rollout; `step_seconds` has one entry a step. `counted` has, of
+    games, the held-out means of what environments count, "before" and "after".
     """
 
     label: str
@@ -43,6 +39,7 @@ class Facts:
     reward: dict[str, list[Any]]
     entropy: dict[str, list[Any]]
     step_seconds: list[Any]
+    counted: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, label: str, run: Run) -> "Facts":
@@ -61,6 +58,10 @@ class Facts:
             **held_out,
             **{name: {"steps": steps, "values": _rounded(values)} for name, (steps, values) in curves.items()},
             step_seconds=_rounded(run.series("step_time")[1], digits=4),
+            counted={
+                when: {name: _round(fact["value"]) for name, fact in run.summary[when].get("facts", {}).items()}
+                for when in held_out
+            },
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -126,7 +127,17 @@ def _alone(runs: list[Facts]) -> dict[str, Any]:
         "entropy_mean": over_seeds(lambda run: float(np.nanmean(entropy[run.seed]))),
         "entropy_end": over_seeds(lambda run: float(np.nanmean(entropy[run.seed][-WINDOW:]))),
         "seconds": over_seeds(lambda run: sum(run.step_seconds)),
+        "counted": {
+            when: {name: over_seeds(lambda run, w=when, n=name: run.counted[w][n]) for name in _counted(runs, when)}
+            for when in ("before", "after")
+        },
     }
+
+
+def _counted(runs: Sequence[Facts], when: str = "after") -> list[str]:
+    """What was counted in every run."""
+    counted = [run.counted.get(when, {}) for run in runs]
+    return [name for name in counted[0] if all(name in found for found in counted)]
 
 
 def _pass_curve(runs: list[Facts], when: str) -> dict[str, float]:
@@ -153,7 +164,13 @@ def _against(method: dict[int, Facts], baseline: dict[int, Facts]) -> dict[str, 
         **differences,
         "reward_area": {"difference": _round(float(area.mean())), "t": _t(area)},
         "reach": _reach(pairs),
+        "counted": {name: _counted_difference(pairs, name) for name in _counted([run for pair in pairs for run in pair])},
     }
+
+
+def _counted_difference(pairs: list[tuple[Facts, Facts]], name: str) -> dict[str, Any]:
+    differences = np.array([run.counted["after"][name] - other.counted["after"][name] for run, other in pairs])
+    return {"difference": _round(float(differences.mean())), "t": _t(differences)}
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:

@@ -1,0 +1,62 @@
+"""Which models are meant, where their weights are, and which task they were made for."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from entropy_polarity.recipe import apply_override
+from entropy_polarity.record import CHECKPOINTS, CONFIG, Run, last_checkpoint
+
+_LABELLED = re.compile(r"([^=/\\]+)=(.+)")
+
+
+def labelled(models: Sequence[str]) -> dict[str, str]:
+    """Labels and models: "label=model", or a model under the last part of its name.
+
+    >>> labelled(["embedded", "long=runs/b", "runs/c"])
+    {'embedded': 'embedded', 'long': 'runs/b', 'c': 'runs/c'}
+    """
+    named: dict[str, str] = {}
+    for text in models:
+        match = None if Path(text).exists() else _LABELLED.fullmatch(text)
+        label, model = match.groups() if match else (Path(text).name or text, text)
+        if label in named:
+            raise ValueError(f"two models are called {label!r}: give them labels, as in a={named[label]} b={model}")
+        named[label] = model
+    if not named:
+        raise ValueError("no model to evaluate: give one with --model")
+    return named
+
+
+def weights_of(model: str) -> tuple[str, dict[str, Any] | None]:
+    """Where the weights of `model` are, and where it is a run, its recipe: the weights are its last checkpoint then."""
+    folder = Path(model)
+    if not (folder / CONFIG).is_file():
+        return model, None
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{model} is a run without a finished checkpoint: nothing to look at yet")
+    return str(checkpoint), Run.read(folder).config
+
+
+def settle_task(named: dict[str, str], task: str | None, task_settings: Sequence[str]) -> dict[str, Any]:
+    """The settings of the one task for all: `task`, or what the runs among the models were trained on."""
+    trained = {label: found for label, model in named.items() if (found := _trained_on(model)) is not None}
+    known = [found for found in trained.values() if task in (None, found["name"])]
+    if any(found != known[0] for found in known):
+        said = "; ".join(f"{label}: {found}" for label, found in trained.items())
+        raise ValueError(f"the models were trained on different tasks ({said}): say --task, and --set for its settings")
+    settings = dict(known[0]) if known else {"name": task or "countdown"}
+    for setting in task_settings:
+        apply_override(settings, setting)
+    return settings
+
+
+def _trained_on(model: str) -> dict[str, Any] | None:
+    """The task of a run, or of the run that a checkpoint belongs to."""
+    folder = Path(model)
+    for run in (folder, folder.parent.parent if folder.parent.name == CHECKPOINTS else folder):
+        if (run / CONFIG).is_file():
+            return Run.read(run).config["task"]
+    return None

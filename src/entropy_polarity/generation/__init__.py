@@ -1,0 +1,31 @@
+"""Completions of prompts: who writes them is a `Generator`, of transformers (sampling.py) or vLLM (vllm.py)."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from entropy_polarity.tasks import Messages
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn: from softmax(logits / temperature), cut to the smallest set of tokens whose probabilities
+    sum to at least `top_p`; the likeliest token at temperature 0."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """A policy that completes prompts. `batch_sizes` are those it used so far, in order, a change an entry."""
+
+    tokenizer: Any
+    batch_sizes: list[int]
+
+    def complete(
+        self, prompts: Sequence[str | Messages], samples: int, max_new_tokens: int, sampling: Sampling, seed: int
+    ) -> list[list[str]]:
+        """The texts of `samples` completions of every prompt."""
+        ...

@@ -1,0 +1,111 @@
+"""Completions sampled by transformers, in batches that fit in memory."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from entropy_polarity.generation import Sampling
+from entropy_polarity.generation.memory import Item, Made, first_size, in_batches
+from entropy_polarity.tasks import Messages
+from entropy_polarity.tasks.prompts import encoded
+
+LARGEST_BATCH = 512
+
+
+class Sampled(NamedTuple):
+    """Completions as token ids, padded on the right; prompts padded on the left, `prompt_mask` 0 at their padding."""
+
+    prompt_ids: Int[Tensor, "B P"]
+    prompt_mask: Int[Tensor, "B P"]
+    completion_ids: Int[Tensor, "B T"]
+
+
+@torch.no_grad()
+def sample_tokens(
+    model: Any, tokenizer: Any, prompts: Sequence[str | Messages], max_new_tokens: int, sampling: Sampling
+) -> Sampled:
+    """One completion of every prompt. What a model's own generation settings would add (penalties, top-k) is off."""
+    batch = encoded(prompts, tokenizer)
+    ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+    drawn = sampling.temperature > 0
+    settings = (
+        {"temperature": sampling.temperature, "top_k": 0, "top_p": sampling.top_p, "min_p": None} if drawn else {}
+    )
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=drawn,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        repetition_penalty=1.0,
+        **settings,
+    )
+    return Sampled(ids, mask, output[:, ids.shape[1] :])
+
+
+class TransformersGenerator:
+    """A `Generator` of a transformers model, whose mode and the caller's random state are left as they were.
+
+    All samples of all prompts are one list, cut into batches that draw, one after the other, from a stream that starts
+    at the seed: the same seed and batch sizes give the same texts on one machine, other sizes other draws of the same
+    distribution. The first size is `batch_size`, or an estimate of what fits; see `in_batches`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int | None = None) -> None:
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.batch_sizes: list[int] = []
+
+    def complete(
+        self, prompts: Sequence[str | Messages], samples: int, max_new_tokens: int, sampling: Sampling, seed: int
+    ) -> list[list[str]]:
+        """The texts of `samples` completions of every prompt."""
+
+        def texts_of(batch: Sequence[str | Messages]) -> list[str]:
+            sampled = sample_tokens(self.model, self.tokenizer, batch, max_new_tokens, sampling)
+            return self.tokenizer.batch_decode(sampled.completion_ids, skip_special_tokens=True)
+
+        longest = max(map(characters, prompts), default=0)
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
+        texts = self.draw(repeated, texts_of, seed, longest + max_new_tokens, LARGEST_BATCH)
+        return [texts[i * samples : (i + 1) * samples] for i in range(len(prompts))]
+
+    def draw(
+        self,
+        items: Sequence[Item],
+        run: Callable[[Sequence[Item]], list[Made]],
+        seed: int,
+        tokens: int,
+        largest: int,
+        logit_rows: int = 1,
+    ) -> list[Made]:
+        """What `run` makes of `items`, batch by batch from the random state of `seed`; the other arguments are those of
+        `first_size`."""
+        if self.batch_sizes:
+            start = self.batch_sizes[-1]
+        else:
+            start = self.batch_size or first_size(self.model, tokens, largest, logit_rows)
+            self.batch_sizes.append(start)
+        with _evaluating(self.model), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            made, sizes = in_batches(items, start, run)
+        self.batch_sizes += sizes[1:]
+        return made
+
+
+def characters(prompt: str | Messages) -> int:
+    """The length of a prompt: at least as many as its tokens, in most languages."""
+    return len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

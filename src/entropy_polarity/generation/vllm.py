@@ -1,0 +1,61 @@
+"""Completions by vLLM, where it is installed: the same prompts, as token ids, and the same decoding of answers.
+
+vLLM batches on its own. Every completion has a seed of its own, so what else is in a batch changes no draw; its kernels
+may round otherwise in another batch, and its draws are not those of transformers.
+"""
+
+import hashlib
+import importlib
+from collections.abc import Sequence
+
+from entropy_polarity.generation import Sampling
+from entropy_polarity.tasks import Messages
+from entropy_polarity.tasks.prompts import encoded
+
+
+class VllmGenerator:
+    """A `Generator` of the model in a folder, in the number format that its configuration names.
+
+    Raises ImportError, with what to install, where vLLM is missing.
+    """
+
+    def __init__(self, model: str) -> None:
+        try:
+            vllm = importlib.import_module("vllm")
+        except ImportError as error:
+            raise ImportError(
+                f"--backend vllm needs vLLM ({error}): pip install 'entropy-polarity[vllm]', or --backend transformers"
+            ) from error
+        self._parameters = vllm.SamplingParams
+        self.engine = vllm.LLM(model=model, trust_remote_code=False)
+        self.tokenizer = self.engine.get_tokenizer()
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.batch_sizes: list[int] = []  # it has none to tell
+
+    def complete(
+        self, prompts: Sequence[str | Messages], samples: int, max_new_tokens: int, sampling: Sampling, seed: int
+    ) -> list[list[str]]:
+        asked, parameters = [], []
+        for number, prompt in enumerate(prompts):
+            asked.append({"prompt_token_ids": encoded([prompt], self.tokenizer)["input_ids"][0].tolist()})
+            parameters.append(
+                self._parameters(
+                    n=samples,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=max_new_tokens,
+                    seed=prompt_seed(seed, number),
+                    detokenize=False,
+                )
+            )
+        answered = self.engine.generate(asked, parameters, use_tqdm=False)
+        return [
+            self.tokenizer.batch_decode([list(one.token_ids) for one in request.outputs], skip_special_tokens=True)
+            for request in answered
+        ]
+
+
+def prompt_seed(seed: int, number: int) -> int:
+    """The seed of a prompt's first sample. vLLM adds 1 for each further one: prompts must lie far apart."""
+    return int.from_bytes(hashlib.sha256(f"vllm:{seed}:{number}".encode()).digest()[:4])

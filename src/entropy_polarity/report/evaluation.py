@@ -1,0 +1,123 @@
+"""The page of an evaluation: one self-contained HTML file with tables, curves, and what the models answered."""
+
+import json
+from html import escape
+from typing import Any
+
+import plotly.graph_objects as go
+
+from entropy_polarity.report.evaluation_tables import evaluation_tables, shown_names, verdict_table
+from entropy_polarity.report.forest import forest, styles
+from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render
+
+MAX_SHOWN_CHARACTERS = 1500  # of a completion
+
+
+def render_evaluation(document: dict[str, Any], examples: list[dict[str, Any]]) -> str:
+    """The page of an evaluation document (evaluation.json) with a few problems. All text, the models' first of all, is
+    escaped."""
+    return render(
+        "evaluation.html",
+        evaluation_charts(document),
+        title=f"Evaluation on {document['task']['name']}",
+        environment=document["environment"],
+        document=document,
+        settings=document["settings"],
+        tables=[*evaluation_tables(document), verdict_table(document)],
+        examples=[_shown(example) for example in examples],
+    )
+
+
+def evaluation_charts(document: dict[str, Any]) -> list[Chart]:
+    models, against = document["models"], document["against"]
+    looks = styles(list(models))
+    many = len(document["settings"]["seeds"]) > 1
+    over = "problems and sampling seeds" if many else "problems"
+    charts = []
+    if against:
+        names = _headlines(shown_names(document))
+        rows = {label: {n: found[n] | {"t": None} for n in names} for label, found in against.items()}
+        charts.append(
+            Chart(
+                f"Difference to {document['baseline']}",
+                f"Each model minus {document['baseline']} on the same problems, with the 95 % interval of a paired "
+                f"bootstrap over {over}; right of zero is better.",
+                forest(rows, names, looks),
+            )
+        )
+    for kind, text in (
+        ("pass", "The chance that at least one of k samples is right"),
+        ("maj", "The chance that the most frequent final answer of k samples is right"),
+    ):
+        if sum(name.startswith(f"{kind}@") for name in next(iter(models.values()))["scores"]) > 1:
+            charts.append(Chart(f"{kind}@k", f"{text}, with 95 % intervals over {over}.", _curve(models, kind, looks)))
+    return charts
+
+
+def _headlines(names: list[str]) -> list[str]:
+    """One sample, the largest k of each kind, and the likeliest answer: more panels cannot be read."""
+    largest = [[name for name in names if name.startswith(kind)][-1:] for kind in ("pass@", "maj@")]
+    return list(dict.fromkeys(["pass@1", *(name for found in largest for name in found), "greedy"]))
+
+
+def _curve(models: dict[str, Any], kind: str, looks: dict[str, dict[str, str]]) -> go.Figure:
+    figure = blank_figure(max(320, 90 + 20 * len(models)))
+    sizes: list[str] = []
+    for label, model in models.items():
+        points = {name.partition("@")[2]: e for name, e in model["scores"].items() if name.startswith(f"{kind}@")}
+        sizes = list(points)
+        values = [e["value"] for e in points.values()]
+        figure.add_scatter(
+            x=[int(k) for k in points],
+            y=values,
+            name=escape(label),
+            mode="lines+markers",
+            line={"color": looks[label]["colour"], "dash": looks[label]["dash"]},
+            marker={"symbol": looks[label]["marker"]},
+            error_y={
+                "array": [e["high"] - e["value"] for e in points.values()],
+                "arrayminus": [e["value"] - e["low"] for e in points.values()],
+                "thickness": 1,
+            },
+        )
+    pass_at_k_axes(figure, sizes)
+    figure.update_layout(showlegend=len(models) > 1, legend={"orientation": "v", "x": 1.01, "y": 1})
+    return figure
+
+
+def _shown(example: dict[str, Any]) -> dict[str, Any]:
+    """A problem as the template wants it: texts only, none longer than a reader would read."""
+    facts = {
+        name: value if isinstance(value, str) else json.dumps(value, default=str)
+        for name, value in example["facts"].items()
+    }
+    models = [
+        {
+            "label": label,
+            "right": f"{found['successes']} of {found['samples']} right",
+            "attempts": [
+                {
+                    "text": _cut(_text(one, example["prompt"])),
+                    "verdict": one["verdict"],
+                    "good": one["reward"] >= 1,
+                    "reward": f"{one['reward']:g}",
+                    "answer": _cut(one.get("answer") or ""),
+                }
+                for one in found["attempts"]
+            ],
+        }
+        for label, found in example["models"].items()
+    ]
+    return {"number": example["number"], "prompt": _cut(example["prompt"]), "facts": facts, "models": models}
+
+
+def _text(one: dict[str, Any], prompt: str) -> str:
+    """A completion, or the turns of an episode: actions behind an arrow, its start unless the prompt tells it."""
+    if "turns" not in one:
+        return one["completion"]
+    start = [] if one["observation"] == prompt else [one["observation"]]
+    return "\n".join([*start, *(f"→ {action}\n{said}".rstrip() for action, said in one["turns"])])
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]} …"

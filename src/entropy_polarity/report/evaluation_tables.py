@@ -1,0 +1,111 @@
+"""The numbers of an evaluation as text, for a terminal and a page alike; each column says what it holds."""
+
+from typing import Any
+
+from entropy_polarity.report.tables import Column, TextTable
+
+Document = dict[str, Any]
+_OVER = {False: "over problems", True: "over problems and sampling seeds"}
+
+
+def evaluation_tables(document: Document) -> list[TextTable]:
+    """Every measure of every model; with several models, the paired differences to the baseline."""
+    differences = [_difference_table(document)] if document["against"] else []
+    return [_score_table(document), *differences]
+
+
+def verdict_table(document: Document) -> TextTable:
+    models = document["models"]
+    reasons = list(next(iter(models.values()))["verdicts"])
+    columns = [
+        Column("model", "Its label."),
+        *(Column(reason, f"Share of all samples with the verdict {reason!r}.") for reason in reasons),
+    ]
+    rows = [[label, *(f"{model['verdicts'][reason]:.1%}" for reason in reasons)] for label, model in models.items()]
+    return TextTable("Verdicts", columns, rows)
+
+
+def shown_names(document: Document) -> list[str]:
+    """The scores that have a column: avg@n is pass@1, and a reward that is never partial is the same again."""
+    models = document["models"].values()
+    names = [name for name in next(iter(models))["scores"] if not name.startswith("avg@")]
+    same = all(model["scores"]["reward"] == model["scores"]["pass@1"] for model in models)
+    return [name for name in names if name != "reward" or document["game"] or not same]
+
+
+def title_of(name: str, document: Document) -> str:
+    if name == "pass@1":
+        return "success rate" if document["game"] else f"pass@1 = avg@{document['settings']['samples']}"
+    return "return" if name == "reward" and document["game"] else name
+
+
+def meaning_of(name: str, document: Document) -> str:
+    samples, game = document["settings"]["samples"], document["game"]
+    kind, _, k = name.partition("@")
+    if name == "pass@1" and game:
+        return f"The share of episodes with a return of 1 or more, of {samples} a problem; pass@1 = avg@{samples}."
+    if name == "pass@1":
+        return f"The share of sampled answers that are right, of {samples} a problem; pass@1 = avg@{samples}."
+    if kind == "pass":
+        what = "episodes succeeds" if game else "sampled answers is right"
+        return f"The chance that at least one of {k} {what}; the unbiased estimate from {samples}."
+    if kind == "maj":
+        return (
+            f"The chance that the most frequent of {k} final answers is right, over all ways to take {k} of the "
+            f"{samples} samples; ties are split, and what has no final answer never wins."
+        )
+    if name == "greedy":
+        return "The share of problems that the likeliest tokens, one after the other, solve."
+    if name == "reward":
+        return f"The mean {'return of an episode' if game else 'reward of a sampled answer'}."
+    return "Mean turns of an episode." if name == "turns" else f"What the environment counts as {name!r}, on average."
+
+
+def _score_table(document: Document) -> TextTable:
+    models, names = document["models"], shown_names(document)
+    facts = list(next(iter(models.values()))["facts"])
+    interval = f"In brackets the 95 % bootstrap interval {_over(document)}."
+    columns = [
+        Column("model", f"Its label, as given with --model. {interval}"),
+        *(Column(title_of(name, document), meaning_of(name, document)) for name in [*names, *facts]),
+    ]
+    rows = [
+        [
+            label,
+            *(_estimate(model["scores"][name]) for name in names),
+            *(_estimate(model["facts"][name]) if name in model["facts"] else "-" for name in facts),
+        ]
+        for label, model in models.items()
+    ]
+    return TextTable("Evaluation", columns, rows)
+
+
+def _difference_table(document: Document) -> TextTable:
+    baseline, against = document["baseline"], document["against"]
+    facts = [
+        name for name in next(iter(document["models"].values()))["facts"] if all(name in r for r in against.values())
+    ]
+    names = [*shown_names(document), *facts]
+    columns = [
+        Column(
+            "model",
+            f"Each model minus {baseline}, on the same problems; in brackets the 95 % interval of a paired bootstrap "
+            f"{_over(document)}. An interval that holds 0 leaves open which of the two is better.",
+        ),
+        *(Column(f"Δ {title_of(name, document)}", meaning_of(name, document)) for name in names),
+    ]
+    rows = [[label, *(_difference(found[name]) for name in names)] for label, found in against.items()]
+    return TextTable(f"Against {baseline}", columns, rows)
+
+
+def _over(document: Document) -> str:
+    return _OVER[len(document["settings"]["seeds"]) > 1]
+
+
+def _estimate(estimate: dict[str, float]) -> str:
+    return f"{estimate['value']:.3f}\n[{estimate['low']:.3f}, {estimate['high']:.3f}]"
+
+
+def _difference(number: dict[str, Any]) -> str:
+    low, high = number["bootstrap"]
+    return f"{number['difference']:+.3f}\n[{low:+.3f}, {high:+.3f}]"

@@ -1,0 +1,1 @@
+"""Statistics of evaluations and of training curves: pure functions of numbers."""
