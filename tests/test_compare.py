@@ -465,6 +465,28 @@ def test_a_single_pair_has_no_t_interval_and_no_pair_no_numbers():
     json.dumps(found, allow_nan=False)
 
 
+def test_what_environments_count_is_compared_too():
+    def counting(label, seed, turns):
+        counted = {"before": {"turns": 6.0}, "after": {"turns": turns}}
+        return replace(facts(label, seed, [2, 4], [0.1], [0, 1]), counted=counted)
+
+    runs = [counting("grpo", 0, 4.0), counting("grpo", 1, 5.0), counting("papo", 0, 3.0), counting("papo", 1, 3.0)]
+    found = summarise(runs, ["grpo"])
+    assert found["methods"]["grpo"]["counted"]["after"]["turns"]["mean"] == 4.5
+    # Differences -1 and -2: mean -1.5, half of the t interval 12.706 · √0.5 / √2 = 6.353
+    difference = found["against"]["grpo"]["papo"]["counted"]["turns"]
+    assert difference["difference"] == -1.5
+    assert difference["t"] == pytest.approx([-7.853, 4.853], abs=1e-3)
+    alone, against = comparison_tables(found)
+    place = [column.name for column in alone.columns].index("turns")
+    assert [row[place] for row in alone.rows] == ["6.000", "4.500 ± 0.707", "3.000 ± 0.000"]
+    place = [column.name for column in against.columns].index("Δ turns")
+    assert against.rows[0][place] == "-1.500\nt [-7.853, +4.853]"
+    assert all(len(row) == len(table.columns) for table in (alone, against) for row in table.rows)
+    mixed = summarise([*runs, facts("old", 0, [2, 4], [0.1], [0, 1])], ["grpo"])
+    assert mixed["against"]["grpo"]["old"]["counted"] == {}
+
+
 def test_runs_that_were_evaluated_otherwise_cannot_be_paired():
     with pytest.raises(ValueError, match="evaluated on other numbers of problems"):
         summarise([facts("a", 0, [1], [0.1], [0]), facts("b", 0, [1, 2], [0.1], [0, 1])], ["a"])

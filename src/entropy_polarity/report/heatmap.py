@@ -22,12 +22,14 @@ class ColouredToken:
 
 @dataclass(frozen=True)
 class ColouredRollout:
+    """`turns` begin where the environment speaks again; a completion without environment is one."""
+
     step: int
     prompt: str
     verdict: str
     reward: float
     advantage: float
-    tokens: list[ColouredToken]
+    turns: list[list[ColouredToken]]
 
 
 def coloured_rollouts(run: Run, count: int = 12) -> list[ColouredRollout]:
@@ -56,10 +58,20 @@ def coloured_rollouts(run: Run, count: int = 12) -> list[ColouredRollout]:
             row["verdict"],
             row["reward"],
             row["advantage"],
-            [_coloured(t, scale) for t in tokens[row["step"]] if t["rollout"] == row["rollout"]],
+            _turns([_coloured(t, scale) for t in tokens[row["step"]] if t["rollout"] == row["rollout"]]),
         )
         for row in rows
     ]
+
+
+def _turns(tokens: list[ColouredToken]) -> list[list[ColouredToken]]:
+    turns: list[list[ColouredToken]] = [[]]
+    for token in tokens:
+        answered = turns[-1] and turns[-1][-1].colour is not None
+        if token.colour is None and answered:
+            turns.append([])
+        turns[-1].append(token)
+    return turns
 
 
 def _coloured(token: dict[str, Any], scale: float) -> ColouredToken:

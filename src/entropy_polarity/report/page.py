@@ -40,6 +40,15 @@ def _cards(run: Run) -> list[dict[str, str]]:
                     "(before → after, with 95 % bootstrap intervals over problems).",
                 }
             )
+    for name, fact in (before or {}).get("facts", {}).items():
+        cards.append(
+            {
+                "name": f"{name.replace('_', ' ')}, held out",
+                "value": _arrow(fact, after and after["facts"].get(name)),
+                "text": "Mean over held-out episodes (before → after, with 95 % bootstrap intervals): "
+                "what the environment counts, and the turns that were played.",
+            }
+        )
     steps, entropy = run.series("polarity/entropy")
     if steps:
         tenth = max(1, len(entropy) // 10)
@@ -110,6 +119,15 @@ def _charts(run: Run) -> list[Chart]:
             ),
         ),
     ]
+    if by_turn := _of_turns(run):
+        charts.append(
+            Chart(
+                "Entropy by turn",
+                "Mean entropy of the policy at the tokens of each turn, in nats: early turns, which every episode has, "
+                "are the first to collapse.",
+                _lines(run, by_turn),
+            )
+        )
     if run.summary.get("before"):
         charts.append(
             Chart(
@@ -120,6 +138,18 @@ def _charts(run: Run) -> list[Chart]:
             )
         )
     return charts
+
+
+def _of_turns(run: Run) -> list[tuple[str, str, str]]:
+    """The entropy of at most eight turns, from dark to light."""
+    prefix = "polarity/entropy_turn_"
+    turns = sorted({int(name.removeprefix(prefix)) for row in run.metrics for name in row if name.startswith(prefix)})
+    shown = list(dict.fromkeys(turns[round(i * (len(turns) - 1) / 7)] for i in range(8))) if turns else []
+    shades = (20 + 60 * place / max(1, len(shown) - 1) for place in range(len(shown)))
+    return [
+        (f"{prefix}{turn}", f"turn {turn}", f"hsl(214, 70%, {shade:.0f}%)")
+        for turn, shade in zip(shown, shades, strict=True)
+    ]
 
 
 def _lines(run: Run, series: list[tuple[str, str, str]], smooth: int = 0, zero: bool = False) -> go.Figure:

@@ -64,17 +64,23 @@ def _method_table(methods: dict[str, Summary]) -> TextTable:
         Column("seconds", "Seconds a run, in training steps; evaluation is left out."),
     ]
     start = next(iter(methods.values()))
-    rows = [["before training", "", *(_mean(start["before"][name] | {"sd": None}) for name in names), "", "", "", ""]]
+    counted = list(_counted(start))
+    columns[2 + len(names) : 2 + len(names)] = [Column(name, _counted_meaning(name)) for name in counted]
+    first = [start["before"][name] for name in names] + [start["counted"]["before"][name] for name in counted]
+    rows = [["before training", "", *(_mean(number | {"sd": None}) for number in first), "", "", "", ""]]
     for label, method in methods.items():
-        scores = [_mean(method["after"][name]) for name in names]
-        others = [_mean(method[name]) for name in ("reward_area", "entropy_mean", "entropy_end")]
-        rows.append([label, _listed(method["seeds"]), *scores, *others, _mean(method["seconds"], digits=0)])
+        found = [method["after"][name] for name in names] + [_counted(method)[name] for name in counted]
+        others = [method[name] for name in ("reward_area", "entropy_mean", "entropy_end")]
+        numbers = [_mean(number) for number in (*found, *others)]
+        rows.append([label, _listed(method["seeds"]), *numbers, _mean(method["seconds"], digits=0)])
     return TextTable("Methods", columns, rows)
 
 
 def _difference_table(baseline: str, rows: dict[str, Summary]) -> TextTable:
     paired = [row for row in rows.values() if row["seeds"]]
-    names = [name for name in paired[0] if name not in ("seeds", "reward_area", "reach")] if paired else []
+    apart = ("seeds", "reward_area", "reach", "counted")
+    names = [name for name in paired[0] if name not in apart] if paired else []
+    counted = list(paired[0].get("counted", {})) if paired else []
     columns = [
         Column("method", f"Compared with {baseline} on the same seeds and the same held-out problems."),
         Column("pairs", "Seeds that both have finished."),
@@ -86,6 +92,7 @@ def _difference_table(baseline: str, rows: dict[str, Summary]) -> TextTable:
             )
             for name in names
         ),
+        *(Column(f"Δ {name}", f"{_counted_meaning(name)} The difference, with the t interval.") for name in counted),
         Column("Δ reward", "Difference of the mean reward in training, with the t interval over seeds."),
         Column(
             "time to the same reward",
@@ -100,9 +107,20 @@ def _difference_table(baseline: str, rows: dict[str, Summary]) -> TextTable:
         if not row["seeds"]:
             cells.append([label, "0", *[""] * (len(columns) - 2)])
             continue
-        differences = [_difference(row[name]) for name in [*names, "reward_area"]]
+        numbers = [*(row[name] for name in names), *(row["counted"][name] for name in counted), row["reward_area"]]
+        differences = [_difference(number) for number in numbers]
         cells.append([label, str(len(row["seeds"])), *differences, _reach(row["reach"])])
     return TextTable(f"Against {baseline}", columns, cells)
+
+
+def _counted(method: Summary) -> dict[str, Any]:
+    """What the environments counted after training; nothing where the task is no game."""
+    return method.get("counted", {}).get("after", {})
+
+
+def _counted_meaning(name: str) -> str:
+    what = "turns of an episode" if name == "turns" else f"what its environment counts as {name!r}"
+    return f"Mean over held-out episodes: {what}."
 
 
 def _meaning(name: str) -> str:
