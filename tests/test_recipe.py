@@ -3,18 +3,22 @@
 import pytest
 import tomli_w
 
+from entropy_polarity.experiments.train import trainer_config
 from entropy_polarity.methods import make_transform
 from entropy_polarity.recipe import DEFAULT_RECIPE, HeldOut, Recipe, load_recipe, recipe_names, with_flags
 from entropy_polarity.tasks import make_task
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_shipped_recipe_makes_its_task_and_its_method(name):
+def test_a_shipped_recipe_makes_its_task_its_method_and_its_trainer(name, tmp_path):
     recipe = load_recipe(name)
     assert recipe.title
-    task, method = dict(recipe.task), dict(recipe.method)
-    assert make_task(task.pop("name"), **task).reasons
+    assert recipe.cost
+    assert recipe.expected
+    method, task = dict(recipe.method), make_task(**recipe.task)
+    assert task.reasons
     assert make_transform(method.pop("name"), method).init() is not None
+    assert trainer_config(recipe, tmp_path, task).max_steps > 0
 
 
 def test_the_default_recipe_is_shipped():

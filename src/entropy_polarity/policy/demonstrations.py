@@ -4,13 +4,18 @@ The players are good enough that reinforcement finds rewards, and uncertain enou
 """
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from entropy_polarity._errors import unknown_name
+from entropy_polarity.policy.tokenizer import WORD
 from entropy_polarity.tasks.countdown import Countdown
 from entropy_polarity.tasks.games import Game, Guess, GuessEnv, KeyDoor, KeyDoorEnv, TextEnv
 from entropy_polarity.tasks.gym import GymTask
+
+FRESH = 10_000  # problems of one seed of a data set
+LOOKED_AT = 500  # problems whose words become tokens
 
 
 class Part(NamedTuple):
@@ -21,10 +26,14 @@ class Part(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The demonstrations of a task: number `index` of the stream `seed`, and how many make a batch."""
+    """The demonstrations of a task: number `index` of the stream `seed`, and how many make a batch.
+
+    `words` are those whose letters would only make its texts longer.
+    """
 
     parts: Callable[[int, int], list[Part]]
     batch_size: int
+    words: tuple[str, ...] = ()
 
 
 def countdown(numbers: tuple[int, ...]) -> Source:
@@ -42,10 +51,14 @@ def answered(task: GymTask) -> Source:
     """Problems of a data set with the answer that comes with them."""
 
     def parts(seed: int, index: int) -> list[Part]:
-        problem = task.problem(seed, index, "train")
+        # One seed of a data set is soon read through, and those of runs are small numbers.
+        stream = 1_000_000 * (seed + 1) + index // FRESH
+        problem = task.problem(stream, index, "train")
         return [Part(problem.prompt, False), Part(problem.facts["answer"], True)]
 
-    return Source(parts, 64)  # its prompts are longer
+    texts = (part.text for index in range(LOOKED_AT) for part in parts(0, index))
+    words = sorted({word for text in texts for word in re.findall(WORD, text)})
+    return Source(parts, 128, tuple(words))
 
 
 def episodes(game: Game, player: Callable[[TextEnv, random.Random], str], batch_size: int) -> Source:

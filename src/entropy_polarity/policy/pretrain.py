@@ -81,9 +81,10 @@ def pretrain(settings: PretrainSettings, output: Path, progress: Callable[[int, 
 
     `progress(step, loss)` is called after each step.
     """
-    tokenizer: Any = character_tokenizer(settings.family)
-    model = new_policy(settings, tokenizer)
     sources = sources_of(settings.task, settings.numbers, settings.config)
+    words = sorted({word for source in sources for word in source.words})
+    tokenizer: Any = character_tokenizer(settings.family, words)
+    model = new_policy(settings, tokenizer)
     read = [0] * len(sources)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -1,19 +1,26 @@
-"""The character tokenizer: one token a character, a plain `tokenizers` file that AutoTokenizer loads."""
+"""One token a character, or a known word: a plain `tokenizers` file that AutoTokenizer loads."""
+
+from collections.abc import Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+WORD = "[A-Za-z]{2,}"
 PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))
 CHARACTERS = {"countdown": "0123456789 =:+-*()", "games": "0123456789-:<>\n.AKBDudlr", "gym": PRINTABLE}
 LENGTHS = {"countdown": 64, "games": 640, "gym": 512}  # the longest text in tokens
 
 
-def character_tokenizer(task: str = "countdown") -> PreTrainedTokenizerFast:
-    """A tokenizer over the characters of "countdown", "games" or "gym"; anything else becomes <unk>."""
-    vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNKNOWN, *CHARACTERS[task]])}
+def character_tokenizer(task: str = "countdown", words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer over the characters of "countdown", "games" or "gym"; anything else becomes <unk>.
+
+    A word of `words`, letters alone, is one token; the letters of other words become <unk>.
+    """
+    vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNKNOWN, *CHARACTERS[task], *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")  # type: ignore[assignment]
+    pieces = rf"{WORD}|[\s\S]" if words else r"[\s\S]"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), behavior="isolated")  # type: ignore[assignment]
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -1,0 +1,36 @@
+"""A recipe in several processes: the trainer of `papo train`, with TRL's logging in place of the run directory.
+
+    accelerate launch --num_processes 8 --mixed_precision bf16 --use_deepspeed --zero_stage 2 \
+        examples/distributed.py dapo-math-qwen3-8b --output runs/dapo-math
+    accelerate launch --num_processes 8 --use_fsdp --fsdp_version 2 ... the same, sharded by FSDP
+
+Methods that look at the whole rollout batch see that of all processes. The same command goes on after a stop.
+"""
+
+import argparse
+from pathlib import Path
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from entropy_polarity.experiments.train import checked, load_policy, prompts_of, quiet_trainer
+from entropy_polarity.recipe import load_recipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="name of a recipe that comes with the package, or path of a .toml file")
+    parser.add_argument("--output", type=Path, required=True, help="where checkpoints and the final policy go")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the recipe")
+    arguments = parser.parse_args()
+
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    task, config = checked(recipe, arguments.output)
+    model, tokenizer = load_policy(recipe.policy.model)
+    trainer = quiet_trainer(model, tokenizer, config, *prompts_of(task, tokenizer, config, recipe.seed))
+    checkpoints = Path(config.output_dir)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    trainer.save_model(str(arguments.output / "policy"))
+
+
+if __name__ == "__main__":
+    main()
