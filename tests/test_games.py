@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from heard import assert_only_the_policy_is_learnt, train_watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tasks_training import few_steps, policy
@@ -273,7 +274,7 @@ def test_environment_tokens_enter_no_statistic_and_no_gradient(words, method, tm
     recipe, game = load_recipe("countdown", overrides, method), BabblingGame()
     config = trainer_config(recipe, folder / "run", game)
     trainer = quiet_trainer(model, tokenizer, config, *prompts_of(game, tokenizer, config, 0))
-    rollouts, batches, episodes, gradients = [], [], [], []
+    episodes = []
     reward = trainer.reward_funcs[0]
     play_rewards = type(reward).__call__
 
@@ -282,40 +283,15 @@ def test_environment_tokens_enter_no_statistic_and_no_gradient(words, method, tm
         episodes.extend(rest["episode"])
         return [float(i % 2) for i in range(len(completions))]
 
-    def poisoned(*args, make=trainer._tokens, **kwargs):
-        tokens = make(*args, **kwargs)
-        columns = ("entropy", "sum_p2", "sum_p2_logp", "sensitivity")
-        known = {name: value for name in columns if (value := getattr(tokens, name)) is not None}
-        return replace(tokens, **{n: torch.where(tokens.mask, v, torch.nan) for n, v in known.items()})
-
-    def watch_states(module, inputs, output):
-        if output.requires_grad:
-            output.register_hook(gradients.append)
-
-    trainer._tokens = poisoned
-    trainer.on_rollout = rollouts.append
-    trainer.on_loss = lambda inputs, tokens: batches.append(inputs)
-    model.model.norm.register_forward_hook(watch_states)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(reward), "__call__", half_win)
-        trainer.train()
+        watched = train_watched(trainer)
 
-    mask = rollouts[0].tokens.mask
+    mask = watched.rollouts[0].tokens.mask
     for row, episode in enumerate(episodes):
         assert mask[row].int().tolist() == episode.env_mask + [0] * (mask.size(1) - len(episode.env_mask))
-    assert rollouts[0].weight.isfinite().all()
-    assert (rollouts[0].weight[~mask] == 1).all()
     assert any(not all(episode.env_mask) for episode in episodes)
-    for inputs, gradient in zip(batches, gradients, strict=True):
-        # The state before a token is what foretells it; the last prompt token foretells the first.
-        first = inputs["prompt_ids"].size(1) - 1
-        foretelling = gradient[:, first : first + mask.size(1)]
-        learnt = inputs["completion_mask"].bool() & inputs["tool_mask"].bool()
-        assert not foretelling[~learnt].any()
-        assert foretelling[learnt].any()
-    logged = {name: value for row in trainer.state.log_history for name, value in row.items()}
-    assert "polarity/entropy" in logged
-    assert [name for name, value in logged.items() if value != value] == []
+    assert_only_the_policy_is_learnt(trainer, watched)
 
 
 def test_the_record_and_the_page_keep_the_words_of_the_environment(tmp_path):
@@ -331,7 +307,7 @@ def test_the_record_and_the_page_keep_the_words_of_the_environment(tmp_path):
     heard = [token for token in tokens if not token["from_policy"]]
     assert heard
     page = (tmp_path / "run/report.html").read_text()
-    assert "What an environment said is grey" in page
+    assert "what it said, in grey" in page
 
 
 def test_metrics_of_each_turn_by_hand():
@@ -341,10 +317,16 @@ def test_metrics_of_each_turn_by_hand():
     logp = torch.full((3, 6), -1.0)
     facts = {"logp": logp, "old_logp": logp, "entropy": entropy, "sensitivity": T, "sum_p2": T, "sum_p2_logp": T}
     A = torch.tensor([[1.0], [-1.0], [2.0]]).expand(3, 6)
-    found = by_turn(Tokens(mask, A, **facts))
+    tokens = Tokens(mask, A, **facts)
+    weight = torch.ones(3, 6)
+    weight[0, 3:], weight[1, 3] = 1.5, 0.0  # A is 1 and -1 there; a dropped token presses nothing
+    found = by_turn(tokens, replace(tokens, advantages=A * weight, mask=mask & (torch.arange(6) < 5)))
     assert found["polarity/entropy_turn_1"] == pytest.approx((0 + 1 + 6 + 12) / 4)
     assert found["polarity/entropy_turn_2"] == pytest.approx((3 + 9 + 10 + 11) / 4)
     assert found["polarity/positive_flow_turn_1"] == pytest.approx((0.5 + 0.5 + 1.0) / 4)
     assert found["polarity/negative_flow_turn_2"] == pytest.approx(1.5 / 4)
-    assert len(found) == 6
-    assert by_turn(Tokens(mask[2:], A[2:], **{k: v[2:] for k, v in facts.items()})) == {}, "one turn is the whole"
+    assert found["polarity/pressure_turn_1"] == 1.0
+    assert found["polarity/pressure_turn_2"] == pytest.approx((1.5 + 0 + 1) / 4)
+    assert len(found) == 8
+    single = Tokens(mask[2:], A[2:], **{k: v[2:] for k, v in facts.items()})
+    assert by_turn(single, single) == {}, "one turn is the whole"

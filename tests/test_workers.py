@@ -16,6 +16,15 @@ def double(x):
     return 2 * x
 
 
+def busy(how, seconds):
+    if how == "waits":
+        time.sleep(seconds)
+    until = time.monotonic() + seconds * (how == "computes")
+    while time.monotonic() < until:
+        pass
+    return how
+
+
 def misbehave(how):
     if how == "sleep":
         time.sleep(60)
@@ -120,3 +129,13 @@ def test_equal_calls_of_a_pure_function_are_made_once():
         outcomes = workers.map_distinct([(0, 10**12), (1, 10**12), (0, 10**12), (0, 10**12)])
         assert outcomes[0] == outcomes[2] == outcomes[3] != outcomes[1]
         assert workers.map_distinct([]) == []
+
+
+def test_processor_time_is_not_the_time_of_day(here):
+    """A call that waits, as it would for its turn on a busy machine, is not late; one that computes on is."""
+    with Workers(here + "busy", seconds=0.5, count=1, clock="processor") as workers:
+        assert workers.map([("waits", 1.0), ("computes", 60.0), ("waits", 0.0)]) == [
+            Outcome("waits"),
+            Outcome(None, TIMED_OUT),
+            Outcome("waits"),
+        ]

@@ -6,7 +6,8 @@ What has been read stays in the key-value cache over the turns: each token goes 
 with a reason, whatever its environment does; the others go on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,7 +18,17 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from entropy_polarity.tasks import Messages, Problem
-from entropy_polarity.tasks.games import OUT_OF_TURNS, RAISED, TOO_LONG, Answer, Game, TextEnv
+from entropy_polarity.tasks.games import (
+    OUT_OF_TURNS,
+    RAISED,
+    TOO_LONG,
+    Answer,
+    EpisodeOverError,
+    Game,
+    InLanes,
+    TextEnv,
+)
+from entropy_polarity.tasks.workers import NoWorkerError
 
 
 @dataclass
@@ -25,9 +36,10 @@ class Episode:
     """One episode as tokens, and how it went.
 
     `prompt_ids` is o_0, `completion_ids` the rest; `env_mask` is 1 at tokens of the policy and 0 at tokens of the
-    environment, `turn` counts from 0. `said` holds (action, answer) as text, a turn each.
+    environment, `turn` counts from 0. `observation` is o_0 as text, `said` holds (action, answer), a turn each.
     """
 
+    observation: str
     prompt_ids: list[int]
     completion_ids: list[int] = field(default_factory=list)
     env_mask: list[int] = field(default_factory=list)
@@ -41,6 +53,11 @@ class Episode:
         self.completion_ids.append(token)
         self.env_mask.append(int(from_policy))
         self.turn.append(turn)
+
+
+class Counted(Protocol):
+    @property
+    def facts(self) -> dict[str, float]: ...
 
 
 class Context(Protocol):
@@ -121,10 +138,11 @@ def play(
     problems: Sequence[Problem],
     *,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     batch_size: int = 256,
     context: type[Any] = CachedContext,
 ) -> list[Episode]:
-    """One episode of every problem, sampled at `temperature` from the whole vocabulary; greedy at 0.
+    """One episode of every problem, sampled at `temperature` from the likeliest tokens worth `top_p`; greedy at 0.
 
     An action ends with <eos>, which is a token of the policy; one that is longer than the game's `max_action_tokens`
     ends the episode. The same random state plays the same episodes. The mode of the model is left as it was.
@@ -133,57 +151,67 @@ def play(
     with torch.no_grad(), _evaluating(model):
         for start in range(0, len(problems), batch_size):
             batch = problems[start : start + batch_size]
-            episodes += _play_batch(model, Format(tokenizer), game, batch, temperature, context)
+            episodes += _play_batch(model, Format(tokenizer), game, batch, temperature, top_p, context)
     return episodes
 
 
 def _play_batch(
-    model: Any, form: Format, game: Game, problems: Sequence[Problem], temperature: float, context: type[Any]
+    model: Any,
+    form: Format,
+    game: Game,
+    problems: Sequence[Problem],
+    temperature: float,
+    top_p: float,
+    context: type[Any],
 ) -> list[Episode]:
-    envs = [game.env() for _ in problems]
-    observations = [_reset(env, problem) for env, problem in zip(envs, problems, strict=True)]
-    episodes = [Episode(form.first(observation)) for observation in observations]
-    for episode, observation in zip(episodes, observations, strict=True):
-        episode.reason = "" if observation else RAISED
+    lanes = _Lanes(game, len(problems))
+    envs, seeds = lanes.envs, [problem.facts["seed"] for problem in problems]
+    starts = lanes.ask(range(len(envs)), lambda i: _started(envs[i], seeds[i])).values()
+    episodes = [Episode(start.observation, form.first(start.observation), reason=start.reason) for start in starts]
     policy, unread = context(model, len(episodes)), [list(episode.prompt_ids) for episode in episodes]
     for turn in range(game.max_turns):
         going = [i for i, episode in enumerate(episodes) if not episode.reason]
         if not going:
             break
-        actions = _act(policy, unread, going, form.end, game.max_action_tokens, temperature)
+        actions = _act(policy, unread, going, form.end, game.max_action_tokens, temperature, top_p)
         for i in going:
-            episode, action = episodes[i], actions[i]
-            for token in action:
-                episode.add(token, turn, from_policy=True)
-            if action[-1] != form.end:
-                episode.reason = TOO_LONG
+            for token in actions[i]:
+                episodes[i].add(token, turn, from_policy=True)
+            if actions[i][-1] != form.end:
+                episodes[i].reason = TOO_LONG
                 # TRL takes what does not end in <eos> for cut off; the policy did not say it, and learns nothing of it.
-                episode.add(form.end, turn, from_policy=False)
-                continue
-            text = form.text(action)
-            answer = _step(envs[i], text)
-            episode.said.append((text, answer.observation))
+                episodes[i].add(form.end, turn, from_policy=False)
+        texts = {i: form.text(actions[i]) for i in going if not episodes[i].reason}
+        for i, answer in lanes.ask(texts, lambda i, texts=texts: envs[i].step(texts[i])).items():
+            episode = episodes[i]
+            episode.said.append((texts[i], answer.observation))
             episode.reward += answer.reward
             if answer.done or turn == game.max_turns - 1:
                 episode.reason = answer.reason or OUT_OF_TURNS
             else:
                 for token in (heard := form.next(answer.observation)):
                     episode.add(token, turn + 1, from_policy=False)
-                unread[i] = [action[-1], *heard]
+                unread[i] = [actions[i][-1], *heard]
     for env, episode in zip(envs, episodes, strict=True):
         episode.facts = {"turns": float(len(episode.said)), **_facts(env)}
     return episodes
 
 
 def _act(
-    policy: Context, unread: list[list[int]], going: Sequence[int], end: int, longest: int, temperature: float
+    policy: Context,
+    unread: list[list[int]],
+    going: Sequence[int],
+    end: int,
+    longest: int,
+    temperature: float,
+    top_p: float,
 ) -> dict[int, list[int]]:
     """An action of every episode that is going on; what it has not read yet is read, and its last token is not."""
     actions: dict[int, list[int]] = {i: [] for i in going}
     writing = list(going)
     logits = policy.read([unread[i] if i in actions else [] for i in range(len(unread))])
     while writing:
-        chosen = _sampled(logits[writing], temperature).tolist()
+        chosen = _sampled(logits[writing], temperature, top_p).tolist()
         for i, token in zip(writing, chosen, strict=True):
             actions[i].append(token)
         writing = [i for i in writing if actions[i][-1] != end and len(actions[i]) < longest]
@@ -192,25 +220,58 @@ def _act(
     return actions
 
 
-def _sampled(logits: Float[Tensor, "N V"], temperature: float) -> Tensor:
+def _sampled(logits: Float[Tensor, "N V"], temperature: float, top_p: float) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(-1)
+    p = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, places = p.sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # what is more likely has enough already
+        p = p.masked_fill(beyond.scatter(-1, places, beyond), 0.0)
+    return torch.multinomial(p, 1).squeeze(-1)
 
 
-def _reset(env: TextEnv, problem: Problem) -> str:
-    """The first observation; empty where the environment raised."""
+class _Lanes:
+    """The environments of a batch. Neighbours, which are often of one seed, share a lane; most games have but one."""
+
+    def __init__(self, game: Game, batch: int) -> None:
+        if isinstance(game, InLanes):
+            self.lane = [i * game.lanes // batch for i in range(batch)]
+            self.envs = [game.env(lane) for lane in self.lane]
+        else:
+            self.lane, self.envs = [0] * batch, [game.env() for _ in range(batch)]
+
+    def ask(self, which: Iterable[int], call: Callable[[int], Answer]) -> dict[int, Answer]:
+        """`call` for every environment of `which`: one after the other in a lane, all lanes at the same time."""
+        queues: dict[int, list[int]] = {}
+        for i in which:
+            queues.setdefault(self.lane[i], []).append(i)
+
+        def one_by_one(queue: list[int]) -> list[tuple[int, Answer]]:
+            return [(i, _guarded(call, i)) for i in queue]
+
+        if len(queues) < 2:
+            return dict(pair for queue in queues.values() for pair in one_by_one(queue))
+        with ThreadPoolExecutor(len(queues)) as threads:
+            return dict(sorted(pair for pairs in threads.map(one_by_one, queues.values()) for pair in pairs))
+
+
+def _started(env: TextEnv, seed: int) -> Answer:
+    observation = env.reset(seed)
+    if not observation:
+        raise ValueError("nothing to read at the start")
+    return Answer(observation)
+
+
+def _guarded(call: Callable[[int], Answer], i: int) -> Answer:
+    """Environments are other people's code: what they raise is their episode's end, not the run's."""
     try:
-        return env.reset(problem.facts["seed"])
-    except Exception:
-        return ""
-
-
-def _step(env: TextEnv, action: str) -> Answer:
-    try:
-        return env.step(action)
+        return call(i)
+    except NoWorkerError:
+        raise  # no episode can be played
+    except EpisodeOverError as error:
+        return Answer(str(error), done=True, reason=error.reason)
     except Exception as error:
-        # Environments are other people's code: what they raise is this episode's end, not the run's.
         return Answer(f"{type(error).__name__}: {error}"[:200], done=True, reason=RAISED)
 
 
@@ -221,7 +282,7 @@ def _facts(env: TextEnv) -> dict[str, float]:
         return {}
 
 
-def mean_facts(episodes: Sequence[Episode]) -> dict[str, float]:
+def mean_facts(episodes: Iterable[Counted]) -> dict[str, float]:
     """The mean of every number that environments counted, over the episodes that have it."""
     counted: dict[str, list[float]] = {}
     for episode in episodes:

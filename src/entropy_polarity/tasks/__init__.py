@@ -63,6 +63,13 @@ class Task(Protocol):
         """Judge a completion of each problem, in bounded time and memory, whatever text it is."""
         ...
 
+    def final_answers(self, answers: Sequence[tuple[Problem, str]]) -> list[str | None]:
+        """What a majority is counted over: the final answer of each completion, in one form for all that are equal.
+
+        None where there is none. As bounded as `scores`, and as blind to what is right.
+        """
+        ...
+
 
 def distinct_problems(task: "Task | Game", seed: int, split: Split, count: int) -> list[Problem]:
     """The first `count` different problems of a stream: repeats would make intervals look surer than they are.
@@ -85,20 +92,30 @@ def distinct_problems(task: "Task | Game", seed: int, split: Split, count: int) 
 
 
 def make_task(name: str, **settings: Any) -> "Task | Game":
-    """The task called `name`, with its settings: "countdown", "math", "math:PRESET", "gym:DATASET", or a game.
+    """The task called `name`, with its settings.
+
+    Names: "countdown", "math", "math:PRESET", "gym:DATASET", a game, "env" for an environment of one's own,
+    "textarena:GAME", "textworld:CHALLENGE".
 
     Raises ValueError for an unknown name or a wrong setting, ImportError where a task needs a package that is missing.
     """
     from entropy_polarity.tasks.countdown import Countdown
+    from entropy_polarity.tasks.environments import Environment
     from entropy_polarity.tasks.games import GAMES
     from entropy_polarity.tasks.gym import GymTask
     from entropy_polarity.tasks.math import MathTask
+    from entropy_polarity.tasks.textarena import TextArena
+    from entropy_polarity.tasks.textworld import TextWorld
 
     tasks: dict[str, Any] = {"countdown": Countdown, "gym": GymTask, "math": MathTask, **GAMES}
+    tasks |= {"env": Environment, "textarena": TextArena, "textworld": TextWorld}
+    members = {"gym": "dataset", "math": "preset", "textarena": "game", "textworld": "challenge"}
     family, _, member = str(name).partition(":")
-    if family not in tasks or (member and family not in ("gym", "math")):
-        raise unknown_name("task", name, [*tasks, "gym:DATASET", "math:PRESET"])
+    if family not in tasks or (member and family not in members):
+        raise unknown_name(
+            "task", name, [*tasks, *(f"{family}:{member.upper()}" for family, member in members.items())]
+        )
     if member:
-        settings = {"dataset" if family == "gym" else "preset": member} | settings
+        settings = {members[family]: member} | settings
     check_settings(f"task {name!r}", tasks[family], settings)
     return tasks[family](**settings)

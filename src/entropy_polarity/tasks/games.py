@@ -25,6 +25,14 @@ class Answer(NamedTuple):
     reason: str = ""
 
 
+class EpisodeOverError(Exception):
+    """Ends the episode of the environment that raises it, for a reason other than that it raised."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @runtime_checkable
 class TextEnv(Protocol):
     """One episode. Single use: `reset` once, then `step` until done."""
@@ -63,6 +71,16 @@ class Game(Protocol):
         ...
 
     def env(self) -> TextEnv: ...
+
+
+@runtime_checkable
+class InLanes(Game, Protocol):
+    """A game whose environments take time elsewhere: those of different lanes may be asked at the same time."""
+
+    @property
+    def lanes(self) -> int: ...
+
+    def env(self, lane: int = 0) -> TextEnv: ...
 
 
 @dataclass(frozen=True)

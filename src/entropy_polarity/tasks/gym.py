@@ -33,9 +33,9 @@ class GymTask:
     """A reasoning-gym data set: `dataset` by its name there, `config` as its own configuration names the settings.
 
     `composite` mixes several: config = {"datasets": [{"name": ..., "weight": ..., "config": {...}}, ...]}. What is
-    judged is the text in the last <answer> tags, or where there are none, all of it. The reward is the scorer's, from 0
-    to 1; judging one answer may take `seconds`. Raises ImportError without reasoning-gym, ValueError for a name or a
-    configuration that it does not take.
+    judged is the text in the last <answer> tags, or where there are none, all of it. The reward is the scorer's,
+    from 0 to 1; judging one answer may compute for `seconds`. Raises ImportError without reasoning-gym, ValueError
+    for a name or a configuration that it does not take.
     """
 
     dataset: str = ""
@@ -124,7 +124,8 @@ def _score(outcome: Outcome) -> Score:
 
 @functools.cache
 def _workers(function: str, seconds: float) -> Workers:
-    return Workers(f"{__name__}:{function}", seconds=seconds, count=1 if function != "judged" else None)
+    count = None if function == "judged" else 1
+    return Workers(f"{__name__}:{function}", seconds=seconds, count=count, clock="processor", preload="reasoning_gym")
 
 
 # What follows runs in workers.

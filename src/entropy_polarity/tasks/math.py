@@ -68,7 +68,7 @@ class MathTask:
     prompt_column, answer_column
                     where they are, "a.b" for nested ones; empty looks for the usual names. A prompt may be messages
     system          the system message, and before the problem where a tokenizer has no chat template
-    seconds         that grading one answer may take
+    seconds         of computing that grading one answer may take, however busy the machine is
     tools           names of tasks/tools.py: what the policy may call while it is trained; none unless asked for
 
     Raises ImportError without math-verify, ValueError or OSError for data that is not there or not of that form.
@@ -272,7 +272,7 @@ def _cell(row: dict[str, Any], column: str, data: str) -> Any:
 
 @functools.cache
 def _workers(seconds: float) -> Workers:
-    return Workers(f"{__name__}:work", seconds=seconds)
+    return Workers(f"{__name__}:work", seconds=seconds, clock="processor", preload="math_verify")
 
 
 # What follows runs in workers.

@@ -1,8 +1,8 @@
 """A function of untrusted text, called in processes that can be killed: bounded time and memory, and nothing left over.
 
 A library's own time limit is an alarm, which works in the main thread alone and cannot interrupt a long multiplication.
-Here the parent watches the clock: a worker that does not answer in time is killed and replaced, and the call that it
-was busy with has a failure instead of a value. Arguments and values travel as JSON: nothing of a worker is unpickled.
+Here the parent watches: a worker that does not answer in time is killed and replaced, and the call that it was busy
+with has a failure instead of a value. Arguments and values travel as JSON: nothing of a worker is unpickled.
 """
 
 import importlib
@@ -19,17 +19,30 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 START_SECONDS = 120.0  # for the imports of a worker
 GRACE_SECONDS = 1.0  # between the worker's own alarm and its end
+PATIENCE = 20  # times the limit of processor time: on a machine this busy a call waits for its turn, and is not late
 TIMED_OUT, OUT_OF_MEMORY, DIED = "timed out", "out of memory", "worker died"
 _READY = {"ready": True}
+_TIMERS = {"wall": (signal.ITIMER_REAL, signal.SIGALRM), "processor": (signal.ITIMER_PROF, signal.SIGPROF)}
 _NEEDED = {"PATH", "LD_LIBRARY_PATH"}  # to start an interpreter at all
 
 
 class NoWorkerError(RuntimeError):
     """No process can make the call, whatever its arguments: the machine or the installation is at fault."""
+
+
+class _Terms(NamedTuple):
+    """What a process is for, and what a call in it may take."""
+
+    function: str
+    seconds: float
+    memory_bytes: int
+    clock: Literal["wall", "processor"]
+    preload: str
+    isolated: bool
 
 
 class Outcome(NamedTuple):
@@ -46,12 +59,14 @@ class Workers:
     ...     workers.map([(1, 2), (1, "a")])
     [Outcome(value=3, failure=''), Outcome(value=None, failure='TypeError')]
 
-    A call may take `seconds` and a process `memory_bytes` of address space; what takes more is ended, and so is every
-    process that it started. Failures: "timed out", "out of memory", "worker died", or the name of the exception.
-    Processes start at the first call and end with `close`, with the object or with this process, even when it is
-    killed. They import the function, and the module `preload`, before the clock of a call runs; what this process can
-    import, they can. `isolated` ones get nothing else of this process's environment, where keys to services may be.
-    `map` may be called from any thread. Raises ValueError for limits that are not positive; the first call raises
+    A call may take `seconds` and a process `memory_bytes` of address space; what takes more is ended, and so is
+    every process that it started. `clock` "wall" is for what may sleep or wait; with "processor" only the call's
+    own computing counts (and 20 times as long by the wall), so that its outcome does not depend on how busy the
+    machine is. Failures: "timed out", "out of memory", "worker died", or the name of the exception. Processes start
+    at the first call and end with `close`, with the object or with this process, even when it is killed. They
+    import the function, and the module `preload`, before the clock of a call runs; what this process can import,
+    they can. `isolated` ones get nothing else of this process's environment, where keys to services may be. `map`
+    may be called from any thread. Raises ValueError for limits that are not positive; the first call raises
     NoWorkerError, with the reason, where no worker can import these.
     """
 
@@ -62,6 +77,7 @@ class Workers:
         seconds: float = 5.0,
         memory_bytes: int = 4 << 30,
         count: int | None = None,
+        clock: Literal["wall", "processor"] = "wall",
         preload: str = "",
         isolated: bool = False,
     ) -> None:
@@ -70,10 +86,10 @@ class Workers:
             raise ValueError(
                 f"Workers: seconds={seconds}, memory_bytes={memory_bytes}, count={count}; expected positive numbers"
             )
-        self.function, self.seconds, self.memory_bytes, self.count = function, seconds, memory_bytes, count
+        self.count = count
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for _ in range(count):
-            self._idle.put(_Worker(function, seconds, memory_bytes, preload, isolated))
+            self._idle.put(_Worker(_Terms(function, seconds, memory_bytes, clock, preload, isolated)))
 
     def map(self, calls: Sequence[Sequence[Any]]) -> list[Outcome]:
         """The outcome of every call, in order."""
@@ -112,15 +128,15 @@ class Workers:
 class _Worker:
     """One process, started when it is needed and after it was ended."""
 
-    def __init__(self, function: str, seconds: float, memory_bytes: int, preload: str, isolated: bool) -> None:
-        self.function, self.seconds, self.memory_bytes, self.preload = function, seconds, memory_bytes, preload
-        self.isolated = isolated
+    def __init__(self, terms: _Terms) -> None:
+        self.terms = terms
         self.process: subprocess.Popen[bytes] | None = None
 
     def call(self, arguments: Sequence[Any]) -> Outcome:
         process = self.process or self._start()
         assert process.stdin is not None
-        deadline = monotonic() + self.seconds + GRACE_SECONDS
+        patience = PATIENCE if self.terms.clock == "processor" else 1
+        deadline = monotonic() + patience * self.terms.seconds + GRACE_SECONDS
         try:
             # A worker reads a whole line before it computes, so that this never waits for a reader that is stuck.
             process.stdin.write(json.dumps(list(arguments)).encode() + b"\n")
@@ -134,13 +150,12 @@ class _Worker:
         return Outcome(**json.loads(answer))
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        arguments = [self.function, str(self.seconds), str(self.memory_bytes), self.preload]
         path = os.pathsep.join(entry for entry in sys.path if entry)
         # -I would leave out the path and the order of sets too.
-        flags = ["-P", "-s"] if self.isolated else []
-        inherited = {name: value for name, value in os.environ.items() if not self.isolated or name in _NEEDED}
+        flags = ["-P", "-s"] if self.terms.isolated else []
+        inherited = {name: value for name, value in os.environ.items() if not self.terms.isolated or name in _NEEDED}
         process = subprocess.Popen(
-            [sys.executable, *flags, "-m", "entropy_polarity.tasks.workers", *arguments],
+            [sys.executable, *flags, "-m", "entropy_polarity.tasks.workers", json.dumps(self.terms)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -154,7 +169,7 @@ class _Worker:
         if not hello or json.loads(hello) != _READY:
             self.end()
             why = json.loads(hello)["failure"] if hello else "it did not start"
-            raise NoWorkerError(f"no worker can call {self.function}: {why}")
+            raise NoWorkerError(f"no worker can call {self.terms.function}: {why}")
         return process
 
     def end(self) -> int | None:
@@ -193,7 +208,7 @@ def _read_line(process: "subprocess.Popen[bytes]", deadline: float) -> bytes | N
     return line
 
 
-def _serve(name: str, seconds: float, memory_bytes: int, preload: str) -> None:
+def _serve(terms: _Terms) -> None:
     """The loop of a worker: a line of arguments in, a line of outcome out, until the parent is gone."""
     calls, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
@@ -204,25 +219,26 @@ def _serve(name: str, seconds: float, memory_bytes: int, preload: str) -> None:
         answers.flush()
 
     try:
-        module, _, attribute = name.partition(":")
+        module, _, attribute = terms.function.partition(":")
         function = getattr(importlib.import_module(module), attribute)
-        if preload:
-            importlib.import_module(preload)
+        if terms.preload:
+            importlib.import_module(terms.preload)
     except Exception as error:
         answer(failure=f"{type(error).__name__}: {error}")
         return
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_AS, (terms.memory_bytes, terms.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGALRM, _alarm)
+    timer, alarm = _TIMERS[terms.clock]
+    signal.signal(alarm, _alarm)
     answer(**_READY)
     for line in calls:
-        answer(**_outcome(function, json.loads(line), seconds)._asdict())
+        answer(**_outcome(function, json.loads(line), terms.seconds, timer)._asdict())
 
 
-def _outcome(function: Callable[..., Any], arguments: list[Any], seconds: float) -> Outcome:
+def _outcome(function: Callable[..., Any], arguments: list[Any], seconds: float, timer: int) -> Outcome:
     _limit_cpu(seconds)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(timer, seconds)
         value = function(*arguments)
         json.dumps(value)
         return Outcome(value)
@@ -233,7 +249,7 @@ def _outcome(function: Callable[..., Any], arguments: list[Any], seconds: float)
     except Exception as error:
         return Outcome(None, type(error).__name__)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(timer, 0)
 
 
 def _limit_cpu(seconds: float) -> None:
@@ -253,4 +269,4 @@ def _alarm(number: int, frame: Any) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    _serve(_Terms(*json.loads(sys.argv[1])))

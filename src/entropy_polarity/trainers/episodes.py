@@ -37,16 +37,13 @@ class Episodes:
             "episode": episodes,
         }
 
-    def __call__(
-        self, completions: list[str], problem: list[int], episode: list[Episode], log_metric: Callable, **_: Any
-    ) -> list[float]:
+    def __call__(self, completions: list[str], episode: list[Episode], log_metric: Callable, **_: Any) -> list[float]:
         ends = Counter(played.reason for played in episode)
         for reason in self.game.reasons:
             log_metric(f"verdict/{reason.replace(' ', '_')}", ends[reason] / len(episode))
         for name, value in mean_facts(episode).items():
             log_metric(f"episode/{name}", value)
         self.judged = [
-            Judged(self.problems[number].prompt, text, played.reason)
-            for number, text, played in zip(problem, completions, episode, strict=True)
+            Judged(played.observation, text, played.reason) for text, played in zip(completions, episode, strict=True)
         ]
         return [played.reward for played in episode]
