@@ -49,7 +49,8 @@ def train(
     Args:
         recipe: name of a recipe that comes with the package, or path of a .toml file
         output: the run directory; must not hold a run yet (default: runs/<recipe>-<method>-<seed>)
-        task: countdown, math:PRESET, gym:DATASET or math (with --set task.data=FILE), in place of the recipe's
+        task: in place of the recipe's: countdown, math:PRESET, gym:DATASET, guess, keydoor, textarena:GAME,
+            textworld:CHALLENGE, math (with --set task.data=FILE) or env (with --set task.factory=MODULE:CLASS)
         method: a name of `papo methods`
         max_steps: optimiser steps
         seed: seed of prompts, sampling and training

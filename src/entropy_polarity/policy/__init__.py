@@ -16,7 +16,9 @@ def resolve_model(model: str) -> str:
         return str(files("entropy_polarity.policy") / "weights" / _WEIGHTS[model])
     path = Path(model)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{model} holds no model: config.json is missing")
+        adapter = (path / "adapter_config.json").is_file()
+        how = "an adapter alone: merge it into its model and save that" if adapter else "config.json is missing"
+        raise FileNotFoundError(f"{model} holds no model: {how}")
     looks_like_a_path = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
     if looks_like_a_path and not path.expanduser().is_dir():
         raise FileNotFoundError(f"no model at {model}: give a folder with config.json, or {EMBEDDED!r}")

@@ -3,19 +3,19 @@
 The players are good enough that reinforcement finds rewards, and uncertain enough that there is entropy to lose.
 """
 
+import functools
 import random
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from entropy_polarity._errors import unknown_name
-from entropy_polarity.policy.tokenizer import WORD
+from entropy_polarity.tasks import Problem
 from entropy_polarity.tasks.countdown import Countdown
 from entropy_polarity.tasks.games import Game, Guess, GuessEnv, KeyDoor, KeyDoorEnv, TextEnv
 from entropy_polarity.tasks.gym import GymTask
 
 FRESH = 10_000  # problems of one seed of a data set
-LOOKED_AT = 500  # problems whose words become tokens
+READ_AGAIN = 30_000
 
 
 class Part(NamedTuple):
@@ -26,14 +26,10 @@ class Part(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The demonstrations of a task: number `index` of the stream `seed`, and how many make a batch.
-
-    `words` are those whose letters would only make its texts longer.
-    """
+    """The demonstrations of a task: number `index` of the stream `seed`, and how many make a batch."""
 
     parts: Callable[[int, int], list[Part]]
     batch_size: int
-    words: tuple[str, ...] = ()
 
 
 def countdown(numbers: tuple[int, ...]) -> Source:
@@ -48,17 +44,18 @@ def countdown(numbers: tuple[int, ...]) -> Source:
 
 
 def answered(task: GymTask) -> Source:
-    """Problems of a data set with the answer that comes with them."""
+    """Problems of a data set with the answer that comes with them, the same `READ_AGAIN` of them again and again."""
+
+    @functools.cache  # a data set takes its time to make one
+    def problem(seed: int, index: int) -> Problem:
+        # Seeds that no run has; one seed of a data set is soon read through.
+        return task.problem(1_000_000 * (seed + 1) + index // FRESH, index, "train")
 
     def parts(seed: int, index: int) -> list[Part]:
-        # One seed of a data set is soon read through, and those of runs are small numbers.
-        stream = 1_000_000 * (seed + 1) + index // FRESH
-        problem = task.problem(stream, index, "train")
-        return [Part(problem.prompt, False), Part(problem.facts["answer"], True)]
+        shown = problem(seed, index % READ_AGAIN)
+        return [Part(shown.prompt, False), Part(shown.facts["answer"], True)]
 
-    texts = (part.text for index in range(LOOKED_AT) for part in parts(0, index))
-    words = sorted({word for text in texts for word in re.findall(WORD, text)})
-    return Source(parts, 128, tuple(words))
+    return Source(parts, 128)
 
 
 def episodes(game: Game, player: Callable[[TextEnv, random.Random], str], batch_size: int) -> Source:

@@ -4,7 +4,7 @@ The policy should have room on both sides: good enough that reinforcement finds 
 there is entropy to lose. A few hundred steps on imperfect demonstrations give exactly that.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from entropy_polarity.policy.demonstrations import Source, sources_of
-from entropy_polarity.policy.tokenizer import LENGTHS, character_tokenizer
+from entropy_polarity.policy.tokenizer import CHARACTERS, LENGTHS, character_tokenizer, phrase_tokenizer
+
+LOOKED_AT = 500  # demonstrations from which phrases are learned
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,14 @@ def new_policy(settings: PretrainSettings, tokenizer: Any) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
+def _tokenizer(family: str, sources: Sequence[Source]) -> Any:
+    if family in CHARACTERS:
+        return character_tokenizer(family)
+    return phrase_tokenizer(
+        part.text for source in sources for index in range(LOOKED_AT) for part in source.parts(0, index)
+    )
+
+
 def _batch(source: Source, tokenizer, seed: int, start: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (B, T) of what was said, <eos> after each part of the player, and labels of those parts alone."""
     rows, labels = [], []
@@ -82,8 +92,7 @@ def pretrain(settings: PretrainSettings, output: Path, progress: Callable[[int, 
     `progress(step, loss)` is called after each step.
     """
     sources = sources_of(settings.task, settings.numbers, settings.config)
-    words = sorted({word for source in sources for word in source.words})
-    tokenizer: Any = character_tokenizer(settings.family, words)
+    tokenizer = _tokenizer(settings.family, sources)
     model = new_policy(settings, tokenizer)
     read = [0] * len(sources)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)

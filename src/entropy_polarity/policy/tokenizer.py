@@ -1,26 +1,42 @@
-"""One token a character, or a known word: a plain `tokenizers` file that AutoTokenizer loads."""
+"""The embedded policies' tokenizers: plain `tokenizers` files that AutoTokenizer loads."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-WORD = "[A-Za-z]{2,}"
-PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))
-CHARACTERS = {"countdown": "0123456789 =:+-*()", "games": "0123456789-:<>\n.AKBDudlr", "gym": PRINTABLE}
+SPECIAL = [PAD, EOS, UNKNOWN]
+CHARACTERS = {"countdown": "0123456789 =:+-*()", "games": "0123456789-:<>\n.AKBDudlr"}
 LENGTHS = {"countdown": 64, "games": 640, "gym": 512}  # the longest text in tokens
+PRINTABLE = ["\n", *map(chr, range(32, 127))]
+ALONE = r"[0-9+\-*/()=]"  # arithmetic is done digit by digit
+VOCABULARY = 1024
 
 
-def character_tokenizer(task: str = "countdown", words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """A tokenizer over the characters of "countdown", "games" or "gym"; anything else becomes <unk>.
-
-    A word of `words`, letters alone, is one token; the letters of other words become <unk>.
-    """
-    vocabulary = {token: index for index, token in enumerate([PAD, EOS, UNKNOWN, *CHARACTERS[task], *words])}
+def character_tokenizer(task: str = "countdown") -> PreTrainedTokenizerFast:
+    """A token for each character of "countdown" or "games"; anything else becomes <unk>."""
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *CHARACTERS[task]])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    pieces = rf"{WORD}|[\s\S]" if words else r"[\s\S]"
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), behavior="isolated")  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")  # type: ignore[assignment]
+    return _loadable(tokenizer, LENGTHS[task])
+
+
+def phrase_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Byte-pair merges learned from `texts`: what all problems of a data set say becomes a few tokens.
+
+    Digits and operators stand alone, every printable ASCII character is known; anything else becomes <unk>.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(ALONE), behavior="isolated")  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=PRINTABLE, min_frequency=20, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _loadable(tokenizer, LENGTHS["gym"])
+
+
+def _loadable(tokenizer: Tokenizer, longest: int) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -29,5 +45,5 @@ def character_tokenizer(task: str = "countdown", words: Sequence[str] = ()) -> P
         unk_token=UNKNOWN,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        model_max_length=LENGTHS[task],
+        model_max_length=longest,
     )

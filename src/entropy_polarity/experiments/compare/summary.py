@@ -164,7 +164,9 @@ def _against(method: dict[int, Facts], baseline: dict[int, Facts]) -> dict[str, 
         **differences,
         "reward_area": {"difference": _round(float(area.mean())), "t": _t(area)},
         "reach": _reach(pairs),
-        "counted": {name: _counted_difference(pairs, name) for name in _counted([run for pair in pairs for run in pair])},
+        "counted": {
+            name: _counted_difference(pairs, name) for name in _counted([run for pair in pairs for run in pair])
+        },
     }
 
 
