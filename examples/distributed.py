@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from entropy_polarity.experiments.train import checked, load_policy, prompts_of, quiet_trainer
+from entropy_polarity.experiments.train import checked, load_policy, prompts_of, quiet, quiet_trainer
 from entropy_polarity.recipe import load_recipe
 
 
@@ -23,11 +23,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the recipe")
     arguments = parser.parse_args()
 
+    quiet()
     recipe = load_recipe(arguments.recipe, arguments.set)
     task, config = checked(recipe, arguments.output)
     model, tokenizer = load_policy(recipe.policy.model)
     trainer = quiet_trainer(model, tokenizer, config, *prompts_of(task, tokenizer, config, recipe.seed))
-    checkpoints = Path(config.output_dir)
+    checkpoints = Path(str(config.output_dir))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     trainer.save_model(str(arguments.output / "policy"))
 

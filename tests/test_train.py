@@ -1,5 +1,6 @@
 """A run from a recipe: what it leaves behind, and that stopping it anywhere loses nothing but the tail."""
 
+import json
 import os
 import random
 import signal
@@ -247,3 +248,23 @@ def test_a_wheel_in_an_empty_environment_trains_in_an_empty_directory(tmp_path):
     subprocess.run(train_command, cwd=empty, check=True, env=clean)
     (run,) = (empty / "runs").iterdir()
     assert Run.read(run).summary["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_recipe_trains_in_two_processes_and_goes_on(tmp_path):
+    script = Path(__file__).parents[1] / "examples/distributed.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--master-port=29579", "--nproc-per-node=2"]
+    small = [f for o in (*SMALL, "trainer.use_cpu=true", "trainer.ddp_backend=gloo") for f in ("--set", o)]
+    for steps in ("2", "4"):
+        more = [*small, "--set", f"trainer.max_steps={steps}"]
+        done = subprocess.run(
+            [*launch, str(script), "countdown", "--output", str(tmp_path / "run"), *more], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    checkpoint = last_checkpoint(tmp_path / "run")
+    assert checkpoint.name == "checkpoint-4"
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 4], "the second start went on"
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run/policy").state_dict()
+    kept = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    assert all((final[name] == weight).all() for name, weight in kept.items())
