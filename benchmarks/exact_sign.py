@@ -1,12 +1,13 @@
 """How well PAPO holds the entropy on its path, by where its signs are from: the second table of exact_sign.toml."""
 
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
 from blocks import markdown
 
-from entropy_polarity.evaluate import t_interval
 from entropy_polarity.phase.core import entropy_path
+from entropy_polarity.statistics.intervals import t_interval
 
 
 def control(document: dict[str, Any]) -> str:
@@ -20,7 +21,7 @@ def control(document: dict[str, Any]) -> str:
     for label, by_seed in off.items():
         found = np.array(list(by_seed.values()))
         paired = np.array([by_seed[seed] - base[seed] for seed in by_seed])
-        interval = "" if by_seed is base else _shown(paired)
+        interval = "" if by_seed is base else shown(paired)
         rows.append([label, f"{found.mean():.4f} ± {found.std(ddof=1):.4f}", interval])
     return markdown(["method", "mean distance from the path, nats", "against papo"], rows)
 
@@ -32,6 +33,6 @@ def _off_path(run: dict[str, Any]) -> float:
     return float(np.mean([abs(value - wanted(k, entropy[0])) for k, value in enumerate(entropy)]))
 
 
-def _shown(paired: np.ndarray) -> str:
-    interval = t_interval(paired)
-    return f"{interval.value:+.4f} t [{interval.low:+.4f}, {interval.high:+.4f}]"
+def shown(paired: np.ndarray, digits: int = 4) -> str:
+    value, low, high = (f"{x:+.{digits}f}" for x in astuple(t_interval(paired)))
+    return f"{value} t [{low}, {high}]"

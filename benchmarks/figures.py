@@ -27,7 +27,7 @@ Draw = Callable[[dict[str, Any]], go.Figure]
 PICTURES: dict[str, tuple[str, Draw]] = {
     "audit": ("audit", lambda document: audit_charts(document)[0].figure),
     "exact": ("audit-held", lambda document: audit_charts(document)[1].figure),
-    "asymmetry": ("audit", lambda document: family_chart(document["asymmetry"]["map"]).figure),
+    "asymmetry": ("audit", lambda document: family_chart(document["asymmetry"]["map"], document["vocabulary"]).figure),
     "ablation": ("ablation", lambda document: comparison_charts(document)[0].figure),
     "ablation-entropy": ("ablation", lambda document: comparison_charts(document)[3].figure),
 }

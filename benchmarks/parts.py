@@ -2,14 +2,15 @@
 
     OMP_NUM_THREADS=1 python benchmarks/parts.py --output benchmarks/results/parts.json
 
-Two formulas, each restricted to a part of the parameters. -<g, G>, the gradients of mean entropy and loss: restricted
-to the embeddings, which the head shares, it is the local formula with a state-similarity factor (the inner product of
-two states' last hidden states stands between their gradients in the logits); restricted to the norms it is one with a
-layer-norm factor. And <ḡ, δ>, the forecast of `Forecaster`. Both are compared with what came, on the states that were
-trained on.
+Two formulas, each restricted to a part of the parameters: -<g, G>, the gradients of mean entropy and loss, and
+<ḡ, δ>, the forecast of `Forecaster`. Both are compared with what came, on the states that were trained on. The
+embeddings are tied to the head: their part is the local formula with a state-similarity factor (the inner product of
+two states' last hidden states stands between their gradients in the logits), and what embeds the input, and the cross
+terms of the two. `--from FILE` summarises the updates of a former result again.
 """
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,11 +22,11 @@ from blocks import markdown
 from torch import nn
 
 from entropy_polarity.agreement import agreement
-from entropy_polarity.exact import Parameters, entropy_gradient
+from entropy_polarity.exact import entropy_gradient
 from entropy_polarity.experiments.audit import audit_recipe
 from entropy_polarity.experiments.results import provenance, write_document
 from entropy_polarity.experiments.train import checked, load_policy, prompts_of, quiet, quiet_trainer, trainer_config
-from entropy_polarity.forecast import EVERY, MEMORY, SHARE, dot, followed, moving, spaced
+from entropy_polarity.forecast import Forecaster, dot, followed, moving
 from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, with_flags
 from entropy_polarity.trainers.auditing import UpdateForecaster
 from entropy_polarity.trainers.trl_exact import joined
@@ -51,8 +52,7 @@ class Parts(UpdateForecaster):
 
     def __init__(self) -> None:
         super().__init__(share=1.0)  # all sequences: for what came
-        self.average: Parameters = {}
-        self.weight = 0.0
+        self.cheap = Forecaster()
         self.updates: list[dict[str, Any]] = []
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -60,10 +60,7 @@ class Parts(UpdateForecaster):
             return
         self.sequences, self._seen = joined(self._seen), []
         model, t = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.temperature
-        if len(self.updates) % EVERY == 0:
-            _, few = entropy_gradient(model, spaced(self.sequences, SHARE), temperature=t)
-            self.weight = MEMORY * self.weight + 1 - MEMORY
-            self.average = {n: MEMORY * self.average.get(n, 0.0) + (1 - MEMORY) * few[n] for n in few}
+        self.cheap.look(model, self.sequences, temperature=t)
         self.before, g = entropy_gradient(model, self.sequences, temperature=t)
         self.shared = {n: 0.0 if p.grad is None else -dot(g[n], p.grad) for n, p in moving(model)}
         self.step = self._open.enter_context(followed(model))
@@ -72,7 +69,7 @@ class Parts(UpdateForecaster):
         self._open.close()
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         after, _ = entropy_gradient(model, self.sequences, temperature=self.trainer.temperature)
-        forecast = {name: dot(self.average[name], self.step[name]) / self.weight for name in self.average}
+        forecast = {name: dot(part, self.step[name]) for name, part in self.cheap.slope.items()}
         told = {"shared": self.shared, "forecast": forecast}
         sums = {
             formula: {part: sum(v for n, v in values.items() if has(n)) for part, has in parts_of(model).items()}
@@ -123,10 +120,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--from", dest="finished", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
+    if arguments.finished:
+        document = json.loads(arguments.finished.read_text())
+        write_document(arguments.output, document | {"summary": summary(document["runs"])})
+        return
     quiet()
-    recipe = audit_recipe(DEFAULT_RECIPE, None, None, "grpo", arguments.steps, "adamw")
+    recipe = audit_recipe(DEFAULT_RECIPE, None, None, "grpo", arguments.steps)
     runs = []
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ablation
 import exact_sign
 import parts
 import regime
@@ -45,6 +46,8 @@ def page(text: str, folder: Path = RESULTS) -> str:
         compared = _read(folder / f"{name}.json")
         tables = comparison_tables(compared["summary"]) if compared else []
         blocks[name] = "\n\n".join(f"{t.title}\n\n{_markdown(t)}" for t in tables) or MISSING
+    parted = _read(folder / "ablation.json")
+    blocks["ablation:entropy"] = ablation.entropy(parted) if parted else MISSING
     signs = _read(folder / "exact-sign.json")
     blocks["exact-sign:control"] = exact_sign.control(signs) if signs else MISSING
     return filled(text, blocks, PAGE.name)
@@ -78,25 +81,35 @@ def _variants(found: dict[str, dict[str, Any]]) -> str:
 
 
 def _forecasts(found: dict[str, dict[str, Any]]) -> str:
-    """The forecast of each audit beside what costs nothing, on both sets of states."""
-    head = ["audit", "states", "forecast: Spearman", "forecast: signs", "the last change: signs", "momentum: signs"]
+    """The forecast of each audit beside the last change, on both sets of states."""
+    figures = {
+        "Spearman": "spearman",
+        "without the trend": "detrended_spearman",
+        "signs": "sign_agreement",
+        "error": "error",
+    }
+    names = ("forecast", "the last change")
+    head = ["audit", "states", *(f"{name}: {what}" for name in names for what in figures), "it falls"]
     return _by_states(
         head,
         found,
         lambda levels: [
-            levels["cheap"]["forecast"]["spearman"],
-            *(levels["cheap"][name]["sign_agreement"] for name in ("forecast", "the last change", "momentum")),
+            *(levels["cheap"][name][figure] for name in names for figure in figures.values()),
+            levels["cheap"]["falls"],
         ],
     )
 
 
 def _by_states(
-    head: list[str], found: dict[str, dict[str, Any]], figures: Callable[[dict[str, Any]], list[dict[str, float]]]
+    head: list[str], found: dict[str, dict[str, Any]], figures: Callable[[dict[str, Any]], list[Any]]
 ) -> str:
     rows = []
     for name, document in found.items():
         for states, levels in (("trained on", document), ("held out", document["held_out"])):
-            numbers = (f"{n['value']:.2f} [{n['low']:.2f}, {n['high']:.2f}]" for n in figures(levels))
+            numbers = (
+                f"{n:.2f}" if isinstance(n, float) else f"{n['value']:.2f} [{n['low']:.2f}, {n['high']:.2f}]"
+                for n in figures(levels)
+            )
             rows.append([AUDITS[name], states, *numbers])
     return markdown(head, rows)
 

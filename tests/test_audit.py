@@ -1,24 +1,21 @@
 """The audit: perfect where theory is exact, true to the trainer's own gradient, and without a trace in the run."""
 
-import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from small import SMALL
+from peft import LoraConfig, get_peft_model
 from test_exact import Table, batch, embedded, log_probs, tiny
 from test_trl import make_trainer
 
-from entropy_polarity.agreement import agreement, pearson, ranks, spearman
-from entropy_polarity.asymmetry import by_probability, family_sensitivity, threshold
+from entropy_polarity.agreement import agreement
 from entropy_polarity.audit import audited
 from entropy_polarity.exact import Sequences, entropy_gradient
-from entropy_polarity.experiments.audit import ON_POLICY, audit
+from entropy_polarity.experiments.audit import (
+    held_out_states,
+)
 from entropy_polarity.forecast import Forecaster, spaced
-from entropy_polarity.recipe import load_recipe
 from entropy_polarity.trainers.auditing import UpdateAuditor, UpdateForecaster
 from entropy_polarity.trainers.trl import PolarityTrainer
 
@@ -38,7 +35,7 @@ def pressures(sequences: Sequences, seed: int = 0) -> torch.Tensor:
     return torch.where(sequences.mask, draw, 0.0) / sequences.mask.sum()
 
 
-def test_in_a_table_the_local_formula_is_perfect():
+def test_in_a_table_of_states_visited_once_the_local_formula_is_perfect():
     """Every state has its own parameters: over updates the local prediction is the realised change, times η / N."""
     rate, table = 1e-5, Table()
     optimizer = torch.optim.SGD(table.parameters(), lr=rate)
@@ -59,6 +56,21 @@ def test_in_a_table_the_local_formula_is_perfect():
         assert a.shared == pytest.approx(a.local / mask.sum().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("lengths", [[6, 6], [6, 4, 3], [2, 5, 5, 3]])
+def test_in_a_table_each_token_counts_as_often_as_its_state_was_visited(lengths):
+    """η/N Σ m_s c T is the change of the mean over N states, m_s of which are one; -<g, G> is it without η."""
+    rate, table = 1e-6, Table()
+    optimizer = torch.optim.SGD(table.parameters(), lr=rate)
+    mask = torch.tensor([[0 < place < length for place in range(6)] for length in lengths])
+    ids = torch.randint(9, mask.shape, generator=torch.Generator().manual_seed(1))
+    found = one_update(table, Sequences(ids, mask), optimizer, pressures(Sequences(ids, mask)))
+    visits = mask.sum(0, keepdim=True).expand_as(mask)[mask]  # the rows of the table are positions
+    tokens, account = found.tokens, found.accounts["batch"]
+    expected = (visits * tokens.pressure * tokens.sensitivity).sum().item() / mask.sum().item()
+    assert account.shared == pytest.approx(expected, rel=1e-3)
+    assert account.realised == pytest.approx(rate * expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["sgd", "momentum", "adamw"])
 def test_each_level_knows_what_it_claims_to(kind):
     model, sequences, other = tiny(), batch(), batch(seed=3)
@@ -72,7 +84,6 @@ def test_each_level_knows_what_it_claims_to(kind):
     for seen in (first, second):
         for account in seen.accounts.values():
             assert account.exact == pytest.approx(account.realised, rel=0.02)  # the steps are small
-            assert sum(account.parts.values()) == pytest.approx(account.exact)
         tokens, account = seen.tokens, seen.accounts["batch"]
         assert account.local == pytest.approx((tokens.pressure * tokens.sensitivity).sum().item())
         exact = (tokens.pressure * tokens.exact_sensitivity).sum().item()
@@ -83,20 +94,38 @@ def test_each_level_knows_what_it_claims_to(kind):
         assert start.preconditioned == pytest.approx(1e-4 * start.shared)
     later = second.accounts["held_out"]
     assert (later.preconditioned == pytest.approx(later.exact, rel=1e-3)) == (kind == "sgd")
-    assert set(first.accounts["batch"].parts) == {
-        "model.embed_tokens",
-        "model.layers.0",
-        "model.layers.1",
-        "model.norm",
-    }
 
 
-def test_an_optimiser_that_is_not_known_leaves_its_level_out():
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.RMSprop(p, lr=1e-6), lambda p: torch.optim.SGD(p, lr=1e-6, maximize=True)]
+)
+def test_an_optimiser_that_is_not_known_leaves_its_level_out(make):
     model, sequences = tiny(), batch()
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-6)
-    found = one_update(model, sequences, optimizer, pressures(sequences)).accounts["batch"]
+    seen = one_update(model, sequences, make(model.parameters()), pressures(sequences))
+    found = seen.accounts["batch"]
     assert found.preconditioned is None
+    assert seen.momentum is None
     assert found.exact == pytest.approx(found.realised, rel=0.02)
+
+
+def test_the_state_of_the_optimiser_gets_no_entry():
+    model, sequences = tiny(), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    one_update(model, sequences, optimizer, pressures(sequences))
+    assert not optimizer.state
+
+
+def test_adapters_alone_are_audited():
+    model = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    sequences = batch()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    seen = one_update(model, sequences, optimizer, pressures(sequences), forecaster=Forecaster(1.0, 0.0))
+    account = seen.accounts["batch"]
+    assert account.exact == pytest.approx(account.realised, rel=0.02)
+    assert account.forecast == pytest.approx(account.exact)
+    assert account.shared == pytest.approx(
+        (seen.tokens.pressure * seen.tokens.exact_sensitivity).sum().item(), rel=1e-3
+    )
 
 
 def test_pressure_of_another_shape_is_refused():
@@ -146,10 +175,20 @@ def test_an_update_without_a_token_is_passed_over(tmp_path):
 
 
 def test_the_audit_leaves_no_trace_in_a_run(tmp_path):
+    """With held-out states as the command samples them."""
     plain, seen = (make_trainer(PolarityTrainer, tmp_path / name, max_steps=3) for name in ("plain", "seen"))
-    sequences = batch()
+    prompts = [row["prompt"] for row in seen.train_dataset.select(range(3))]
     found = []
-    UpdateAuditor(lambda step, audit: found.append(audit), lambda step: sequences).attach(seen)
+
+    def held_out(step):
+        modes = [module.training for module in seen.model.modules()]
+        states = held_out_states(seen.model, seen.processing_class, prompts, 6, 1.0, step)
+        assert [module.training for module in seen.model.modules()] == modes
+        return states
+
+    seen.model.model.norm.eval()  # one mode of its own
+    plain.model.model.norm.eval()
+    UpdateAuditor(lambda step, audit: found.append(audit), held_out).attach(seen)
     random = []
     for trainer in (plain, seen):
         torch.manual_seed(0)
@@ -231,6 +270,16 @@ def test_a_state_is_the_text_before_a_token_wherever_the_padding_is():
     assert seen.momentum == 0.5
 
 
+@pytest.mark.parametrize("first", [UpdateForecaster, lambda: UpdateAuditor(print)])
+def test_one_watches_the_losses_of_a_trainer(tmp_path, first):
+    trainer = make_trainer(PolarityTrainer, tmp_path, max_steps=1)
+    first().attach(trainer)
+    for second in (UpdateForecaster(), UpdateAuditor(print)):
+        with pytest.raises(ValueError, match="needs the trainer's on_loss, which is taken: attach one UpdateAuditor"):
+            second.attach(trainer)
+        assert second not in trainer.callback_handler.callbacks
+
+
 def test_the_forecaster_logs_every_update_and_leaves_no_trace(tmp_path):
     settings = {"max_steps": 4, "num_iterations": 2}
     plain, told, seen = (make_trainer(PolarityTrainer, tmp_path / n, **settings) for n in ("a", "b", "c"))
@@ -246,153 +295,3 @@ def test_the_forecaster_logs_every_update_and_leaves_no_trace(tmp_path):
     assert len(forecasts) == len(found) == 4
     assert np.corrcoef(forecasts, found)[0, 1] > 0.5
     assert not any("polarity/forecast_entropy_change" in row for row in plain.state.log_history)
-
-
-# ---- statistics ------------------------------------------------------------------------------------------
-
-
-def test_correlations_of_known_cases():
-    x, y = np.array([1.0, 2, 3, 4, 5]), np.array([2.0, 1, 4, 3, 5])
-    assert pearson(x, y) == pytest.approx(0.8)
-    assert spearman(x, np.exp(y)) == pytest.approx(0.8)
-    assert spearman(np.array([1.0, 2, 2, 3]), np.array([1.0, 3, 2, 4])) == pytest.approx(0.9486832980505138)
-    assert ranks(np.array([2.0, 2, 1])).tolist() == [1.5, 1.5, 0]
-    assert np.isnan(pearson(x, np.ones(5)))
-
-
-def test_intervals_cover_and_blocks_widen_them_where_updates_hang_together():
-    draw = np.random.default_rng(0)
-    hits = 0
-    for _ in range(100):
-        x = draw.normal(size=60)
-        y = 2 * x + draw.normal(size=60)
-        found = agreement([(x[:30], y[:30]), (x[30:], y[30:])], draws=200).slope
-        hits += found.low <= 2 <= found.high
-    assert hits >= 85
-    common = np.repeat(draw.normal(size=(2, 12)), 5, axis=1)  # every value five times in a row
-    single, blocks = (agreement([(common[0], common[1])], block=block, draws=500).pearson for block in (1, 5))
-    assert blocks.high - blocks.low > 1.5 * (single.high - single.low)
-
-
-def test_what_cannot_be_compared_is_refused():
-    for x, y in (([1.0, 2.0], [1.0, 2.0]), ([1.0, 2.0, 3.0], [1.0, 2.0]), ([1.0, 2.0, np.nan], [1.0, 2.0, 3.0])):
-        with pytest.raises(ValueError, match="expected as many of each"):
-            agreement([(np.array(x), np.array(y))])
-
-
-# ---- the asymmetry -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("actions", [2, 32, 5000])
-@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
-def test_the_threshold_parts_what_expands_from_what_contracts(actions, scale):
-    logits = scale * np.random.default_rng(actions).normal(size=actions)
-    p = np.exp(logits - np.logaddexp.reduce(logits))
-    entropy = -(p * np.log(p)).sum()
-    correction = (p**2 * (np.log(p) + entropy)).sum()
-    border = threshold(np.array(entropy), np.array(correction)).item()
-    assert correction >= 0
-    assert border >= np.exp(-entropy)
-    assert border * (np.log(border) + entropy) == pytest.approx(correction, rel=1e-9, abs=1e-15)
-    sensitivity = correction - p * (np.log(p) + entropy)
-    clear = np.abs(p / border - 1) > 1e-9
-    assert ((sensitivity > 0) == (p < border))[clear].all()
-
-
-def test_the_threshold_refuses_what_no_distribution_has():
-    with pytest.raises(ValueError, match=r"correction is -0\.1; C is never negative"):
-        threshold(np.array([1.0]), np.array([-0.1]))
-
-
-@pytest.mark.parametrize("tail", ["even", "zipf"])
-@pytest.mark.parametrize("vocabulary", [32, 5000])
-def test_a_family_has_the_sensitivity_of_its_members(tail, vocabulary):
-    for share, p in ((8, 0.05), (1.3, 0.4), (3, 0.9)):
-        ranks_ = np.arange(1, vocabulary)
-        r = (ranks_ <= round(share)) * 1.0 if tail == "even" else ranks_ ** float(-share)
-        q = np.append((1 - p) * r / r.sum(), p)
-        q = q[q > 0]
-        entropy = -(q * np.log(q)).sum()
-        expected = (q**2 * (np.log(q) + entropy)).sum() - p * (np.log(p) + entropy)
-        found = family_sensitivity(np.array([p]), np.array([entropy]), vocabulary, tail)
-        assert found[0] == pytest.approx(expected, rel=0.01, abs=1e-5)
-    high = family_sensitivity(np.array([0.5, 0.5]), np.array([0.1, 20.0]), vocabulary, tail)
-    assert np.isnan(high).all()
-    with pytest.raises(ValueError, match="tail='flat', vocabulary=32; expected even or zipf"):
-        family_sensitivity(np.array([0.5]), np.array([1.0]), 32, "flat")
-
-
-def test_deciles_share_out_all_of_the_flow():
-    draw = np.random.default_rng(0)
-    p, a, t = draw.uniform(size=1000), draw.normal(size=1000), draw.normal(size=1000)
-    a[:100] = 0
-    rows = by_probability(p, a, t, change=a * t)
-    assert len(rows) == 20
-    assert sum(row["share"] for row in rows) == pytest.approx(1)
-    assert sum(row["expansion"] + row["contraction"] for row in rows) == pytest.approx(1)
-    total = np.abs(a * t).sum()
-    for row in rows:
-        within = (p >= row["from"]) & (p <= row["to"]) & (np.sign(a) == (1 if row["advantage"] == "positive" else -1))
-        flow = (a * t)[within]
-        assert row["expansion"] == pytest.approx(flow[flow > 0].sum() / total, abs=2e-3)
-        assert row["change"] == pytest.approx(flow.mean(), abs=2e-2)
-    assert by_probability(p[:0], a[:0], t[:0])[0]["share"] == 0
-
-
-# ---- the command -------------------------------------------------------------------------------------------
-
-TINY = (*SMALL, "evaluation.problems=8", "trainer.max_completion_length=16")
-
-
-def test_an_audit_is_made_kept_and_read_again(tmp_path):
-    recipe = load_recipe("countdown", [*TINY, *ON_POLICY, "trainer.max_steps=4"], "grpo")
-    seen = []
-    document = audit(recipe, [0, 1], tmp_path, lambda *line: seen.append(line))
-    assert [line[:2] for line in seen] == [(seed, step) for seed in (0, 1) for step in range(1, 5)]
-    stored = json.loads((tmp_path / "audit.json").read_text())
-    for levels in (stored, stored["held_out"]):
-        assert set(levels["exact"]) == {"pearson", "spearman", "sign_agreement", "slope", "offset"}
-        explained = [levels["gap"][name] for name in list(levels["gap"])[1:]]
-        assert sum(explained) == pytest.approx(levels["gap"]["local leaves"])
-    page = (tmp_path / "audit.html").read_text()
-    assert "What closes the gap" in page
-    assert page.count("<h3>") == 5
-    again = []
-    kept = audit(recipe, [0, 1], tmp_path, lambda *line: again.append(line))
-    assert again == []
-    assert {k: v for k, v in kept.items() if k != "environment"} == {
-        k: v for k, v in document.items() if k != "environment"
-    }
-    with pytest.raises(ValueError, match="holds an audit of another recipe"):
-        audit(load_recipe("countdown", [*TINY, *ON_POLICY], "dapo"), [0], tmp_path)
-
-
-def test_the_command_prints_one_document(tmp_path):
-    flags = [f"--set={override}" for override in TINY]
-    command = [sys.executable, "-m", "entropy_polarity.cli", "audit", "--steps", "4", "--optimizer", "sgd", "--json"]
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path / "a"), *flags], capture_output=True, text=True, check=True
-    )
-    document = json.loads(done.stdout)
-    assert -1 <= document["exact"]["pearson"]["value"] <= 1
-    assert 0 <= document["local"]["spearman"]["high"] <= 1
-    assert "update 4/4" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [
-        (["--method", "grop"], "grop"),
-        (["--steps", "0"], "max_steps is 0"),
-        (["--steps", "2"], "2 updates, seeds [0]: an audit needs 3 updates"),
-        (["--model", "nowhere"], "cannot load a model from 'nowhere'"),
-        (["--optimizer", "lion"], "lion"),
-    ],
-)
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, flags, told):
-    command = [sys.executable, "-m", "entropy_polarity.cli", "audit", "--output", str(tmp_path / "a"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert told in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "a").exists()

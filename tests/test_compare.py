@@ -587,10 +587,17 @@ def test_an_ablation_takes_papo_from_the_recipe_and_its_parts_from_the_table(scr
     assert plan.methods["grpo"] == {"name": "grpo"}
     assert plan.set == ["trainer.max_steps=4"]
     assert plan.notes.keys() == plan.methods.keys() == ARMS.keys()
+    whole = ablation_plan("countdown", [0], ['method={name="papo", controller="balance"}'])
+    assert whole.methods["papo"] == {"name": "papo", "controller": "balance"}
+    assert whole.set == []
+    with pytest.raises(ValueError, match=r"method\.name is 'grpo': papo ablate takes PAPO apart"):
+        ablation_plan("countdown", [0], ["method.name=grpo"])
     for table in plan.methods.values():
         make_transform(table["name"], {key: value for key, value in table.items() if key != "name"})
     with pytest.raises(ValueError, match="did you mean 'level'"):
         compare(ablation_plan("countdown", [0], ["method.levl=0.3"]), tmp_path / "never")
+    with pytest.raises(ValueError, match=r"jobs is 0, and .*never is not there: nothing to summarise"):
+        compare(plan, tmp_path / "never", 0)
     assert not (tmp_path / "never").exists()
 
     scripted()

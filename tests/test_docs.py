@@ -116,7 +116,8 @@ def test_the_worked_example_is_the_code_and_the_readme_names_every_method():
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/performance.md", "docs/results.md", "docs/theory.md"]
+    "document",
+    ["README.md", "CONTRIBUTING.md", "docs/evaluation.md", "docs/performance.md", "docs/results.md", "docs/theory.md"],
 )
 def test_links_to_files_of_the_repository_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text()):

@@ -1,6 +1,7 @@
 """Exact polarity against the gradients it stands for, on real models."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 from entropy_polarity import token_stats
 from entropy_polarity.exact import Parameters, Sequences, entropy_gradient, exact_sensitivity
 from entropy_polarity.policy import resolve_model
+from entropy_polarity.trainers.trl_exact import exact_sensitivity_of
 
 VOCABULARY = 40
 SHAPE = {
@@ -334,3 +336,20 @@ def test_what_cannot_be_answered_is_one_line():
         exact_sensitivity(zero, batch(), derivative="difference")
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
         exact_sensitivity(model.requires_grad_(False), batch())
+
+
+def test_a_process_without_tokens_adds_zeros_of_the_type_that_the_others_add():
+    """16-bit parameters: gradients are summed in float32."""
+    model, added = tiny(dtype=torch.bfloat16), []
+
+    def reduce(value, how):
+        added.append(value.dtype)
+        return value + 1
+
+    accelerator = SimpleNamespace(num_processes=2, unwrap_model=lambda model: model, reduce=reduce)
+    trainer = SimpleNamespace(accelerator=accelerator, model=model, temperature=1.0)
+    ids, none = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool)
+    inputs = {f"{part}_{what}": ids for part in ("prompt", "completion") for what in ("ids", "mask")}
+    assert not exact_sensitivity_of(trainer, inputs, none).any()
+    assert set(added[1:]) == {torch.float32}
+    assert len(added) == 1 + len(list(model.parameters()))

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from entropy_polarity.evaluate import Estimate
+from entropy_polarity.statistics.intervals import Estimate
 
+Columns = tuple[Float[np.ndarray, " _"], ...]
 Pairs = tuple[Float[np.ndarray, " _"], Float[np.ndarray, " _"]]
 
 
@@ -32,10 +35,10 @@ def agreement(
 ) -> Agreement:
     """The agreement of x and y over all pairs of `runs`, each of which holds (x, y) of updates in order.
 
-    Updates of one run are no independent draws: the percentile intervals are those of a bootstrap that takes runs as
-    they are and, in each, blocks of `block` consecutive updates, around the end. Raises ValueError for fewer than three
-    updates, for x and y of different lengths, and for what is not finite.
-    Source: Politis and Romano, "A circular block-resampling procedure", 1992.
+    The intervals are those of `block_bootstrap`. Where all of the n signs agree, or none, every draw says the same: the
+    far bound is then the binomial one, (α/2)^(1/n) or 1 minus that, with α = 1 - level: it takes updates as independent
+    (Clopper and Pearson 1934). Raises ValueError for fewer than three updates, for x and y of different lengths, and
+    for what is not finite.
 
     >>> x = np.arange(10.0)
     >>> agreement([(x, 2 * x + 1)]).slope
@@ -48,67 +51,105 @@ def agreement(
                 f"agreement: {len(x)} predictions and {len(y)} outcomes; expected as many of each, at least "
                 "three, all finite"
             )
-    rng = np.random.default_rng(seed)
-    drawn = [[(x[p], y[p]) for x, y in runs for p in [_blocks(len(x), block, rng)]] for _ in range(draws)]
-    tail = (1 - level) / 2
-
-    def estimate(statistic: Callable[..., float]) -> Estimate:
-        values = [statistic(*_joined(sample)) for sample in drawn]
-        low, high = np.nanquantile(values, [tail, 1 - tail]) if not np.isnan(values).all() else (np.nan, np.nan)
-        return Estimate(statistic(*_joined(runs)), float(low), float(high))
-
-    return Agreement(*map(estimate, (pearson, spearman, sign_agreement, slope, offset)))
+    found = {
+        statistic.__name__: block_bootstrap(runs, statistic, block=block, draws=draws, level=level, seed=seed)
+        for statistic in (pearson, spearman, sign_agreement, slope, offset)
+    }
+    signs, far = found["sign_agreement"].value, ((1 - level) / 2) ** (1 / sum(len(x) for x, _ in runs))
+    if signs in (0.0, 1.0):
+        found["sign_agreement"] = Estimate(signs, *((far, 1.0) if signs else (0.0, 1 - far)))
+    return Agreement(**found)
 
 
-def pearson(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> float:
-    """Cov(x, y) / √(Var x Var y); NaN where one of them does not vary.
+def block_bootstrap(
+    runs: Sequence[Columns],
+    statistic: Callable[..., Any],
+    *,
+    block: int = 5,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """`statistic` of the columns of all runs joined, with a percentile interval that knows that updates hang together.
 
-    >>> round(pearson(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0])), 3)
+    Updates of one run are no independent draws: each draw takes runs as they are and, in each, blocks of `block`
+    consecutive updates, around the end. Draws in which the statistic is not defined are left out. The intervals are
+    short where updates hang together for longer than a block: in simulations of three runs of 40 updates with a lag-one
+    autocorrelation of 0, 0.5 and 0.8, those of a correlation at 95 % held the truth in 0.93, 0.90 and 0.81 of the cases
+    (longer blocks are no better, for runs as short as these).
+    Source: Politis and Romano, "A circular block-resampling procedure", 1992.
+    """
+    joined = [np.concatenate(column) for column in zip(*runs, strict=True)]
+    places = _draws(tuple(len(run[0]) for run in runs), block, draws, seed)
+    values, tail = statistic(*(column[places] for column in joined)), (1 - level) / 2
+    low, high = np.nanquantile(values, [tail, 1 - tail]) if not np.isnan(values).all() else (np.nan, np.nan)
+    return Estimate(float(statistic(*joined)), float(low), float(high))
+
+
+def detrended(values: Float[np.ndarray, " N"], degree: int = 3) -> Float[np.ndarray, " N"]:
+    """What a polynomial in the update's number leaves of the values: two curves that both fall agree without it.
+
+    >>> bool(np.abs(detrended(np.arange(8.0) ** 3)).max() < 1e-9)
+    True
+    """
+    number = np.linspace(-1, 1, len(values))
+    return values - np.polynomial.Polynomial.fit(number, values, degree)(number)
+
+
+def pearson(x: Float[np.ndarray, "*D N"], y: Float[np.ndarray, "*D N"]) -> Any:
+    """Cov(x, y) / √(Var x Var y); NaN where one of them does not vary. As all statistics here, one number a row.
+
+    >>> round(float(pearson(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0]))), 3)
     0.5
     """
-    dx, dy = x - x.mean(), y - y.mean()
-    size = np.sqrt((dx @ dx) * (dy @ dy))
-    return float(dx @ dy / size) if size > 0 else float("nan")
+    dx, dy = _centred(x), _centred(y)
+    return _over((dx * dy).sum(-1), np.sqrt((dx * dx).sum(-1) * (dy * dy).sum(-1)))
 
 
-def spearman(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> float:
+def spearman(x: Float[np.ndarray, "*D N"], y: Float[np.ndarray, "*D N"]) -> Any:
     """`pearson` of the ranks; equal values share the mean of theirs.
 
-    >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([1.0, 10.0, 100.0]))
+    >>> float(spearman(np.array([1.0, 2.0, 3.0]), np.array([1.0, 10.0, 100.0])))
     1.0
     """
     return pearson(ranks(x), ranks(y))
 
 
-def ranks(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+def ranks(values: Float[np.ndarray, "*D N"]) -> Float[np.ndarray, "*D N"]:
     """The place of each value in their order, from 0; equal values share the mean of theirs.
 
     >>> ranks(np.array([3.0, 1.0, 3.0]))
     array([1.5, 0. , 1.5])
     """
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts + 1) / 2)[inverse]
+    order, place = np.argsort(values, axis=-1), np.arange(values.shape[-1])
+    rising = np.take_along_axis(values, order, -1)
+    first = np.concatenate([np.ones_like(rising[..., :1], dtype=bool), rising[..., 1:] != rising[..., :-1]], axis=-1)
+    last = np.roll(first, -1, axis=-1)  # the next one is another value, or there is none
+    start = np.maximum.accumulate(np.where(first, place, 0), axis=-1)
+    end = np.minimum.accumulate(np.where(last, place, place[-1:])[..., ::-1], axis=-1)[..., ::-1]
+    found = np.empty(values.shape)
+    np.put_along_axis(found, order, (start + end) / 2, -1)
+    return found
 
 
-def sign_agreement(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> float:
+def sign_agreement(x: Float[np.ndarray, "*D N"], y: Float[np.ndarray, "*D N"]) -> Any:
     """The share of pairs with sign(x) = sign(y).
 
-    >>> sign_agreement(np.array([1.0, -1.0]), np.array([0.5, 0.5]))
+    >>> float(sign_agreement(np.array([1.0, -1.0]), np.array([0.5, 0.5])))
     0.5
     """
-    return float(np.mean(np.sign(x) == np.sign(y)))
+    return (np.sign(x) == np.sign(y)).mean(-1)
 
 
-def slope(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> float:
+def slope(x: Float[np.ndarray, "*D N"], y: Float[np.ndarray, "*D N"]) -> Any:
     """Cov(x, y) / Var x; NaN where x does not vary."""
-    dx = x - x.mean()
-    return float(dx @ (y - y.mean()) / (dx @ dx)) if dx @ dx > 0 else float("nan")
+    dx = _centred(x)
+    return _over((dx * _centred(y)).sum(-1), (dx * dx).sum(-1))
 
 
-def offset(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> float:
+def offset(x: Float[np.ndarray, "*D N"], y: Float[np.ndarray, "*D N"]) -> Any:
     """What the line leaves at x = 0: mean y - slope · mean x."""
-    return float(y.mean() - slope(x, y) * x.mean())
+    return y.mean(-1) - slope(x, y) * x.mean(-1)
 
 
 def average(values: Float[np.ndarray, " N"], momentum: float) -> Float[np.ndarray, " N"]:
@@ -136,9 +177,25 @@ def one_ahead(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> Float[n
     return said
 
 
-def _joined(runs: Sequence[Pairs]) -> Pairs:
-    x, y = zip(*runs, strict=True)
-    return np.concatenate(x), np.concatenate(y)
+def _centred(values: Float[np.ndarray, "*D N"]) -> Float[np.ndarray, "*D N"]:
+    return values - values.mean(-1, keepdims=True)
+
+
+def _over(part: Any, whole: Any) -> Any:
+    """part / whole, NaN where there is no whole."""
+    return part / np.where(whole > 0, whole, np.nan)
+
+
+@lru_cache(maxsize=8)
+def _draws(lengths: tuple[int, ...], block: int, draws: int, seed: int) -> Int[np.ndarray, "D N"]:
+    """The places, in all runs joined, that each draw takes."""
+    rng, before = np.random.default_rng(seed), np.cumsum([0, *lengths[:-1]])
+    return np.array(
+        [
+            np.concatenate([start + _blocks(n, block, rng) for start, n in zip(before, lengths, strict=True)])
+            for _ in range(draws)
+        ]
+    )
 
 
 def _blocks(length: int, block: int, rng: np.random.Generator) -> Int[np.ndarray, " N"]:

@@ -44,9 +44,10 @@ def by_probability(
     sensitivity: Float[np.ndarray, " N"],
     change: Float[np.ndarray, " N"] | None = None,
 ) -> list[dict[str, Any]]:
-    """What each decile of p_a does, by the sign of A: one row each, from the rarest tokens to the most probable.
+    """What each tenth of the tokens does, by the sign of A: one row each, from the rarest tokens to the most probable.
 
-    share         of all tokens
+    from, to      the lowest and the highest p_a of the tenth: it is one by rank, and many tokens may have p_a = 1
+    share         of all tokens with A ≠ 0
     contracting   share of the row's tokens with P = A T < 0
     expansion, contraction   the row's share of Σ|P| over all tokens, by the sign of P
     change        mean change of the row's own states where `change` is given, in nats
@@ -57,22 +58,20 @@ def by_probability(
     p, advantages, sensitivity = p[moved], advantages[moved], sensitivity[moved]
     polarity = advantages * sensitivity
     total, rows = np.abs(polarity).sum(), []
-    edges = np.quantile(p, np.linspace(0, 1, DECILES + 1)) if len(p) else np.zeros(DECILES + 1)
-    decile = np.clip(np.searchsorted(edges, p, side="right") - 1, 0, DECILES - 1)
-    for number in range(DECILES):
+    for tenth in np.array_split(np.argsort(p, kind="stable"), DECILES):
         for sign, name in ((1, "positive"), (-1, "negative")):
-            chosen = (decile == number) & (np.sign(advantages) == sign)
+            chosen = tenth[np.sign(advantages[tenth]) == sign]
             part = polarity[chosen]
             row = {
-                "from": float(edges[number]),
-                "to": float(edges[number + 1]),
+                "from": float(p[tenth[0]]) if len(tenth) else 0.0,
+                "to": float(p[tenth[-1]]) if len(tenth) else 0.0,
                 "advantage": name,
-                "share": _ratio(chosen.sum(), len(p)),
-                "contracting": _ratio((part < 0).sum(), chosen.sum()),
+                "share": _ratio(len(chosen), len(p)),
+                "contracting": _ratio((part < 0).sum(), len(chosen)),
                 "expansion": _ratio(part[part > 0].sum(), total),
                 "contraction": _ratio(abs(part[part < 0].sum()), total),
             }
-            rows.append(row | ({} if change is None else {"change": _ratio(change[moved][chosen].sum(), chosen.sum())}))
+            rows.append(row | ({} if change is None else {"change": _ratio(change[moved][chosen].sum(), len(chosen))}))
     return rows
 
 
@@ -119,14 +118,18 @@ def _even(others: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _zipf(others: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same for r_i ∝ i^-s, s from so steep that one token is left to none."""
-    log_rank = np.log(np.arange(1, others + 1))
+    """The same for r_i ∝ i^-s, s from so steep that one token is left to none.
+
+    High ranks are taken in blocks, so narrow that i^-s is a straight line in them: a long vocabulary costs no more.
+    """
+    edges = np.unique(np.geomspace(1, others + 1, 4000).astype(int))
+    count, log_rank = np.diff(edges), np.log((edges[1:] + edges[:-1] - 1) / 2)
     points = []
-    for s in np.concatenate([np.geomspace(40, 1e-3, 300), [0.0]]):
+    for s in np.concatenate([np.geomspace(40, 1e-3, 1500), [0.0]]):
         log_r = -s * log_rank
-        log_r -= np.logaddexp.reduce(log_r)
+        log_r -= np.log(count @ np.exp(log_r))
         r = np.exp(log_r)
-        points.append((-(r @ log_r), r @ r, (r * r) @ log_r))
+        points.append((-((count * r) @ log_r), (count * r) @ r, (count * r * r) @ log_r))
     curve, square, square_log = np.array(points).T
     return curve, square, square_log
 

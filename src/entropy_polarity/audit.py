@@ -1,7 +1,8 @@
 """The audit of an update: what was foretold of the mean entropy, and what came.
 
-An optimiser step moves the parameters by δ, with G the gradient of the loss that it was given. Accounts of what δ does
-to the mean entropy over some states, each of which leaves out less than the one before:
+An optimiser step moves the parameters by δ, with G the gradient of the loss that it was given: clipped, where a trainer
+clips. Accounts of what δ does to the mean entropy over N states, each of which leaves out less than the one
+before:
 
     local            Σ_t c_t T_t             every state on its own; c_t is w A_t times the token's share of the loss
     shared           -<g, G>                 all tokens move the same parameters
@@ -9,15 +10,17 @@ to the mean entropy over some states, each of which leaves out less than the one
     exact            <g, δ>                  the step that was made
     realised         H(θ + δ) - H(θ)         to all orders
 
-g is the gradient of that mean at θ. The first two are per unit of step size, the others in nats. And a forecast that is
-cheap enough for every update of a training:
+g is the gradient of that mean at θ. The first two are per unit of step size, the others in nats. Where no parameter is
+shared, and each of the N states was visited once, η / N times the local sum is the change of the mean; of a state that
+was visited m times each term counts m times (a step on it moves all m of its places in the mean).
+
+And a forecast that is cheap enough for every update of a training:
 
     forecast         <ḡ, δ>                  the step that was made, ḡ from a few sequences an update: forecast.py
 
 Source: ours; the local formula is the paper's polarity (arXiv 2605.11775) as polarity.py has it.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -35,7 +38,7 @@ from entropy_polarity.exact import (
     exact_sensitivity,
     sequence_stats,
 )
-from entropy_polarity.forecast import Forecaster, dot, followed, inner, moving
+from entropy_polarity.forecast import Forecaster, followed, inner, moving
 
 LEVELS = ("local", "shared", "preconditioned", "exact")
 
@@ -43,7 +46,7 @@ LEVELS = ("local", "shared", "preconditioned", "exact")
 @dataclass(frozen=True)
 class Account:
     """One update seen on one set of states: the levels above. `entropy` is their mean entropy before it, in nats;
-    `parts` splits `exact` by part of the model; `preconditioned` is None for an optimiser that is not known here."""
+    `preconditioned` is None for an optimiser that is not known here."""
 
     entropy: float
     local: float
@@ -52,7 +55,6 @@ class Account:
     exact: float
     forecast: float | None
     realised: float
-    parts: dict[str, float]
 
 
 class TokenAccount(NamedTuple):
@@ -134,7 +136,6 @@ def audited(
             exact=inner(g, step),
             forecast=None if forecast is None else forecast.change,
             realised=_mean(now.entropy, states[name]) - entropy,
-            parts=_by_part(g, step),
         )
     change = after.entropy - before.entropy
     columns = (
@@ -169,26 +170,19 @@ def _mean(entropy: Float[Tensor, "B S"], states: Sequences) -> float:
     return (entropy.double().sum() / states.mask.sum()).item()
 
 
-def _by_part(a: Parameters, b: Parameters) -> dict[str, float]:
-    """The inner product, split by layer, embedding, norm and head: by the name up to its first number."""
-    parts: dict[str, float] = {}
-    for name in a:
-        layer = re.match(r".*?\.\d+(?=\.)", name)
-        part = layer[0] if layer else name.rsplit(".", 1)[0]
-        parts[part] = parts.get(part, 0.0) + dot(a[name], b[name])
-    return parts
-
-
 def _momentum(optimizer: Any) -> float | None:
-    plain = _plain(optimizer)
-    if type(plain) not in _METRICS:
+    plain = _known(optimizer)
+    if plain is None:
         return None
     group = plain.param_groups[0]
     return float(group["betas"][0] if "betas" in group else group["momentum"])
 
 
-def _plain(optimizer: Any) -> Any:
-    return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+def _known(optimizer: Any) -> Any:
+    """The optimiser itself, None unless it is one of `_METRICS` that goes down."""
+    plain = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    known = type(plain) in _METRICS and not any(group.get("maximize") for group in plain.param_groups)
+    return plain if known else None
 
 
 def _without_momentum(optimizer: Any, model: nn.Module) -> Parameters | None:
@@ -196,15 +190,14 @@ def _without_momentum(optimizer: Any, model: nn.Module) -> Parameters | None:
 
     SGD: M = 1. Adam and AdamW: M = 1 / (√v̂ + ε), with v̂ of this step.
     """
-    plain = _plain(optimizer)
-    rule = _METRICS.get(type(plain))
-    if rule is None:
+    plain = _known(optimizer)
+    if plain is None:
         return None
-    steps = {}
+    rule, steps = _METRICS[type(plain)], {}
     for group in plain.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
-                steps[parameter] = rule(parameter, group, plain.state[parameter])
+                steps[parameter] = rule(parameter, group, plain.state.get(parameter, {}))
     return {
         name: steps[parameter] if parameter in steps else torch.zeros_like(parameter)
         for name, parameter in moving(model)

@@ -99,7 +99,7 @@ def exact_sensitivity(
     if not math.isfinite(length):
         raise ValueError("exact_sensitivity: the gradient of the entropy, or what the metric made of it, is not finite")
     where, error = (model, sequences, direction, temperature, chunk_bytes), None
-    with _evaluating(model):
+    with evaluating(model):
         if length == 0:  # nothing would move
             sensitivity = torch.zeros_like(sequences.mask, dtype=torch.float32)
         elif derivative == "forward" or (derivative == "auto" and not estimate_error and _has_forward_mode(*where)):
@@ -124,9 +124,9 @@ def entropy_gradient(
     if torch.is_inference_mode_enabled():
         raise ValueError("exact_sensitivity needs gradients, and inference_mode forbids them; use no_grad around it")
     parameters, count = _trainable(model), states.mask.sum()
-    gradient = {name: torch.zeros_like(p, dtype=_wide(p.dtype)) for name, p in parameters.items()}
+    gradient = {name: torch.zeros_like(p, dtype=wide(p.dtype)) for name, p in parameters.items()}
     total = 0.0
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for rows in _chunks(model, states, chunk_bytes):
             logits, tokens, mask = _predictions(model, model, states, rows)
             stats = token_stats(logits, tokens, temperature=temperature, mask=mask, entropy_grad=True)
@@ -147,7 +147,7 @@ def sequence_stats(
     Everything else as in `exact_sensitivity`.
     """
     _check_sequences(sequences)
-    with _evaluating(model):
+    with evaluating(model):
         return _statistics(model, sequences, temperature, chunk_bytes)
 
 
@@ -194,7 +194,7 @@ def _forward_mode(
             logits, tokens, mask = _predictions(
                 model, lambda **inputs: torch.func.functional_call(model, moved, kwargs=inputs), sequences, rows
             )
-            tempered = logits.to(_wide(logits.dtype)) / temperature
+            tempered = logits.to(wide(logits.dtype)) / temperature
             chosen = tempered.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
             return torch.where(mask, chosen, 0.0)
 
@@ -253,13 +253,14 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums over parameters of that type are kept in: float32 or more."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _norm(parameters: dict[str, Any]) -> float:
     """Of all parameters as one vector."""
-    norms = (torch.linalg.vector_norm(p.detach(), dtype=_wide(p.dtype)).item() for p in parameters.values())
+    norms = (torch.linalg.vector_norm(p.detach(), dtype=wide(p.dtype)).item() for p in parameters.values())
     return math.sqrt(sum(norm**2 for norm in norms))
 
 
@@ -280,7 +281,7 @@ def _shifted(model: nn.Module, direction: Parameters, size: float) -> Iterator[N
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout and without autocast; every module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -56,6 +56,16 @@ class Forecaster:
         self, model: nn.Module, sequences: Sequences, *, temperature: float = 1.0, chunk_bytes: int = CHUNK_BYTES
     ) -> Iterator[Forecast]:
         """Forecast the optimiser step inside the block. Raises ValueError where `entropy_gradient` does."""
+        self.look(model, sequences, temperature=temperature, chunk_bytes=chunk_bytes)
+        forecast = Forecast()
+        with followed(model) as step:
+            yield forecast
+        forecast.change = inner(self._average, step) / self._weight
+
+    def look(
+        self, model: nn.Module, sequences: Sequences, *, temperature: float = 1.0, chunk_bytes: int = CHUNK_BYTES
+    ) -> None:
+        """Take an update's sequences into ḡ, where it is the turn of one: what `foretold` does first."""
         if self._updates % self.every == 0:
             few = spaced(sequences, self.share)
             _, g = entropy_gradient(model, few, temperature=temperature, chunk_bytes=chunk_bytes)
@@ -64,10 +74,11 @@ class Forecaster:
                 old = self._average.get(name)
                 self._average[name] = part * (1 - self.memory) if old is None else old.lerp(part, 1 - self.memory)
         self._updates += 1
-        forecast = Forecast()
-        with followed(model) as step:
-            yield forecast
-        forecast.change = inner(self._average, step) / self._weight
+
+    @property
+    def slope(self) -> Parameters:
+        """ḡ."""
+        return {name: part / self._weight for name, part in self._average.items()}
 
 
 def spaced(sequences: Sequences, share: float) -> Sequences:

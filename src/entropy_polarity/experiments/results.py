@@ -1,6 +1,7 @@
 """Result files: one JSON document an experiment, with where and with what it was made."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,21 @@ def provenance() -> dict[str, Any]:
 
 def write_document(path: Path, document: dict[str, Any]) -> None:
     """Indented JSON, but each list of numbers on one line; in one move, so that a kill leaves no half."""
-    text = json.dumps(document, indent=1)
+    text = json.dumps(without_nan(document), indent=1, allow_nan=False)
     text = re.sub(r"\[\n[^\[\]{}\"]*\]", lambda numbers: re.sub(r"\s+", "", numbers[0]), text)
     draft = path.with_name(f"{path.name}.part")
     draft.write_text(text + "\n")
     draft.replace(path)
+
+
+def without_nan(document: Any) -> Any:
+    """The document with null for NaN and infinities, which JSON does not have.
+
+    >>> without_nan({"a": [1.0, float("nan")]})
+    {'a': [1.0, None]}
+    """
+    if isinstance(document, dict):
+        return {key: without_nan(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [without_nan(value) for value in document]
+    return None if isinstance(document, float) and not math.isfinite(document) else document

@@ -10,7 +10,7 @@ from entropy_polarity.asymmetry import family_sensitivity
 from entropy_polarity.report.html import Chart, blank_figure, short
 
 VOCABULARIES, TAILS = (32, 1024, 32768, 151936), {"even": "others even", "zipf": "others Zipf"}
-_CELLS, _HIGHEST = 45, 6.0  # a side of each map; nats
+_CELLS, _HIGHEST = 45, 6.0  # a side of each map; nats, or as high as the tokens go
 _BOUND = 0.4  # nats: what is beyond has the last colour
 _INK, _GREEN = "#1d2129", "#1b7837"
 
@@ -25,16 +25,18 @@ def map_chart(cells: dict[str, Any]) -> Chart:
     )
 
 
-def family_chart(cells: dict[str, Any] | None = None) -> Chart:
-    """T for families of distributions, with `cells`, the measured tokens of a run, on the smallest vocabulary."""
-    density = "" if cells is None else " Green: where the tokens of the run lie, on the smallest vocabulary's map."
+def family_chart(cells: dict[str, Any] | None = None, vocabulary: int | None = None) -> Chart:
+    """T for families of distributions, with `cells`, the measured tokens of a run, on the map whose vocabulary is the
+    nearest to `vocabulary`: by default, that of the embedded policies, the smallest."""
+    column = int(np.argmin(np.abs(np.log(np.array(VOCABULARIES) / (vocabulary or VOCABULARIES[0])))))
+    density = f" Green: where the tokens of the run lie, on the map of V = {VOCABULARIES[column]:,}."
     return Chart(
         "What reinforcing a token does, for any vocabulary",
         "Colour: T in nats, blue where reinforcing the token expands the entropy, red where it contracts, by its "
         "probability and the entropy of its state. Above, all other tokens that are there are equally likely; below, "
         "they follow Zipf's law; no such state exists where there is no colour. The line is p = e^-H: where the "
-        f"colour turns right of it, C has moved the threshold p*.{density}",
-        _families(cells),
+        f"colour turns right of it, C has moved the threshold p*.{'' if cells is None else density}",
+        _families(cells, column),
     )
 
 
@@ -61,7 +63,7 @@ def _map(cells: dict[str, Any]) -> go.Figure:
     return figure
 
 
-def _families(cells: dict[str, Any] | None) -> go.Figure:
+def _families(cells: dict[str, Any] | None, own: int) -> go.Figure:
     figure = make_subplots(
         rows=len(TAILS),
         cols=len(VOCABULARIES),
@@ -75,7 +77,8 @@ def _families(cells: dict[str, Any] | None) -> go.Figure:
     layout = blank_figure(height=520).layout
     figure.update_layout(layout, margin={"t": 30, "l": 60, "r": 60}, hovermode="closest", showlegend=False)
     p = (np.arange(_CELLS) + 0.5) / _CELLS
-    entropy = p * _HIGHEST
+    highest = _HIGHEST if cells is None else max(_HIGHEST, cells["entropy"][-1])
+    entropy = p * highest
     for row, tail in enumerate(TAILS, start=1):
         for column, size in enumerate(VOCABULARIES, start=1):
             sensitivity = family_sensitivity(*np.meshgrid(p, entropy), vocabulary=size, tail=tail)
@@ -92,7 +95,7 @@ def _families(cells: dict[str, Any] | None) -> go.Figure:
                 row=row,
                 col=column,
             )
-            figure.add_scatter(**_border(_HIGHEST), row=row, col=column)
+            figure.add_scatter(**_border(highest), row=row, col=column)
         if cells is not None:
             p_run, entropy_run, count = _measured(cells)
             figure.add_contour(
@@ -104,11 +107,11 @@ def _families(cells: dict[str, Any] | None) -> go.Figure:
                 showscale=False,
                 hoverinfo="skip",
                 row=row,
-                col=1,
+                col=own + 1,
             )
     figure.update_xaxes(title="p", row=len(TAILS), range=[0, 1])
     figure.update_yaxes(title="H, nats", col=1)
-    figure.update_yaxes(range=[0, _HIGHEST])
+    figure.update_yaxes(range=[0, highest])
     return figure
 
 

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from entropy_polarity.report.asymmetry import family_chart, map_chart
-from entropy_polarity.report.audit_tables import audit_tables
+from entropy_polarity.report.audit_tables import audit_tables, probability
 from entropy_polarity.report.html import Chart, blank_figure, render, short
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6b4c9a")
@@ -47,7 +47,7 @@ def audit_charts(document: dict[str, Any]) -> list[Chart]:
             _sums(document["runs"]),
         ),
         map_chart(document["asymmetry"]["map"]),
-        family_chart(document["asymmetry"]["map"]),
+        family_chart(document["asymmetry"]["map"], document["vocabulary"]),
         Chart(
             "Who expands, who contracts",
             "The share of Σ|P| of each tenth of the tokens, from the rarest to the most probable: above zero "
@@ -101,7 +101,7 @@ def _deciles(rows: list[dict[str, Any]]) -> go.Figure:
     figure = blank_figure(height=320)
     for sign, pattern in (("positive", ""), ("negative", "/")):
         chosen = [row for row in rows if row["advantage"] == sign]
-        labels = [f"{row['from']:.2g} to {row['to']:.2g}" for row in chosen]
+        labels = [f"{probability(row['from'])} to {probability(row['to'])}" for row in chosen]
         word = "reinforced" if sign == "positive" else "discouraged"
         for part, colour, way in (("expansion", _EXPAND, 1), ("contraction", _CONTRACT, -1)):
             figure.add_bar(

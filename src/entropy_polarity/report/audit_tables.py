@@ -13,13 +13,22 @@ _LEVELS = {
 _STATES = {"batch": "on the states that were trained on", "held_out": "on held-out states"}
 
 
+_INTERVALS = "in brackets 95 % block-bootstrap intervals, which are short where updates hang together for long"
+_DETRENDED = "Spearman of what a cubic in the update's number leaves of both: curves that only fall together have none."
+_MISSING = "-"  # not known of this audit
+
+
 def audit_tables(document: dict[str, Any]) -> list[TextTable]:
-    """The levels on both sets of states, what closes the gap, the tokens, and what each decile of p_a does."""
+    """The levels on both sets of states, what each explains, the forecasts, the tokens, and what each tenth does."""
+    constants = document["constants"]
     return [
         *(_levels(_of(document, states), f"Predicted and realised change, {text}") for states, text in _STATES.items()),
-        *(_cheap(_of(document, states)["cheap"], f"Forecasts, {text}") for states, text in _STATES.items()),
-        _gap(document),
-        _tokens(document["tokens"]),
+        *(_cheap(_of(document, states)["cheap"], f"Forecasts, {text}", constants) for states, text in _STATES.items()),
+        *(
+            _explained(_of(document, states)["explained"], f"r² of each level, {text}")
+            for states, text in _STATES.items()
+        ),
+        _tokens(document["tokens"], constants),
         _threshold(document["asymmetry"]),
         _by_probability(document["asymmetry"]),
     ]
@@ -37,95 +46,110 @@ def _levels(levels: dict[str, Any], title: str) -> TextTable:
             "its own; all tokens move the same parameters; along the step that the optimiser's learning rate and "
             "metric make of the gradient; along the step that was made, momentum and decay included.",
         ),
-        Column(
-            "Pearson", "Correlation with the realised change over updates; in brackets 95 % block-bootstrap intervals."
-        ),
+        Column("Pearson", f"Correlation with the realised change over updates; {_INTERVALS}."),
         Column("Spearman", "The same of ranks."),
+        Column("without the trend", _DETRENDED),
         Column("signs", "Share of updates whose predicted and realised change have one sign."),
         Column("slope", "Of the line that predicts best; nats per unit of the prediction. 1 is best for the last two."),
         Column("offset", "What that line adds to every update, in nats."),
     ]
+    figures = ("pearson", "spearman", "detrended_spearman", "sign_agreement", "slope", "offset")
     rows = [
-        [text, *(_estimate(levels[name][key]) for key in ("pearson", "spearman", "sign_agreement", "slope", "offset"))]
+        [text, *(_estimate(levels[name][figure]) for figure in figures)]
         for name, text in _LEVELS.items()
         if levels[name] is not None
     ]
     return TextTable(title, columns, rows)
 
 
-def _cheap(cheap: dict[str, Any], title: str) -> TextTable:
+def _cheap(cheap: dict[str, Any], title: str, constants: dict[str, Any]) -> TextTable:
+    part, every, first = round(1 / constants["share"]), constants["every"], constants["first"]
     columns = [
-        Column("what foretells", "Of the change of the mean entropy by one update, with what a training has at hand."),
+        Column(
+            "what foretells",
+            "Of the change of the mean entropy by one update, with what a training has at hand; the first update of a "
+            "run, before which nothing has come, is left out.",
+        ),
         Column(
             "costs",
             "Local and momentum are made of what the training pass gives anyway. Momentum is the local prediction, "
-            "averaged over updates as the optimiser averages its gradients. The forecast is <ḡ, δθ>, ḡ from a "
-            "sixteenth of the sequences of every second update, averaged. The last change is that of the update "
-            "before: it needs no polarity, but a measurement.",
+            f"averaged over updates as the optimiser averages its gradients. The forecast is <ḡ, δθ>, ḡ from 1/{part} "
+            f"of the sequences of every {every}. update, averaged. The last change is that of the update before, the "
+            "mean so far that of all before: they need no polarity, but a measurement.",
         ),
-        Column(
-            "Spearman", "Correlation of ranks with the realised change; in brackets 95 % block-bootstrap intervals."
-        ),
+        Column("Spearman", f"Correlation of ranks with the realised change; {_INTERVALS}."),
+        Column("without the trend", _DETRENDED),
         Column("signs", "Share of updates whose forecast and realised change have one sign."),
         Column(
-            "signs, fitted",
-            "The same of the line κ x + b that is fitted to the updates before, from the sixth update of a run on.",
+            "error",
+            f"Of what is in nats: the mean absolute error over the mean size of a change, after the first {first} "
+            "updates of a run.",
         ),
-        Column("error, fitted", "Of that line: the mean absolute error, over the mean size of a change."),
+        Column("signs, fitted", "Of the line κ x + b that is fitted to the updates before, on the same updates."),
+        Column("error, fitted", "The error of that line."),
     ]
-    costs = {"forecast": "a backward pass over 1/32", "the last change": "a measurement"}
-    rows = [
-        [
-            name,
-            costs.get(name, "nothing"),
-            _estimate(found["spearman"]),
-            _estimate(found["sign_agreement"]),
-            *(
-                (_estimate(found["fitted"]["sign_agreement"]), f"{found['fitted']['error']:.2f}")
-                if found["fitted"]
-                else ("too few updates", "")
-            ),
+    costs = {"forecast": f"a backward pass over 1/{part * every}", "local": "nothing", "momentum": "nothing"}
+    rows = []
+    for name, found in cheap.items():
+        if name == "falls":
+            continue
+        figures = [_estimate(found[key]) for key in ("spearman", "detrended_spearman", "sign_agreement")]
+        fitted = found["fitted"] or {"sign_agreement": None, "error": None}
+        errors = [
+            _estimate(found["error"]) if name not in ("local", "momentum") else "",
+            *(_estimate(fitted[key]) for key in ("sign_agreement", "error")),
         ]
-        for name, found in cheap.items()
-        if name != "falls"
+        rows.append([name, costs.get(name, "a measurement"), *figures, *errors])
+    return TextTable(title, columns, [*rows, ['"it falls"', "nothing", "", "", f"{cheap['falls']:.3g}", "", "", ""]])
+
+
+def _explained(explained: dict[str, Any], title: str) -> TextTable:
+    difference = (
+        "r² minus that of the row above. Each r² is of one prediction alone, so that this is no share of the variance, "
+        "depends on the order of the rows, and can be below 0."
+    )
+    columns = [
+        Column("prediction", "As above."),
+        Column("r²", f"Squared correlation with the realised change; {_INTERVALS}."),
+        Column("difference", difference),
+        Column("r² without the trend", "The same of what a cubic in the update's number leaves of both."),
+        Column("difference without the trend", difference),
     ]
-    rows.append(['"it falls"', "nothing", "", f"{cheap['falls']:.3g}", "", ""])
+    figures = ("r2", "difference", "detrended_r2", "detrended_difference")
+    rows = [
+        [_LEVELS[name], *("" if i == 0 and "difference" in key else _estimate(found[key]) for key in figures)]
+        for i, (name, found) in enumerate(explained.items())
+    ]
     return TextTable(title, columns, rows)
 
 
-def _gap(document: dict[str, Any]) -> TextTable:
-    columns = [
-        Column(
-            "what the local formula leaves out", "Each row adds one thing; a level's r² is the square of its Pearson."
-        ),
-        *(
-            Column(text, "By how much r² rises with it: a share of the variance of the realised change over updates.")
-            for text in _STATES.values()
-        ),
-    ]
-    gaps = [_of(document, states)["gap"] for states in _STATES]
-    return TextTable(
-        "What closes the gap", columns, [[name, *(f"{gap[name]:+.3f}" for gap in gaps)] for name in gaps[0]]
-    )
-
-
-def _tokens(tokens: dict[str, float | None]) -> TextTable:
+def _tokens(tokens: dict[str, float | None], constants: dict[str, Any]) -> TextTable:
     columns = [
         Column("token by token", "Means over updates, each over the tokens of one update."),
         Column("Spearman", "Correlation of ranks."),
-        Column("signs", "Share of tokens with one sign."),
+        Column("signs", "Share with one sign."),
+        Column("falls", 'Share whose change is negative: what "it falls" has right.'),
+        Column("signs, by |P|", "The same share, each counted by |P|: as much as it presses."),
+        Column("falls, by |P|", 'What "it falls" has right of that.'),
     ]
     pairs = {
         "local": "P and the change of its own state",
-        "state": "Σ c T of a state that was visited 8 times or more, and its change",
+        "state": f"Σ c T of a state that was visited {constants['visits']} times or more, and its change",
         "sensitivity": "T and exact T*, on the mean entropy",
     }
-    rows = [
-        [text, f"{tokens[f'{name}_spearman']:.3f}", f"{tokens[f'{name}_sign_agreement']:.3f}"]
-        for name, text in pairs.items()
-        if tokens[f"{name}_spearman"] is not None
-    ]
+    figures = ("spearman", "sign_agreement", "falls", "weighted_sign_agreement", "weighted_falls")
+    rows = []
+    for name, text in pairs.items():
+        if tokens[f"{name}_spearman"] is None:
+            continue
+        none = "" if name == "sensitivity" else _MISSING
+        cells = {figure: tokens.get(f"{name}_{figure}") for figure in figures}
+        rows.append([text, *(_share(value, none if "falls" in key else _MISSING) for key, value in cells.items())])
     return TextTable("Tokens", columns, rows)
+
+
+def _share(value: float | None, none: str) -> str:
+    return none if value is None else f"{value:.3f}"
 
 
 def _threshold(asymmetry: dict[str, Any]) -> TextTable:
@@ -147,9 +171,11 @@ def _threshold(asymmetry: dict[str, Any]) -> TextTable:
 
 def _by_probability(asymmetry: dict[str, Any]) -> TextTable:
     columns = [
-        Column("p", "Probability of the sampled token: a tenth of all tokens with A ≠ 0 in each range."),
+        Column(
+            "p", "Probability of the sampled token, lowest and highest: a tenth of all tokens with A ≠ 0 in each range."
+        ),
         Column("A", "Sign of the advantage: + is reinforced."),
-        Column("tokens", "Share of all tokens."),
+        Column("tokens", "Share of all tokens with A ≠ 0."),
         Column("contract", "Share of these tokens whose polarity P is negative."),
         Column("expansion", "Their share of Σ|P| over all tokens where P > 0."),
         Column("contraction", "Their share of Σ|P| over all tokens where P < 0."),
@@ -157,7 +183,7 @@ def _by_probability(asymmetry: dict[str, Any]) -> TextTable:
     ]
     rows = [
         [
-            f"{row['from']:.3g} to {row['to']:.3g}",
+            f"{probability(row['from'])} to {probability(row['to'])}",
             "+" if row["advantage"] == "positive" else "-",
             *(f"{row[name]:.1%}" for name in ("share", "contracting", "expansion", "contraction")),
             f"{row['change']:+.5f}",
@@ -167,6 +193,13 @@ def _by_probability(asymmetry: dict[str, Any]) -> TextTable:
     return TextTable("Who expands, who contracts", columns, rows)
 
 
-def _estimate(estimate: dict[str, float]) -> str:
-    value, low, high = (f"{estimate[key]:.3g}" for key in ("value", "low", "high"))
+def probability(p: float) -> str:
+    """Near 1 by what is missing."""
+    return f"1 - {1 - p:.1g}" if 0.99 < p < 1 else f"{p:.3g}"
+
+
+def _estimate(estimate: dict[str, float | None] | None) -> str:
+    if estimate is None or estimate["value"] is None:
+        return _MISSING
+    value, low, high = (_MISSING if (x := estimate[key]) is None else f"{x:.3g}" for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"

@@ -33,9 +33,7 @@ class UpdateAuditor(TrainerCallback):
         self._audit: Audit | None = None
 
     def attach(self, trainer: PolarityTrainer) -> None:
-        if trainer.accelerator.num_processes > 1:
-            raise ValueError("the audit looks at one process; this run has several")
-        self.trainer = trainer
+        self.trainer = _alone(trainer, "the audit")
         trainer.add_callback(self)
         trainer.on_loss = self._collect
 
@@ -89,9 +87,7 @@ class UpdateForecaster(TrainerCallback):
         self._forecast: Forecast | None = None
 
     def attach(self, trainer: PolarityTrainer) -> None:
-        if trainer.accelerator.num_processes > 1:
-            raise ValueError("the forecast looks at one process; this run has several")
-        self.trainer = trainer
+        self.trainer = _alone(trainer, "the forecast")
         trainer.add_callback(self)
         trainer.on_loss = self._collect
 
@@ -112,3 +108,15 @@ class UpdateForecaster(TrainerCallback):
             self._open.close()
             self.trainer._metrics["train"]["polarity/forecast_entropy_change"].append(self._forecast.change)
             self._forecast = None
+
+
+def _alone(trainer: PolarityTrainer, who: str) -> PolarityTrainer:
+    """The trainer, if nobody else watches its losses. Raises ValueError."""
+    if trainer.accelerator.num_processes > 1:
+        raise ValueError(f"{who} looks at one process; this run has several")
+    if trainer.on_loss is not None:
+        raise ValueError(
+            f"{who} needs the trainer's on_loss, which is taken: attach one UpdateAuditor, which forecasts as well, or "
+            "one UpdateForecaster"
+        )
+    return trainer

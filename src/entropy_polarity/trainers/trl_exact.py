@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from entropy_polarity.exact import Sequences, entropy_gradient, exact_sensitivity
+from entropy_polarity.exact import Sequences, entropy_gradient, exact_sensitivity, wide
+from entropy_polarity.forecast import moving
 
 if TYPE_CHECKING:
     from entropy_polarity.trainers.trl import PolarityTrainer
@@ -43,7 +44,7 @@ def exact_sensitivity_of(
     if own > 0:
         entropy, g = entropy_gradient(model, sequences, temperature=temperature)
     else:
-        entropy, g = 0.0, {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
+        entropy, g = 0.0, {name: torch.zeros_like(p, dtype=wide(p.dtype)) for name, p in moving(model)}
     if trainer.accelerator.num_processes > 1:
         g = {name: _summed(trainer, part * (own / count)) for name, part in g.items()}
     if own == 0:
