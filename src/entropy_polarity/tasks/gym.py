@@ -5,6 +5,7 @@ answers judged in worker processes: a few data sets depend on the order of sets,
 some scorers evaluate the answer, which there is interpreted instead (tasks/careful.py).
 """
 
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -150,7 +151,7 @@ def item(spec: str, seed: int, index: int, split: Split) -> dict[str, Any] | Non
     dataset, rng = _dataset(spec, seed), random.Random(f"gym:{split}:{seed}:{index}")
     for _ in range(DRAWS):
         position = rng.randrange(SIZE)
-        entry = dataset[position]
+        entry = _entry(spec, seed, position)
         if _is_test(entry["question"]) == (split == "test"):
             return {"question": entry["question"], "answer": _text(entry["answer"]), "position": position}
     return None
@@ -158,8 +159,13 @@ def item(spec: str, seed: int, index: int, split: Split) -> dict[str, Any] | Non
 
 def judged(spec: str, seed: int, position: int, answer: str) -> float:
     """The data set's own verdict on an answer."""
-    dataset = _dataset(spec, seed)
-    return float(dataset.score_answer(answer=answer, entry=dataset[position]))
+    entry = copy.deepcopy(_entry(spec, seed, position))  # what a scorer does to it stays with this answer
+    return float(_dataset(spec, seed).score_answer(answer=answer, entry=entry))
+
+
+@functools.lru_cache(maxsize=1024)  # the answers of a group follow one another
+def _entry(spec: str, seed: int, position: int) -> dict[str, Any]:
+    return _dataset(spec, seed)[position]
 
 
 @functools.lru_cache(maxsize=8)
