@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE, THEORY = ROOT / "benchmarks/results", ROOT / "docs/results.md", ROOT / "docs/theory.md"
 MISSING = "Not measured yet."
 SEARCHES = ("search", "papo")
-COMPARISONS = ("screen", "comparison-3", "comparison-4", "ablation", "exact-sign")
+COMPARISONS = ("screen", "comparison-3", "comparison-4", "gym", "ablation", "exact-sign")
 # What an audit was varied in, by result file.
 AUDITS = {
     "audit": "AdamW, learning rate 1e-4",

@@ -51,10 +51,14 @@ SENTENCES = [
     ("rank correlation is {} (held out {}) there", "audit-sgd/local/spearman", "audit-sgd/held_out/local/spearman"),
     ("with a smaller learning rate ({}) and with a larger policy ({}) cannot be told from the {}",
      "audit-small/local/spearman", "audit-larger/local/spearman", "audit/local/spearman"),
-    ("the sign is right in {%} % of tokens", "audit/tokens/local_sign_agreement"),
-    ("rank correlation {}, sign right in {%} %",
-     "audit/tokens/state_spearman", "audit/tokens/state_sign_agreement"),
-    ("agree in sign on {%} % of the tokens", "audit/tokens/sensitivity_sign_agreement"),
+    ('the sign is right in {%} % of tokens, where "it falls", said of each, is right in {%} %; each token counted by |P|, '
+     "in {%} % against {%} %",
+     *(f"audit/tokens/local_{figure}" for figure in
+       ("sign_agreement", "falls", "weighted_sign_agreement", "weighted_falls"))),
+    ('rank correlation {}, sign right in {%} %, "it falls" in {%} %',
+     *(f"audit/tokens/state_{figure}" for figure in ("spearman", "sign_agreement", "falls"))),
+    ("agree in sign on {%} % of the tokens**, each counted alike, and on {%} % of what they press",
+     "audit/tokens/sensitivity_sign_agreement", "audit/tokens/sensitivity_weighted_sign_agreement"),
     ("its rank correlation is {} against {} and its error {} against {}, on held-out states {} against {} and {} "
      "against {}; with SGD {} against {} and {} against {}",
      *(f"audit-held/{states}cheap/{name}/{figure}" for states in ("", "held_out/")
