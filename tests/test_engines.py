@@ -189,9 +189,16 @@ def by_tiles(run, logits, tokens, on_logp, on_entropy, temperature=1.0, width=BL
 
 
 def _identity(run: Runs, logits: torch.Tensor, frozen: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states and a head whose product is exactly `logits`: eye(N), and so dL/dweight = (dL/dlogits).T."""
-    hidden = torch.eye(len(logits), device=run.device, requires_grad=True)
-    return hidden, logits.to(run.device).t().contiguous().requires_grad_(not frozen)
+    """Hidden states and a head whose product is exactly `logits`: eye(N), and so dL/dweight = (dL/dlogits).T.
+
+    Both are filled up with zeros to a width of 16: on some processors MKL's products of fewer columns add thousands of
+    terms in one float32, and lose four digits of it. No model is as narrow.
+    """
+    count = len(logits)
+    room = max(0, 16 - count)
+    hidden = torch.nn.functional.pad(torch.eye(count, device=run.device), (0, room)).requires_grad_()
+    weight = torch.nn.functional.pad(logits.to(run.device).t(), (0, room)).contiguous()
+    return hidden, weight.requires_grad_(not frozen)
 
 
 def by_recompute(run, logits, tokens, on_logp, on_entropy, temperature=1.0, tile_bytes=SMALL_TILES) -> Result:
@@ -207,7 +214,7 @@ def by_recompute(run, logits, tokens, on_logp, on_entropy, temperature=1.0, tile
         check=False,
     )
     (stats.logp * on_logp.to(hidden) + stats.entropy * on_entropy.to(hidden)).sum().backward()
-    return Result(stats, weight.grad.t(), hidden.grad)
+    return Result(stats, weight.grad.t()[: len(logits)], hidden.grad[:, : len(logits)])
 
 
 def by_callback(run, logits, tokens, on_logp, on_entropy, temperature=1.0) -> Result:
@@ -224,7 +231,7 @@ def by_callback(run, logits, tokens, on_logp, on_entropy, temperature=1.0) -> Re
         check=False,
     )
     (total * 2).backward()
-    return Result(stats, weight.grad.t(), hidden.grad)
+    return Result(stats, weight.grad.t()[: len(logits)], hidden.grad[:, : len(logits)])
 
 
 def by_frozen(run, logits, tokens, on_logp, on_entropy, temperature=1.0, tile_bytes=SMALL_TILES) -> Result:
@@ -240,7 +247,7 @@ def by_frozen(run, logits, tokens, on_logp, on_entropy, temperature=1.0, tile_by
         check=False,
     )
     (stats.logp * on_logp.to(hidden)).sum().backward()
-    return Result(stats, hidden_grad=hidden.grad)
+    return Result(stats, hidden_grad=hidden.grad[:, : len(logits)])
 
 
 THROUGH_A_HEAD = [by_recompute, by_callback, by_frozen]

@@ -18,7 +18,7 @@ def columns(*polarities: float) -> dict[str, list]:
     count = len(polarities)
     texts = {"rollout": [0] * count, "position": list(range(count)), "token": list("(1+2)λ"[:count])}
     numbers = {name: [0.5] * count for name in ("logp", "entropy", "sensitivity", "weight")}
-    return {**texts, **numbers, "polarity": list(polarities)}
+    return {**texts, **numbers, "polarity": list(polarities), "from_policy": [True] * count}
 
 
 def train(writer: RunWriter, steps: range, note: str = "") -> None:

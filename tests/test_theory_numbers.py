@@ -51,8 +51,8 @@ SENTENCES = [
     ("rank correlation is {} (held out {}) there", "audit-sgd/local/spearman", "audit-sgd/held_out/local/spearman"),
     ("with a smaller learning rate ({}) and with a larger policy ({}) cannot be told from the {}",
      "audit-small/local/spearman", "audit-larger/local/spearman", "audit/local/spearman"),
-    ('the sign is right in {%} % of tokens, where "it falls", said of each, is right in {%} %; each token counted by |P|, '
-     "in {%} % against {%} %",
+    ('the sign is right in {%} % of tokens, where "it falls", said of each, is right in {%} %; each token counted by '
+     "|P|, in {%} % against {%} %",
      *(f"audit/tokens/local_{figure}" for figure in
        ("sign_agreement", "falls", "weighted_sign_agreement", "weighted_falls"))),
     ('rank correlation {}, sign right in {%} %, "it falls" in {%} %',

@@ -258,7 +258,9 @@ def test_a_recipe_trains_in_two_processes_and_goes_on(tmp_path):
     for steps in ("2", "4"):
         more = [*small, "--set", f"trainer.max_steps={steps}"]
         done = subprocess.run(
-            [*launch, str(script), "countdown", "--output", str(tmp_path / "run"), *more], capture_output=True, text=True
+            [*launch, str(script), "countdown", "--output", str(tmp_path / "run"), *more],
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr[-3000:]
     checkpoint = last_checkpoint(tmp_path / "run")

@@ -148,7 +148,7 @@ def checked(spec: str) -> str | list[str]:
 
 def item(spec: str, seed: int, index: int, split: Split) -> dict[str, Any] | None:
     """Problem `index` of a stream: the first of its draws that belongs to the split."""
-    dataset, rng = _dataset(spec, seed), random.Random(f"gym:{split}:{seed}:{index}")
+    rng = random.Random(f"gym:{split}:{seed}:{index}")
     for _ in range(DRAWS):
         position = rng.randrange(SIZE)
         entry = _entry(spec, seed, position)
