@@ -365,7 +365,7 @@ def test_what_is_finished_is_summarised_after_a_stop_and_while_others_run(script
         looked = compare(plan_of(), tmp_path / "c", at_once=0)
     assert looked["runs"] == written["runs"]
     assert starts(tmp_path / "c") == {"grpo-0": 1}
-    with pytest.raises(ValueError, match="jobs is 0, and .*new is not there: nothing to summarise"):
+    with pytest.raises(ValueError, match=r"jobs is 0, and .*new is not there: nothing to summarise"):
         compare(plan_of(), tmp_path / "new", at_once=0)
     compare(plan_of(), tmp_path / "c", at_once=0)  # a look leaves the folder as one that can be worked in
 
