@@ -522,9 +522,12 @@ def test_a_result_file_is_summarised_again_and_for_other_baselines(tmp_path):
     assert other["papo"]["grpo"]["pass@1"]["difference"] == -difference
     with pytest.raises(ValueError, match="unknown baseline 'gpro': did you mean 'grpo'"):
         read_comparison(tmp_path / "c.json", ["gpro"])
-    (tmp_path / "c.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no comparison of this version"):
-        read_comparison(tmp_path / "c.json")
+    for text, what in (("{}", "is no comparison of this version"), ("[1", "is not JSON")):
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(ValueError, match=f"{what}: expected a file comparison.json that papo wrote"):
+            read_comparison(tmp_path / "c.json")
+    with pytest.raises(FileNotFoundError, match=r"cannot read .*none.json \(No such file or directory\): expected a"):
+        read_comparison(tmp_path / "none.json")
 
 
 # The search

@@ -154,7 +154,7 @@ def test_live_episodes_are_bounded_and_those_that_are_over_leave(obedient):
     ("settings", "message"),
     [
         ({}, "task env: factory is ''; expected 'module:Class'"),
-        ({"factory": "no_such_module:Game"}, "task env: no worker can call .*No module named 'no_such_module'"),
+        ({"factory": "no_such_module:Game"}, "no_such_module:Game cannot be imported: No module named 'no_such_mod"),
         ({"factory": "misbehaving:Disobedient"}, "task env: misbehaving:Disobedient cannot be played: .*no attribute"),
         ({"factory": "collections:Counter"}, "cannot be played: it has no reset and no step and no facts"),
         ({"factory": "misbehaving:Obedient", "settings": {"size": 3}}, "unexpected keyword argument 'size'"),

@@ -15,7 +15,7 @@ from entropy_polarity.audit import Audit, TokenAccount
 from entropy_polarity.exact import Sequences, evaluating
 from entropy_polarity.experiments.audit_summary import MAPPED, asymmetry, by_token, summarise
 from entropy_polarity.experiments.models import weights_of
-from entropy_polarity.experiments.results import provenance, write_document
+from entropy_polarity.experiments.results import provenance, read_document, write_document
 from entropy_polarity.experiments.train import (
     checked,
     load_policy,
@@ -126,9 +126,7 @@ def audited_before(file: Path, output: Path | None = None) -> dict[str, Any]:
 
     What is about all tokens (the map, the deciles) stays as it was: the file does not hold them.
     """
-    document = json.loads(file.read_text())
-    if not isinstance(document, dict) or document.get("audit") not in (1, 2):
-        raise ValueError(f"{file} is no audit of this version: give an {AUDIT} that papo audit wrote")
+    document = read_document(file, "audit", versions=(1, 2))
     top = {name: document[name] for name in ("recipe", "environment")} | {"vocabulary": document.get("vocabulary")}
     summary = summarise([run["updates"] for run in document["runs"]])
     again = {"audit": 2, **top, **summary, "asymmetry": document["asymmetry"], "runs": document["runs"]}

@@ -23,6 +23,23 @@ def write_document(path: Path, document: dict[str, Any]) -> None:
     draft.replace(path)
 
 
+def read_document(file: Path, kind: str, versions: tuple[int, ...] = (1,)) -> dict[str, Any]:
+    """The document of a result file; its key `kind` holds the version of the layout.
+
+    Raises FileNotFoundError or ValueError, in a line, for anything else than a `kind`.json that papo wrote.
+    """
+    expected = f"expected a file {kind}.json that papo wrote"
+    try:
+        document = json.loads(file.read_text())
+    except OSError as error:
+        raise FileNotFoundError(f"cannot read {file} ({error.strerror}): {expected}") from None
+    except ValueError:
+        raise ValueError(f"{file} is not JSON: {expected}") from None
+    if not isinstance(document, dict) or document.get(kind) not in versions:
+        raise ValueError(f"{file} is no {kind} of this version: {expected}")
+    return document
+
+
 def without_nan(document: Any) -> Any:
     """The document with null for NaN and infinities, which JSON does not have.
 

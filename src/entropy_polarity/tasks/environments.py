@@ -75,7 +75,8 @@ class GameElsewhere:
         try:
             outcome = self._lanes[0].ask("check", *self.made()[:2])
         except NoWorkerError as error:
-            raise ValueError(f"task {self.name}: {error}") from None
+            why = str(error).rpartition(": ")[2]
+            raise ValueError(f"task {self.name}: {self.made().factory} cannot be imported: {why}") from None
         wrong = outcome.failure or outcome.value["wrong"]
         if wrong:
             raise ValueError(f"task {self.name}: {self.made().factory} cannot be played: {wrong}")

@@ -12,7 +12,7 @@ from entropy_polarity.experiments.compare.plan import Plan
 from entropy_polarity.experiments.compare.runs import Job, Queue, claim, locked, refuse_others
 from entropy_polarity.experiments.compare.search import candidates_of, choose, judge, search_plan, unseen_problems
 from entropy_polarity.experiments.compare.summary import Facts, summarise
-from entropy_polarity.experiments.results import provenance, write_document
+from entropy_polarity.experiments.results import provenance, read_document, write_document
 from entropy_polarity.record import Run
 from entropy_polarity.report.comparison import render_comparison
 from entropy_polarity.report.progress import RunState
@@ -88,9 +88,7 @@ def search(
 
 def read_comparison(file: Path, baselines: Sequence[str] = ()) -> dict[str, Any]:
     """The document of a comparison, summarised again, with other baselines if any are given."""
-    document = json.loads(file.read_text())
-    if not isinstance(document, dict) or document.get("comparison") != 1:
-        raise ValueError(f"{file} is no comparison of this version: give a {COMPARISON} that papo compare wrote")
+    document = read_document(file, "comparison")
     used = list(baselines) or document["plan"]["baselines"]
     for label in used:
         if label not in document["plan"]["methods"]:
