@@ -67,8 +67,8 @@ class Scripted:
     def eval(self):
         self.training = False
 
-    def train(self, mode):
-        self.training = mode
+    def modules(self):
+        return [self]
 
 
 def test_an_evaluation_counts_each_verdict_and_estimates_pass_at_k():

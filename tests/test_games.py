@@ -15,6 +15,7 @@ from entropy_polarity.experiments.train import load_policy, prompts_of, quiet_tr
 from entropy_polarity.policy.tokenizer import character_tokenizer
 from entropy_polarity.recipe import load_recipe, with_flags
 from entropy_polarity.record import Run
+from entropy_polarity.report.heatmap import coloured_rollouts
 from entropy_polarity.tasks import distinct_problems, make_task
 from entropy_polarity.tasks.games import Answer, Game, Guess, GuessEnv, KeyDoor, KeyDoorEnv, SmallGame, TextEnv
 from entropy_polarity.tokens import Tokens
@@ -306,8 +307,14 @@ def test_the_record_and_the_page_keep_the_words_of_the_environment(tmp_path):
             assert token["from_policy"] == (token["entropy"] == token["entropy"])
     heard = [token for token in tokens if not token["from_policy"]]
     assert heard
+    turns = [turn for rollout in coloured_rollouts(run) for turn in rollout.turns]
+    recorded = [token for step in {row["step"] for row in run.rollouts} for token in run.tokens(step)]
+    assert sum(token.colour is None for turn in turns for token in turn) == sum(not t["from_policy"] for t in recorded)
+    for turn in turns:  # what the environment says, then the action
+        said = [token.colour is None for token in turn]
+        assert said == sorted(said, reverse=True)
     page = (tmp_path / "run/report.html").read_text()
-    assert "what it said, in grey" in page
+    assert page.count('<span class="token"') == sum(t["from_policy"] for t in recorded)
 
 
 def test_metrics_of_each_turn_by_hand():

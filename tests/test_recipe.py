@@ -15,7 +15,10 @@ def test_a_shipped_recipe_makes_its_task_its_method_and_its_trainer(name, tmp_pa
     assert recipe.title
     assert recipe.cost
     assert recipe.expected
-    method, task = dict(recipe.method), make_task(**recipe.task)
+    try:
+        method, task = dict(recipe.method), make_task(**recipe.task)
+    except ImportError as missing:
+        pytest.skip(str(missing))
     assert task.reasons
     assert make_transform(method.pop("name"), method).init() is not None
     assert trainer_config(recipe, tmp_path, task).max_steps > 0

@@ -6,9 +6,8 @@ What has been read stays in the key-value cache over the turns: each token goes 
 with a reason, whatever its environment does; the others go on.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
+from entropy_polarity._modes import evaluating
 from entropy_polarity.tasks import Messages, Problem
 from entropy_polarity.tasks.games import (
     OUT_OF_TURNS,
@@ -148,7 +148,7 @@ def play(
     ends the episode. The same random state plays the same episodes. The mode of the model is left as it was.
     """
     episodes: list[Episode] = []
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for start in range(0, len(problems), batch_size):
             batch = problems[start : start + batch_size]
             episodes += _play_batch(model, Format(tokenizer), game, batch, temperature, top_p, context)
@@ -289,14 +289,3 @@ def mean_facts(episodes: Iterable[Counted]) -> dict[str, float]:
         for name, value in episode.facts.items():
             counted.setdefault(name, []).append(value)
     return {name: sum(values) / len(values) for name, values in counted.items()}
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """In training mode gradient checkpointing would drop the cache without a word."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

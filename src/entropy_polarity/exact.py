@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from entropy_polarity._modes import evaluating
 from entropy_polarity.kernels import token_stats
 from entropy_polarity.tokens import TokenStats
 
@@ -99,7 +100,7 @@ def exact_sensitivity(
     if not math.isfinite(length):
         raise ValueError("exact_sensitivity: the gradient of the entropy, or what the metric made of it, is not finite")
     where, error = (model, sequences, direction, temperature, chunk_bytes), None
-    with evaluating(model):
+    with untouched(model):
         if length == 0:  # nothing would move
             sensitivity = torch.zeros_like(sequences.mask, dtype=torch.float32)
         elif derivative == "forward" or (derivative == "auto" and not estimate_error and _has_forward_mode(*where)):
@@ -126,7 +127,7 @@ def entropy_gradient(
     parameters, count = _trainable(model), states.mask.sum()
     gradient = {name: torch.zeros_like(p, dtype=wide(p.dtype)) for name, p in parameters.items()}
     total = 0.0
-    with evaluating(model), torch.enable_grad():
+    with untouched(model), torch.enable_grad():
         for rows in _chunks(model, states, chunk_bytes):
             logits, tokens, mask = _predictions(model, model, states, rows)
             stats = token_stats(logits, tokens, temperature=temperature, mask=mask, entropy_grad=True)
@@ -147,7 +148,7 @@ def sequence_stats(
     Everything else as in `exact_sensitivity`.
     """
     _check_sequences(sequences)
-    with evaluating(model):
+    with untouched(model):
         return _statistics(model, sequences, temperature, chunk_bytes)
 
 
@@ -281,16 +282,10 @@ def _shifted(model: nn.Module, direction: Parameters, size: float) -> Iterator[N
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and without autocast; every module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Without dropout and without autocast."""
+    with evaluating(model), torch.autocast(next(model.parameters()).device.type, enabled=False):
+        yield
 
 
 def _check(model: nn.Module, sequences: Sequences, derivative: str, step: float, estimate_error: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 from entropy_polarity._errors import unknown_name
 from entropy_polarity.evaluate import Attempts, attempt, check_counts
 from entropy_polarity.experiments.models import labelled, settle_task, weights_of
-from entropy_polarity.experiments.results import provenance, write_document
+from entropy_polarity.experiments.results import provenance, rounded, write_document
 from entropy_polarity.experiments.train import load_policy, quiet
 from entropy_polarity.generation import Generator, Sampling
 from entropy_polarity.generation.sampling import TransformersGenerator
@@ -93,19 +93,7 @@ def evaluate_models(
     attempts: dict[str, list[Attempts]] = {}
     batch_sizes: dict[str, list[int]] = {}
     for label, place in weights.items():
-        generator = _generator(place, settings)
-        attempts[label] = []
-        for seed in settings.seeds:
-            say(f"{label}, seed {seed}: {settings.problems} problems x {settings.samples} samples")
-            greedy = attempts[label][0].greedy if attempts[label] else None
-            made = _attempted(generator, judged, chosen, seed, settings, greedy)
-            attempts[label].append(made)
-            if output is not None:
-                output.mkdir(parents=True, exist_ok=True)
-                _append(output / PROBLEMS, label, seed, made)
-        batch_sizes[label] = generator.batch_sizes
-        del generator
-        _free()
+        attempts[label], batch_sizes[label] = _attempts_of(label, place, judged, chosen, settings, output, say)
     document = {
         "evaluation": 1,  # version of this layout
         "task": of_task,
@@ -121,6 +109,29 @@ def evaluate_models(
         write_document(output / EVALUATION, document)
         (output / PAGE).write_text(render_evaluation(document, examples(attempts)))
     return document
+
+
+def _attempts_of(
+    label: str,
+    place: str,
+    task: Task | Game,
+    problems: list[Problem],
+    settings: Settings,
+    output: Path | None,
+    say: Callable[[str], None],
+) -> tuple[list[Attempts], list[int]]:
+    """The attempts of one model with each sampling seed, written as they come, and its batch sizes."""
+    generator, made = _generator(place, settings), []
+    for seed in settings.seeds:
+        say(f"{label}, seed {seed}: {settings.problems} problems x {settings.samples} samples")
+        made.append(_attempted(generator, task, problems, seed, settings, made[0].greedy if made else None))
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            _append(output / PROBLEMS, label, seed, made[-1])
+    batch_sizes = generator.batch_sizes
+    del generator
+    _free()
+    return made, batch_sizes
 
 
 def summarise(attempts: dict[str, list[Attempts]], task: Task | Game, reference: str | None) -> dict[str, Any]:
@@ -162,22 +173,18 @@ def _complete(values: np.ndarray) -> np.ndarray:
 
 def _estimate(values: np.ndarray) -> dict[str, float]:
     estimate = Estimate.of(values[:, _complete(values)])
-    return {name: _round(value) for name, value in asdict(estimate).items()}
+    return {name: rounded(value) for name, value in asdict(estimate).items()}
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     """Over the problems that both have, and the same sampling seeds."""
     both = _complete(a + b)
     found = paired_bootstrap(a[:, both], b[:, both])
-    return {"difference": _round(found.value), "bootstrap": [_round(found.low), _round(found.high)]}
+    return {"difference": rounded(found.value), "bootstrap": [rounded(found.low), rounded(found.high)]}
 
 
 def _mean_shares(shares: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: _round(sum(share[name] for share in shares) / len(shares)) for name in shares[0]}
-
-
-def _round(value: float) -> float:
-    return round(value, 6) + 0.0
+    return {name: rounded(sum(share[name] for share in shares) / len(shares)) for name in shares[0]}
 
 
 def _reference(baseline: str | None, labels: list[str]) -> str | None:

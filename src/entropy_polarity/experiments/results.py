@@ -40,6 +40,11 @@ def read_document(file: Path, kind: str, versions: tuple[int, ...] = (1,)) -> di
     return document
 
 
+def rounded(value: float) -> float:
+    """Six decimals: far below any interval here, and zero stays zero."""
+    return round(value, 6) + 0.0
+
+
 def without_nan(document: Any) -> Any:
     """The document with null for NaN and infinities, which JSON does not have.
 

@@ -1,13 +1,13 @@
 """Completions sampled by transformers, in batches that fit in memory."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from entropy_polarity._modes import evaluating
 from entropy_polarity.generation import Sampling
 from entropy_polarity.generation.memory import Item, Made, first_size, in_batches
 from entropy_polarity.tasks import Messages
@@ -89,7 +89,7 @@ class TransformersGenerator:
         else:
             start = self.batch_size or first_size(self.model, tokens, largest, logit_rows)
             self.batch_sizes.append(start)
-        with _evaluating(self.model), torch.random.fork_rng():
+        with evaluating(self.model), torch.random.fork_rng():
             torch.manual_seed(seed)
             made, sizes = in_batches(items, start, run)
         self.batch_sizes += sizes[1:]
@@ -99,13 +99,3 @@ class TransformersGenerator:
 def characters(prompt: str | Messages) -> int:
     """The length of a prompt: at least as many as its tokens, in most languages."""
     return len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

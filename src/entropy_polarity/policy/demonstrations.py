@@ -95,7 +95,7 @@ def walker(env: KeyDoorEnv, rng: random.Random) -> str:
 def sources_of(task: str, numbers: tuple[int, ...], config: dict[str, Any]) -> tuple[Source, ...]:
     """What a policy for `task` reads, in turn. Raises ValueError for a task that has no demonstrations."""
     if task == "countdown":
-        return (countdown(numbers),)
+        return (countdown(tuple(numbers)),)  # TOML has lists
     if task == "games":
         return episodes(Guess(), guesser, 128), episodes(KeyDoor(), walker, 16)  # type: ignore[arg-type]
     if task.startswith("gym:"):

@@ -35,6 +35,13 @@ class PretrainSettings:
     layers: int = 4
     width: int = 128
 
+    def __post_init__(self) -> None:
+        if self.width < 32 or self.width % 32 or min(self.layers, self.steps) < 1:
+            raise ValueError(
+                f"width {self.width}, layers {self.layers}, steps {self.steps}; expected a multiple of 32, and 1 "
+                "or more of the others"
+            )
+
     @property
     def family(self) -> str:
         return self.task.partition(":")[0]

@@ -119,25 +119,29 @@ def _charts(run: Run) -> list[Chart]:
             ),
         ),
     ]
-    if by_turn := _of_turns(run):
-        charts.append(
-            Chart(
-                "Entropy by turn",
-                "Mean entropy of the policy at the tokens of each turn, in nats: early turns, which every episode has, "
-                "are the first to collapse.",
-                _lines(run, by_turn),
-            )
-        )
-    if run.summary.get("before"):
-        charts.append(
-            Chart(
-                "pass@k, held out",
-                "Unbiased pass@k on problems that training never draws, before and after, with 95 % intervals. "
-                "pass@1 is what reinforcement raises; a falling pass@k at large k means that exploration died.",
-                _pass_at_k(run.summary),
-            )
-        )
-    return charts
+    return [*charts, *_turn_charts(run), *_held_out_charts(run)]
+
+
+def _turn_charts(run: Run) -> list[Chart]:
+    """The entropy of each turn, where there are several."""
+    drawn = _of_turns(run)
+    if not drawn:
+        return []
+    text = (
+        "Mean entropy of the policy at the tokens of each turn, in nats: early turns, which every episode has, are the "
+        "first to collapse."
+    )
+    return [Chart("Entropy by turn", text, _lines(run, drawn))]
+
+
+def _held_out_charts(run: Run) -> list[Chart]:
+    if not run.summary.get("before"):
+        return []
+    text = (
+        "Unbiased pass@k on problems that training never draws, before and after, with 95 % intervals. pass@1 is what "
+        "reinforcement raises; a falling pass@k at large k means that exploration died."
+    )
+    return [Chart("pass@k, held out", text, _pass_at_k(run.summary))]
 
 
 def _of_turns(run: Run) -> list[tuple[str, str, str]]:

@@ -6,10 +6,11 @@ so that no expression takes longer than some milliseconds.
 
 import ast
 import math
-import operator
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
+
+from entropy_polarity.tasks.careful import BINARY
 
 MAX_CHARACTERS = 1000
 MAX_DEPTH = 200
@@ -137,12 +138,7 @@ def _round(value: Number, digits: Number = Fraction(0)) -> Number:
 
 _CONSTANTS = {"pi": math.pi, "e": math.e}
 _OPERATORS: dict[type, Callable[[Any, Any], Number]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
+    **{kind: BINARY[kind] for kind in (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod)},
     ast.Pow: _power,
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {

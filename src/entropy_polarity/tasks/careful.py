@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-_BINARY: dict[type, Callable[[Any, Any], Any]] = {
+BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -82,8 +82,8 @@ def _value(node: ast.AST, scopes: list[Mapping[str, Any]]) -> Any:
             return node.value
         case ast.Name():
             return _named(node.id, scopes)
-        case ast.BinOp() if type(node.op) in _BINARY:
-            return _BINARY[type(node.op)](of(node.left), of(node.right))
+        case ast.BinOp() if type(node.op) in BINARY:
+            return BINARY[type(node.op)](of(node.left), of(node.right))
         case ast.UnaryOp():
             return _UNARY[type(node.op)](of(node.operand))
         case ast.Compare() if len(node.ops) == 1 and type(node.ops[0]) in _COMPARE:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from entropy_polarity.experiments.results import rounded
 from entropy_polarity.record import Run
 from entropy_polarity.statistics.curves import area_under_curve, moving_average, steps_to_reach
 from entropy_polarity.statistics.intervals import paired_bootstrap, t_interval
@@ -56,10 +57,10 @@ class Facts:
             run.environment["commit"],
             run.summary["after"]["samples"],
             **held_out,
-            **{name: {"steps": steps, "values": _rounded(values)} for name, (steps, values) in curves.items()},
-            step_seconds=_rounded(run.series("step_time")[1], digits=4),
+            **{name: {"steps": steps, "values": _shortened(values)} for name, (steps, values) in curves.items()},
+            step_seconds=_shortened(run.series("step_time")[1], digits=4),
             counted={
-                when: {name: _round(fact["value"]) for name, fact in run.summary[when].get("facts", {}).items()}
+                when: {name: rounded(fact["value"]) for name, fact in run.summary[when].get("facts", {}).items()}
                 for when in held_out
             },
         )
@@ -114,7 +115,7 @@ def _alone(runs: list[Facts]) -> dict[str, Any]:
     def over_seeds(number: Callable[[Facts], float]) -> dict[str, float | None]:
         values = [number(run) for run in runs]
         spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        return {"mean": _round(float(np.mean(values))), "sd": spread if spread is None else _round(spread)}
+        return {"mean": rounded(float(np.mean(values))), "sd": spread if spread is None else rounded(spread)}
 
     names = runs[0].scores()
     entropy = {run.seed: np.array(run.entropy["values"], dtype=float) for run in runs}  # null is NaN
@@ -145,7 +146,7 @@ def _pass_curve(runs: list[Facts], when: str) -> dict[str, float]:
     samples = runs[0].samples
     successes = np.array([(run.before if when == "before" else run.after)["successes"] for run in runs])
     sizes = sorted({2**i for i in range(samples.bit_length())} | {samples})
-    return {str(k): _round(float(pass_at_k(successes, samples, k).mean())) for k in sizes}
+    return {str(k): rounded(float(pass_at_k(successes, samples, k).mean())) for k in sizes}
 
 
 def _against(method: dict[int, Facts], baseline: dict[int, Facts]) -> dict[str, Any]:
@@ -162,7 +163,7 @@ def _against(method: dict[int, Facts], baseline: dict[int, Facts]) -> dict[str, 
     return {
         "seeds": [run.seed for run, _ in pairs],
         **differences,
-        "reward_area": {"difference": _round(float(area.mean())), "t": _t(area)},
+        "reward_area": {"difference": rounded(float(area.mean())), "t": _t(area)},
         "reach": _reach(pairs),
         "counted": {
             name: _counted_difference(pairs, name) for name in _counted([run for pair in pairs for run in pair])
@@ -172,14 +173,14 @@ def _against(method: dict[int, Facts], baseline: dict[int, Facts]) -> dict[str, 
 
 def _counted_difference(pairs: list[tuple[Facts, Facts]], name: str) -> dict[str, Any]:
     differences = np.array([run.counted["after"][name] - other.counted["after"][name] for run, other in pairs])
-    return {"difference": _round(float(differences.mean())), "t": _t(differences)}
+    return {"difference": rounded(float(differences.mean())), "t": _t(differences)}
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     bootstrap = paired_bootstrap(a, b)
     return {
-        "difference": _round(bootstrap.value),
-        "bootstrap": [_round(bootstrap.low), _round(bootstrap.high)],
+        "difference": rounded(bootstrap.value),
+        "bootstrap": [rounded(bootstrap.low), rounded(bootstrap.high)],
         "t": _t((a - b).mean(axis=1)),
     }
 
@@ -189,7 +190,7 @@ def _t(differences: np.ndarray) -> list[float] | None:
     if len(differences) < 2:
         return None
     interval = t_interval(differences)
-    return [_round(interval.low), _round(interval.high)]
+    return [rounded(interval.low), rounded(interval.high)]
 
 
 def _reach(pairs: list[tuple[Facts, Facts]]) -> dict[str, Any]:
@@ -208,10 +209,10 @@ def _reach(pairs: list[tuple[Facts, Facts]]) -> dict[str, Any]:
     return {
         "pairs": len(pairs),
         "reached": sum(run.best_reward() >= baseline.best_reward() for run, baseline in pairs),
-        "steps": _round(steps),
-        "seconds": _round(seconds),
-        "steps_ratio": _round(float(np.exp(steps_ratio))),
-        "seconds_ratio": _round(float(np.exp(seconds_ratio))),
+        "steps": rounded(steps),
+        "seconds": rounded(seconds),
+        "steps_ratio": rounded(float(np.exp(steps_ratio))),
+        "seconds_ratio": rounded(float(np.exp(seconds_ratio))),
     }
 
 
@@ -221,10 +222,5 @@ def _curve(run: Run, key: str) -> tuple[list[int], list[float | None]]:
     return [row["step"] for row in rows], [row[key] for row in rows]
 
 
-def _rounded(values: Sequence[float | None], digits: int = 5) -> list[float | None]:
+def _shortened(values: Sequence[float | None], digits: int = 5) -> list[float | None]:
     return [None if value is None else float(f"{value:.{digits}g}") for value in values]
-
-
-def _round(value: float) -> float:
-    """Six decimals: far below any interval here, and zero stays zero."""
-    return round(value, 6) + 0.0

@@ -1,0 +1,58 @@
+"""The `papo` command. Torch is imported inside the commands, so that help and errors are instant."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+import tyro
+
+from entropy_polarity.cli.about import doctor, methods
+from entropy_polarity.cli.policies import evaluate, pretrain, report, train
+from entropy_polarity.cli.studies import ablate, audit, compare
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "eval": evaluate,
+    "compare": compare,
+    "ablate": ablate,
+    "audit": audit,
+    "report": report,
+    "methods": methods,
+    "pretrain": pretrain,
+    "doctor": doctor,
+}
+
+
+def main() -> None:
+    """Bad input ends in one clear line and exit code 2; PAPO_DEBUG=1 shows the traceback instead."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model of the hub is fetched with HF_HUB_OFFLINE=0
+    warnings.filterwarnings("ignore")
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="papo", description="Measure and control entropy.")
+    except KeyboardInterrupt as stop:
+        how = str(stop) or "papo train --resume goes on with a run from its last checkpoint"
+        print(f"papo: stopped; {how}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("PAPO_DEBUG"):
+            raise
+        line = _one_line(error)
+        if line is None:
+            raise
+        print(f"papo: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _one_line(error: BaseException | None) -> str | None:
+    """What a user can act on; None for what is a bug and deserves its traceback."""
+    chain = error
+    while chain is not None:
+        # Writers of checkpoints turn a full disk into errors of their own.
+        full = ("No space left on device", "code: 28", "inline_container", "PytorchStreamWriter")
+        if any(sign in str(chain) for sign in full):
+            return "no space left on the device: free some, then go on with papo train --resume"
+        chain = chain.__cause__ or chain.__context__
+    if isinstance(error, ValueError | OSError | ImportError):
+        return " ".join(str(error).split()) or type(error).__name__
+    return None

@@ -1,0 +1,3 @@
+from entropy_polarity.cli import main
+
+main()

@@ -1,0 +1,200 @@
+"""Commands about one policy: train, eval, report, pretrain."""
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from entropy_polarity._errors import check_settings
+from entropy_polarity.cli.common import Json, Overrides, print_json
+from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, apply_override, load_recipe, with_flags
+from entropy_polarity.report.terminal import print_estimates, print_evaluation
+
+
+def train(
+    recipe: Positional[str] = DEFAULT_RECIPE,
+    /,
+    output: Path | None = None,
+    task: str | None = None,
+    method: str | None = None,
+    max_steps: int | None = None,
+    seed: int | None = None,
+    model: str | None = None,
+    resume: Path | None = None,
+    overrides: Overrides = (),
+    as_json: Json = False,
+) -> None:
+    """Train a policy by reinforcement, from a recipe into a run directory.
+
+    Args:
+        recipe: name of a recipe that comes with the package, or path of a .toml file
+        output: the run directory; must not hold a run yet (default: runs/<recipe>-<method>-<seed>)
+        task: in place of the recipe's: countdown, math:PRESET, gym:DATASET, guess, keydoor, textarena:GAME,
+            textworld:CHALLENGE, math (with --set task.data=FILE) or env (with --set task.factory=MODULE:CLASS)
+        method: a name of `papo methods`
+        max_steps: optimiser steps
+        seed: seed of prompts, sampling and training
+        model: "embedded", or a folder with a Hugging Face causal language model
+        resume: a run directory to go on with, from its last checkpoint (its own recipe is used)
+        overrides: any key of the recipe, e.g. trainer.learning_rate=1e-4; can be repeated
+    """
+    chosen, directory = _what_to_train(recipe, output, task, method, max_steps, seed, model, resume, overrides)
+
+    from entropy_polarity.experiments.train import train as run
+    from entropy_polarity.report.live import LiveView
+
+    steps = chosen.trainer.get("max_steps", -1)
+    with LiveView(chosen.title or str(directory), steps, sys.stderr if as_json else sys.stdout) as view:
+        summary = run(chosen, directory, resume=resume is not None, watch=view.watch, say=view.say)
+    if as_json:
+        print_json({"run": str(directory), **summary})
+    else:
+        print_estimates({name: summary[name] for name in ("before", "after") if name in summary})
+        print(f"{summary['status']}: {directory}/report.html")
+
+
+def _what_to_train(
+    recipe: str,
+    output: Path | None,
+    task: str | None,
+    method: str | None,
+    max_steps: int | None,
+    seed: int | None,
+    model: str | None,
+    resume: Path | None,
+    overrides: tuple[str, ...],
+) -> tuple[Recipe, Path]:
+    if resume is None:
+        named = () if task is None else (f"task={{name={task!r}}}",)
+        chosen = with_flags(
+            load_recipe(recipe, (*named, *overrides), method), max_steps=max_steps, seed=seed, model=model
+        )
+        return chosen, output or Path("runs") / f"{Path(recipe).stem}-{chosen.method['name']}-{chosen.seed}"
+    fixed = {
+        "--output": output,
+        "--task": task,
+        "--method": method,
+        "--seed": seed,
+        "--model": model,
+        "--set": overrides or None,
+    }
+    given = [flag for flag, value in fixed.items() if value is not None]
+    if given or recipe != DEFAULT_RECIPE:
+        what = ", ".join(given) or f"recipe {recipe}"
+        raise ValueError(
+            f"{what} cannot be given with --resume: a resumed run keeps its recipe (only --max-steps may change)"
+        )
+    if not (resume / "config.toml").is_file():
+        raise FileNotFoundError(f"{resume} holds no run to resume: config.toml is missing")
+    return with_flags(load_recipe(str(resume / "config.toml")), max_steps=max_steps), resume
+
+
+def evaluate(
+    model: tuple[str, ...] = ("embedded",),
+    baseline: str | None = None,
+    task: str | None = None,
+    samples: int = 16,
+    problems: int = 200,
+    seed: int = 0,
+    seeds: tuple[int, ...] = (),
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    output: Path | None = None,
+    backend: Literal["transformers", "vllm"] = "transformers",
+    batch_size: int | None = None,
+    overrides: Overrides = (),
+    as_json: Json = False,
+) -> None:
+    """Evaluate models on held-out problems: avg@k, pass@k and maj@k with intervals; several side by side.
+
+    Args:
+        model: model folders, runs (their last checkpoints), checkpoints of runs, or "embedded"; LABEL=MODEL names one
+        baseline: label of the model that the others are compared with (default: the first)
+        task: name of a task (default: the runs' own, or countdown)
+        samples: completions a problem, the largest k
+        problems: number of held-out problems
+        seed: seed of the problems, and of sampling unless --seeds are given
+        seeds: seeds of sampling; intervals are then over problems and seeds
+        temperature: sampling temperature
+        top_p: sample from the likeliest tokens that make up this probability
+        output: folder for evaluation.json, problems.jsonl (every completion) and evaluation.html
+        backend: what generates; vllm needs the extra [vllm]
+        batch_size: completions at a time to start with, halved when memory runs out (default: by free memory)
+        overrides: settings of the task, e.g. numbers=[3,4]; can be repeated
+    """
+    from entropy_polarity.experiments.evaluate import PAGE, Settings, evaluate_models
+    from entropy_polarity.report.lines import LiveOrLines
+
+    settings = Settings(problems, samples, seed, seeds, temperature, top_p, backend, batch_size)
+    with LiveOrLines(sys.stderr) as view:
+        document = evaluate_models(
+            model,
+            settings,
+            task=task,
+            task_settings=overrides,
+            baseline=baseline,
+            output=output,
+            say=view.line,
+        )
+    if as_json:
+        return print_json(document)
+    print_evaluation(document)
+    if output is not None:
+        print(output / PAGE)
+
+
+def report(run: Positional[Path], /, as_json: Json = False) -> None:
+    """Write the page of a run again, from its files.
+
+    Args:
+        run: the run directory
+    """
+    from entropy_polarity.record import Run, RunWriter
+    from entropy_polarity.report.page import render_page
+
+    page = RunWriter(run).write_report(render_page(Run.read(run)))
+    print_json({"report": str(page)}) if as_json else print(page)
+
+
+def pretrain(
+    output: Path,
+    task: str = "countdown",
+    seed: int = 0,
+    steps: int = 1200,
+    width: int = 128,
+    layers: int = 4,
+    overrides: Overrides = (),
+    as_json: Json = False,
+) -> None:
+    """Make an embedded policy again, from a seed, and say how good it is.
+
+    Args:
+        output: where the model goes; must not exist yet
+        task: countdown ("embedded"), games ("embedded:games": guess and keydoor) or gym:DATASET
+        seed: seed of weights and problems
+        steps: supervised steps, each on a batch of demonstrations
+        width: of the hidden states, a multiple of 32
+        layers: number of layers
+        overrides: other settings, e.g. learning_rate=1e-3, numbers=[3] of countdown, config.max_terms=3 of a gym data
+            set; can be repeated
+    """
+    from entropy_polarity.experiments.pretrain import pretrain_policy
+    from entropy_polarity.policy.pretrain import PretrainSettings
+
+    def progress(step: int, loss: float) -> None:
+        if step % 50 == 0 or step == settings.steps:
+            print(f"step {step}/{settings.steps}  loss {loss:.4f}", file=sys.stderr, flush=True)
+
+    given: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(given, override)
+    check_settings("papo pretrain", PretrainSettings, given)
+    settings = PretrainSettings(
+        **{"task": task, "seed": seed, "steps": steps, "width": width, "layers": layers} | given
+    )
+    quality = pretrain_policy(output, settings, progress)
+    if as_json:
+        return print_json(quality)
+    print_estimates(quality["evaluation"])
+    print(f"policy written to {output}")
