@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import ablation
+import coverage
 import exact_sign
 import parts
 import regime
@@ -58,10 +59,12 @@ def theory(text: str, folder: Path = RESULTS) -> str:
     found = {name: document for name in AUDITS if (document := _read(folder / f"{name}.json"))}
     restricted = _read(folder / "parts.json")
     tables = audit_tables(found["audit"]) if "audit" in found else []
+    covered = _read(folder / "coverage.json")
     blocks = {
         "audit": "\n\n".join(f"**{t.title}**\n\n{_markdown(t)}" for t in tables) or MISSING,
         "audit:variants": _variants(found) if found else MISSING,
         "audit:forecast": _forecasts(found) if found else MISSING,
+        "audit:coverage": coverage.table(covered) if covered else MISSING,
         "audit:parts": parts.table(restricted) if restricted else MISSING,
     }
     return filled(text, blocks, THEORY.name)
