@@ -77,14 +77,14 @@ def episodes(game: Game, player: Callable[[TextEnv, random.Random], str], batch_
 
 
 def guesser(env: GuessEnv, rng: random.Random) -> str:
-    """Half of its guesses are anywhere, the others where the number can be."""
-    low, high = (1, 32) if rng.random() < 0.5 else (env.low, env.high)
+    """A quarter of its guesses are anywhere, the others where the number can be."""
+    low, high = (1, 32) if rng.random() < 0.25 else (env.low, env.high)
     return str(rng.randint(low, high))
 
 
 def walker(env: KeyDoorEnv, rng: random.Random) -> str:
-    """A third of its steps lead to what it needs next, the others anywhere."""
-    if rng.random() < 2 / 3:
+    """Seven in ten of its steps lead to what it needs next, the others anywhere."""
+    if rng.random() < 0.3:
         return rng.choice("udlr")
     goal = env.door if env.has_key else env.key
     down, right = goal[0] - env.walker[0], goal[1] - env.walker[1]
@@ -97,7 +97,7 @@ def sources_of(task: str, numbers: tuple[int, ...], config: dict[str, Any]) -> t
     if task == "countdown":
         return (countdown(tuple(numbers)),)  # TOML has lists
     if task == "games":
-        return episodes(Guess(), guesser, 128), episodes(KeyDoor(), walker, 16)  # type: ignore[arg-type]
+        return episodes(Guess(), guesser, 128), episodes(KeyDoor(), walker, 32)  # type: ignore[arg-type]
     if task.startswith("gym:"):
         return (answered(GymTask(task.removeprefix("gym:"), config)),)
     raise unknown_name("task with demonstrations", task, ["countdown", "games", "gym:DATASET"])
