@@ -8,6 +8,7 @@ from typing import Any
 import ablation
 import coverage
 import exact_sign
+import levels
 import parts
 import regime
 import thermostat
@@ -20,7 +21,17 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE, THEORY = ROOT / "benchmarks/results", ROOT / "docs/results.md", ROOT / "docs/theory.md"
 MISSING = "Not measured yet."
 SEARCHES = ("search", "papo")
-COMPARISONS = ("screen", "comparison-3", "comparison-4", "gym", "ablation", "exact-sign")
+COMPARISONS = (
+    "screen",
+    "comparison-3",
+    "comparison-4",
+    "gym",
+    "guess",
+    "guess-collapse",
+    "keydoor",
+    "ablation",
+    "exact-sign",
+)
 # What an audit was varied in, by result file.
 AUDITS = {
     "audit": "AdamW, learning rate 1e-4",
@@ -35,10 +46,12 @@ def page(text: str, folder: Path = RESULTS) -> str:
     """The page with every marked block written anew."""
     held = _read(folder / "thermostat.json")
     collapse = _read(folder / "regime.json")
+    alone = _read(folder / "levels.json")
     blocks = {
         "thermostat": thermostat.table(held["runs"]) if held else MISSING,
         "thermostat:disturbances": thermostat.disturbances(held["runs"]) if held else MISSING,
         "regime": regime.table(collapse["runs"]) if collapse else MISSING,
+        "levels": levels.table(alone["runs"]) if alone else MISSING,
     }
     for name in SEARCHES:
         searched = _read(folder / f"{name}.json")
