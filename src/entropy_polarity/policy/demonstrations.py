@@ -26,10 +26,15 @@ class Part(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The demonstrations of a task: number `index` of the stream `seed`, and how many make a batch."""
+    """The demonstrations of a task: number `index` of the stream `seed`, and how many make a batch.
+
+    `starts` is the part of the run before any of it is read: beside another source whose gradients are larger, a hard
+    one is not learned, so it is read alone first.
+    """
 
     parts: Callable[[int, int], list[Part]]
     batch_size: int
+    starts: float = 0.0
 
 
 def countdown(numbers: tuple[int, ...]) -> Source:
@@ -58,7 +63,9 @@ def answered(task: GymTask) -> Source:
     return Source(parts, 128)
 
 
-def episodes(game: Game, player: Callable[[TextEnv, random.Random], str], batch_size: int) -> Source:
+def episodes(
+    game: Game, player: Callable[[TextEnv, random.Random], str], batch_size: int, starts: float = 0.0
+) -> Source:
     """Episodes of a game, played by `player(env, rng)`."""
 
     def parts(seed: int, index: int) -> list[Part]:
@@ -73,7 +80,7 @@ def episodes(game: Game, player: Callable[[TextEnv, random.Random], str], batch_
             said.append(Part(answer.observation, False))
         return said
 
-    return Source(parts, batch_size)
+    return Source(parts, batch_size, starts)
 
 
 def guesser(env: GuessEnv, rng: random.Random) -> str:
@@ -97,7 +104,8 @@ def sources_of(task: str, numbers: tuple[int, ...], config: dict[str, Any]) -> t
     if task == "countdown":
         return (countdown(tuple(numbers)),)  # TOML has lists
     if task == "games":
-        return episodes(Guess(), guesser, 128), episodes(KeyDoor(), walker, 32)  # type: ignore[arg-type]
+        # Maps have to be read before anything is learned of them.
+        return episodes(KeyDoor(), walker, 32), episodes(Guess(), guesser, 128, starts=1 / 3)  # type: ignore[arg-type]
     if task.startswith("gym:"):
         return (answered(GymTask(task.removeprefix("gym:"), config)),)
     raise unknown_name("task with demonstrations", task, ["countdown", "games", "gym:DATASET"])

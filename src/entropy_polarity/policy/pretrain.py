@@ -22,8 +22,8 @@ LOOKED_AT = 500  # demonstrations from which phrases are learned
 class PretrainSettings:
     """What is read, width, depth and length of the supervised run. The defaults made the shipped weights.
 
-    `task` is "countdown"; "games", guess and keydoor in turns; or "gym:DATASET", problems with their answers.
-    `numbers` are countdown's, `config` is the data set's.
+    `task` is "countdown"; "games", keydoor alone and then guess and keydoor in turns; or "gym:DATASET", problems with
+    their answers. `numbers` are countdown's, `config` is the data set's.
     """
 
     task: str = "countdown"
@@ -111,7 +111,8 @@ def pretrain(settings: PretrainSettings, output: Path, progress: Callable[[int, 
         pct_start=0.05 if settings.steps > 20 else 0.3,
     )
     for step in range(settings.steps):
-        turn = step % len(sources)
+        begun = [i for i, source in enumerate(sources) if step >= source.starts * settings.steps]
+        turn = begun[step % len(begun)]
         ids, labels = _batch(sources[turn], tokenizer, settings.seed, read[turn])
         read[turn] += sources[turn].batch_size
         loss = model(input_ids=ids, labels=labels).loss
