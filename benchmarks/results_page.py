@@ -121,10 +121,10 @@ def _by_states(
 ) -> str:
     rows = []
     for name, document in found.items():
-        for states, levels in (("trained on", document), ("held out", document["held_out"])):
+        for states, measured in (("trained on", document), ("held out", document["held_out"])):
             numbers = (
                 f"{n:.2f}" if isinstance(n, float) else f"{n['value']:.2f} [{n['low']:.2f}, {n['high']:.2f}]"
-                for n in figures(levels)
+                for n in figures(measured)
             )
             rows.append([AUDITS[name], states, *numbers])
     return markdown(head, rows)

@@ -209,7 +209,7 @@ def games_policy(folder):
     """Untrained, with the tokenizer of the games."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = character_tokenizer("games")
+    tokenizer = character_tokenizer("guess")
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}

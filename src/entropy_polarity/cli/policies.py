@@ -161,7 +161,7 @@ def pretrain(
     output: Path,
     task: str = "countdown",
     seed: int = 0,
-    steps: int = 1200,
+    steps: int | None = None,
     width: int = 128,
     layers: int = 4,
     overrides: Overrides = (),
@@ -171,9 +171,9 @@ def pretrain(
 
     Args:
         output: where the model goes; must not exist yet
-        task: countdown ("embedded"), games ("embedded:games": guess and keydoor) or gym:DATASET
+        task: countdown ("embedded"), guess ("embedded:guess"), keydoor ("embedded:keydoor") or gym:DATASET
         seed: seed of weights and problems
-        steps: supervised steps, each on a batch of demonstrations
+        steps: supervised steps, each on a batch of demonstrations; by default those of the policy that is shipped
         width: of the hidden states, a multiple of 32
         layers: number of layers
         overrides: other settings, e.g. learning_rate=1e-3, numbers=[3] of countdown, config.max_terms=3 of a gym data
@@ -184,7 +184,7 @@ def pretrain(
 
     def progress(step: int, loss: float) -> None:
         if step % 50 == 0 or step == settings.steps:
-            print(f"step {step}/{settings.steps}  loss {loss:.4f}", file=sys.stderr, flush=True)
+            print(f"step {step}  loss {loss:.4f}", file=sys.stderr, flush=True)
 
     given: dict[str, Any] = {}
     for override in overrides:

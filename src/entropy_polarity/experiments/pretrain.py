@@ -13,15 +13,15 @@ from entropy_polarity.tasks.games import GAMES
 
 
 def pretrain_policy(output: Path, settings: PretrainSettings, progress: Callable[[int, float], None]) -> dict[str, Any]:
-    """Pretrain into `output` (which must not exist) and evaluate on each problem size, or game, it has read."""
+    """Pretrain into `output` (which must not exist) and evaluate on what it has read."""
     quiet()
     if output.exists():
         raise FileExistsError(f"{output} already exists: give another --output")
     pretrain(settings, output, progress)
     model, tokenizer = load_policy(str(output))
     judged: dict[str, Any]
-    if settings.task == "games":
-        judged = {name: make() for name, make in GAMES.items()}
+    if settings.task in GAMES:
+        judged = {settings.task: GAMES[settings.task]()}
     elif settings.family == "gym":
         judged = {settings.task: make_task(settings.task, config=settings.config, max_completion_tokens=32)}
     else:

@@ -1,14 +1,14 @@
-"""The embedded policies: 0.86M-parameter Qwen3, one that has read countdown problems, one that has watched games."""
+"""The embedded policies: 0.86M-parameter Qwen3, one that has read countdown problems, two that have watched a game."""
 
 from importlib.resources import files
 from pathlib import Path
 
-EMBEDDED, EMBEDDED_GAMES = "embedded", "embedded:games"
-_WEIGHTS = {EMBEDDED: "countdown", EMBEDDED_GAMES: "games"}
+EMBEDDED = "embedded"
+_WEIGHTS = {EMBEDDED: "countdown", "embedded:guess": "guess", "embedded:keydoor": "keydoor"}
 
 
 def resolve_model(model: str) -> str:
-    """The folder of the model: inside the package for "embedded" and "embedded:games", else the path (or hub name).
+    """The folder of the model: inside the package for "embedded", "embedded:guess" and "embedded:keydoor", else the path (or hub name).
 
     Raises FileNotFoundError where a path-like name has no model in it.
     """

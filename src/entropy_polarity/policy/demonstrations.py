@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from entropy_polarity._errors import unknown_name
 from entropy_polarity.tasks import Problem
 from entropy_polarity.tasks.countdown import Countdown
-from entropy_polarity.tasks.games import Game, Guess, GuessEnv, KeyDoor, KeyDoorEnv, TextEnv
+from entropy_polarity.tasks.games import Game, Guess, GuessEnv, KeyDoor, KeyDoorEnv
 from entropy_polarity.tasks.gym import GymTask
 
 FRESH = 10_000  # problems of one seed of a data set
@@ -26,15 +26,12 @@ class Part(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The demonstrations of a task: number `index` of the stream `seed`, and how many make a batch.
-
-    `starts` is the part of the run before any of it is read: beside another source whose gradients are larger, a hard
-    one is not learned, so it is read alone first.
-    """
+    """The demonstrations of a task: number `index` of the stream `seed`, how many make a batch, and how many batches
+    made the policy that is shipped, or make a fair one."""
 
     parts: Callable[[int, int], list[Part]]
     batch_size: int
-    starts: float = 0.0
+    steps: int
 
 
 def countdown(numbers: tuple[int, ...]) -> Source:
@@ -45,7 +42,7 @@ def countdown(numbers: tuple[int, ...]) -> Source:
         problem, solution = task.solved_problem(seed, index, "train")
         return [Part(problem.prompt, False), Part(solution, True)]
 
-    return Source(parts, 128)
+    return Source(parts, 128, 1200)
 
 
 def answered(task: GymTask) -> Source:
@@ -60,12 +57,10 @@ def answered(task: GymTask) -> Source:
         shown = problem(seed, index % READ_AGAIN)
         return [Part(shown.prompt, False), Part(shown.facts["answer"], True)]
 
-    return Source(parts, 128)
+    return Source(parts, 128, 700)
 
 
-def episodes(
-    game: Game, player: Callable[[TextEnv, random.Random], str], batch_size: int, starts: float = 0.0
-) -> Source:
+def episodes(game: Game, player: Callable[[Any, random.Random], str], batch_size: int, steps: int) -> Source:
     """Episodes of a game, played by `player(env, rng)`."""
 
     def parts(seed: int, index: int) -> list[Part]:
@@ -80,7 +75,7 @@ def episodes(
             said.append(Part(answer.observation, False))
         return said
 
-    return Source(parts, batch_size, starts)
+    return Source(parts, batch_size, steps)
 
 
 def guesser(env: GuessEnv, rng: random.Random) -> str:
@@ -90,8 +85,8 @@ def guesser(env: GuessEnv, rng: random.Random) -> str:
 
 
 def walker(env: KeyDoorEnv, rng: random.Random) -> str:
-    """Seven in ten of its steps lead to what it needs next, the others anywhere."""
-    if rng.random() < 0.3:
+    """Half of its steps lead to what it needs next, the others anywhere."""
+    if rng.random() < 0.5:
         return rng.choice("udlr")
     goal = env.door if env.has_key else env.key
     down, right = goal[0] - env.walker[0], goal[1] - env.walker[1]
@@ -99,13 +94,16 @@ def walker(env: KeyDoorEnv, rng: random.Random) -> str:
     return rng.choice(useful or ["u", "d", "l", "r"])
 
 
-def sources_of(task: str, numbers: tuple[int, ...], config: dict[str, Any]) -> tuple[Source, ...]:
-    """What a policy for `task` reads, in turn. Raises ValueError for a task that has no demonstrations."""
+PLAYED = {"guess": (Guess, guesser, 128, 500), "keydoor": (KeyDoor, walker, 32, 400)}
+
+
+def source_of(task: str, numbers: tuple[int, ...], config: dict[str, Any]) -> Source:
+    """What a policy for `task` reads. Raises ValueError for a task that has no demonstrations."""
     if task == "countdown":
-        return (countdown(tuple(numbers)),)  # TOML has lists
-    if task == "games":
-        # Maps have to be read before anything is learned of them.
-        return episodes(KeyDoor(), walker, 32), episodes(Guess(), guesser, 128, starts=1 / 3)  # type: ignore[arg-type]
+        return countdown(tuple(numbers))  # TOML has lists
+    if task in PLAYED:
+        game, *rest = PLAYED[task]
+        return episodes(game(), *rest)
     if task.startswith("gym:"):
-        return (answered(GymTask(task.removeprefix("gym:"), config)),)
-    raise unknown_name("task with demonstrations", task, ["countdown", "games", "gym:DATASET"])
+        return answered(GymTask(task.removeprefix("gym:"), config))
+    raise unknown_name("task with demonstrations", task, ["countdown", *PLAYED, "gym:DATASET"])

@@ -4,7 +4,7 @@ The policy should have room on both sides: good enough that reinforcement finds 
 there is entropy to lose. A few hundred steps on imperfect demonstrations give exactly that.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from entropy_polarity.policy.demonstrations import Source, sources_of
+from entropy_polarity.policy.demonstrations import Source, source_of
 from entropy_polarity.policy.tokenizer import CHARACTERS, LENGTHS, character_tokenizer, phrase_tokenizer
 
 LOOKED_AT = 500  # demonstrations from which phrases are learned
@@ -22,13 +22,13 @@ LOOKED_AT = 500  # demonstrations from which phrases are learned
 class PretrainSettings:
     """What is read, width, depth and length of the supervised run. The defaults made the shipped weights.
 
-    `task` is "countdown"; "games", keydoor alone and then guess and keydoor in turns; or "gym:DATASET", problems with
-    their answers. `numbers` are countdown's, `config` is the data set's.
+    `task` is "countdown"; "guess" or "keydoor", played by somebody; or "gym:DATASET", problems with their answers.
+    `numbers` are countdown's, `config` is the data set's; `steps` by default the task's own.
     """
 
     task: str = "countdown"
     seed: int = 0
-    steps: int = 1200
+    steps: int | None = None
     learning_rate: float = 2e-3
     numbers: tuple[int, ...] = (3, 4)
     config: dict[str, Any] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class PretrainSettings:
     width: int = 128
 
     def __post_init__(self) -> None:
-        if self.width < 32 or self.width % 32 or min(self.layers, self.steps) < 1:
+        if self.width < 32 or self.width % 32 or min(self.layers, 1 if self.steps is None else self.steps) < 1:
             raise ValueError(
                 f"width {self.width}, layers {self.layers}, steps {self.steps}; expected a multiple of 32, and 1 "
                 "or more of the others"
@@ -67,12 +67,10 @@ def new_policy(settings: PretrainSettings, tokenizer: Any) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def _tokenizer(family: str, sources: Sequence[Source]) -> Any:
+def _tokenizer(family: str, source: Source) -> Any:
     if family in CHARACTERS:
         return character_tokenizer(family)
-    return phrase_tokenizer(
-        part.text for source in sources for index in range(LOOKED_AT) for part in source.parts(0, index)
-    )
+    return phrase_tokenizer(part.text for index in range(LOOKED_AT) for part in source.parts(0, index))
 
 
 def _batch(source: Source, tokenizer, seed: int, start: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,23 +96,20 @@ def pretrain(settings: PretrainSettings, output: Path, progress: Callable[[int, 
 
     `progress(step, loss)` is called after each step.
     """
-    sources = sources_of(settings.task, settings.numbers, settings.config)
-    tokenizer = _tokenizer(settings.family, sources)
+    source = source_of(settings.task, settings.numbers, settings.config)
+    steps = source.steps if settings.steps is None else settings.steps
+    tokenizer = _tokenizer(settings.family, source)
     model = new_policy(settings, tokenizer)
-    read = [0] * len(sources)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         # torch divides by pct_start * steps - 1: a run of twenty steps must not make that 0.
         optimizer,
         settings.learning_rate,
-        total_steps=settings.steps,
-        pct_start=0.05 if settings.steps > 20 else 0.3,
+        total_steps=steps,
+        pct_start=0.05 if steps > 20 else 0.3,
     )
-    for step in range(settings.steps):
-        begun = [i for i, source in enumerate(sources) if step >= source.starts * settings.steps]
-        turn = begun[step % len(begun)]
-        ids, labels = _batch(sources[turn], tokenizer, settings.seed, read[turn])
-        read[turn] += sources[turn].batch_size
+    for step in range(steps):
+        ids, labels = _batch(source, tokenizer, settings.seed, step * source.batch_size)
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()

@@ -7,15 +7,15 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 SPECIAL = [PAD, EOS, UNKNOWN]
-CHARACTERS = {"countdown": "0123456789 =:+-*()", "games": "0123456789-:<>\n.AKBDudlr"}
-LENGTHS = {"countdown": 64, "games": 640, "gym": 512}  # the longest text in tokens
+CHARACTERS = {"countdown": "0123456789 =:+-*()", "guess": "0123456789-:<>", "keydoor": "\n:.AKBDudlr"}
+LENGTHS = {"countdown": 64, "guess": 64, "keydoor": 640, "gym": 512}  # the longest text in tokens
 PRINTABLE = ["\n", *map(chr, range(32, 127))]
 ALONE = r"[0-9+\-*/()=]"  # arithmetic is done digit by digit
 VOCABULARY = 1024
 
 
 def character_tokenizer(task: str = "countdown") -> PreTrainedTokenizerFast:
-    """A token for each character of "countdown" or "games"; anything else becomes <unk>."""
+    """A token for each character of the texts of `task`; anything else becomes <unk>."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *CHARACTERS[task]])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")  # type: ignore[assignment]

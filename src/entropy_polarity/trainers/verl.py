@@ -1,0 +1,144 @@
+"""Any method of the table in verl 0.9, on its cluster, without a fork: importing this module is all there is to do.
+
+verl imports it by itself in the driver and in every worker (entry point `verl.plugins`), or is told to, by
+VERL_USE_EXTERNAL_MODULES=entropy_polarity.trainers.verl. Nothing changes until a run has settings of its own:
+
+    python -m verl.trainer.main_ppo ... +papo.method=papo +papo.controller=thermostat +papo.level=0.3
+
+`papo.method` is a name of `papo methods`, all other keys are the method's settings. What is hooked, and what each hook
+does, is the table HOOKS; each is put in place right after verl imports the module it is in, and only if that looks as
+it did when it was tested. `papo doctor` says whether it does.
+
+verl_config.py   the settings of a run        verl_driver.py   advantages, on the driver
+verl_engine.py   statistics and loss terms, in the workers
+"""
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from packaging.version import Version
+
+from entropy_polarity.trainers import verl_driver, verl_engine
+
+logger = logging.getLogger("entropy_polarity")
+
+TESTED_VERL = ("0.9", "0.10")
+
+
+class Hook(NamedTuple):
+    """`wrap(original)` takes the place of `target`, "function" or "Class.method" of `module`, if that has `parameters`.
+    An optional one is for a part of verl that may not be installed."""
+
+    module: str
+    target: str
+    parameters: tuple[str, ...]
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    optional: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.target}"
+
+
+_TRAINER = "verl.trainer.ppo.v1.trainer_base"
+_FSDP = "verl.workers.engine.fsdp.transformer_impl"
+_MEGATRON = "verl.workers.engine.megatron.transformer_impl"
+HOOKS = (
+    Hook(_TRAINER, "PPOTrainer.__init__", ("self", "config"), verl_driver.trainer_init),
+    Hook(_TRAINER, "PPOTrainer._compute_old_log_prob", ("self", "batch", "metrics"), verl_driver.old_log_prob),
+    Hook(_TRAINER, "PPOTrainer._compute_advantage", ("self", "batch", "metrics"), verl_driver.advantage),
+    Hook(_TRAINER, "PPOTrainer._save_checkpoint", ("self",), verl_driver.save_checkpoint),
+    Hook(_TRAINER, "PPOTrainer._load_checkpoint", ("self",), verl_driver.load_checkpoint),
+    Hook("verl.trainer.ppo.ray_trainer", "RayPPOTrainer.__init__", ("self", "config"), verl_driver.old_trainer_init),
+    Hook("verl.workers.engine_workers", "ppo_loss", ("config", "model_output", "data"), verl_engine.policy_loss),
+    Hook(
+        _FSDP,
+        "FSDPEngineWithLMHead.prepare_model_outputs",
+        ("self", "output", "output_args", "micro_batch", "logits_processor_func"),
+        verl_engine.fsdp_outputs,
+    ),
+    Hook(
+        _MEGATRON,
+        "MegatronEngineWithLMHead._lm_head_logits_processor",
+        ("self", "logits", "label", "temperature", "batch"),
+        verl_engine.megatron_outputs,
+        optional=True,
+    ),
+)
+
+
+def untested_version() -> str | None:
+    """Why nothing is hooked in the verl that is installed, or None."""
+    found, (low, high) = version("verl"), TESTED_VERL
+    if Version(low) <= Version(found) < Version(high):
+        return None
+    return f"entropy-polarity hooks private methods of verl {low}, but verl {found} is installed: use 'verl>={low},<{high}'"
+
+
+def problem_of(hook: Hook, module: ModuleType) -> str | None:
+    """Why a hook cannot be put into `module`, or None."""
+    owner, _, name = hook.target.rpartition(".")
+    found = getattr(getattr(module, owner, None) if owner else module, name, None)
+    if found is None:
+        return f"verl has no {hook.name}"
+    missing = set(hook.parameters) - inspect.signature(found).parameters.keys()
+    return f"{hook.name} has no parameter {', '.join(sorted(missing))}" if missing else None
+
+
+def put(hook: Hook, module: ModuleType) -> None:
+    """Put a hook in place; a second time nothing happens. What does not fit is logged, and left as it is."""
+    problem = problem_of(hook, module)
+    if problem is not None:
+        logger.error("entropy-polarity cannot be used with this verl: %s", problem)
+        return
+    owner, _, name = hook.target.rpartition(".")
+    place = getattr(module, owner) if owner else module
+    original = getattr(place, name)
+    if not getattr(original, "of_entropy_polarity", False):
+        wrapped = hook.wrap(original)
+        wrapped.of_entropy_polarity = True  # type: ignore[attr-defined]
+        setattr(place, name, wrapped)
+
+
+class _AfterImport(MetaPathFinder):
+    """Calls `put` for the hooks of a module right after the module was imported."""
+
+    def find_spec(self, name, path, target=None):
+        hooks = [hook for hook in HOOKS if hook.module == name]
+        if not hooks:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((s for f in others if (s := f.find_spec(name, path, target)) is not None), None)
+        if spec is None or spec.loader is None:
+            return None
+        run = spec.loader.exec_module
+
+        def run_and_hook(module: ModuleType) -> None:
+            run(module)
+            for hook in hooks:
+                put(hook, module)
+
+        spec.loader.exec_module = run_and_hook  # type: ignore[method-assign]
+        return spec
+
+
+def activate() -> None:
+    """Put every hook in place, now or when its module is imported. Idempotent; an untested verl is left alone."""
+    reason = untested_version()
+    if reason is not None:
+        logger.error("%s; nothing of it is changed", reason)
+        return
+    if not any(type(finder).__name__ == _AfterImport.__name__ for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+    for hook in HOOKS:
+        if hook.module in sys.modules:
+            put(hook, sys.modules[hook.module])
+
+
+activate()

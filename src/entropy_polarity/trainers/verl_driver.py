@@ -1,0 +1,217 @@
+"""The driver's part in verl: the advantages of the whole global batch go through a method in one process.
+
+verl's driver holds keys alone; the columns of a batch are in TransferQueue, nested (B, j) tensors. After verl's own
+advantages were written there, those of the model's tokens are read, rewritten and put back: one controller, no
+collective, the same for every engine and any number of nodes. Padding rows and what an environment said stay out.
+"""
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_polarity.record import CHECKPOINT_IS_WHOLE as STATE_FILE
+from entropy_polarity.tokens import Tokens
+from entropy_polarity.trainers.verl_config import KEY, method_of, prepare
+from entropy_polarity.trainers.verl_engine import ASKED, BONUS, ENTROPY, PENALTY, SENSITIVITY
+from entropy_polarity.transforms import Transform
+
+logger = logging.getLogger("entropy_polarity")
+
+_READ = ("uid", "response_mask", "rm_scores", "advantages", "old_log_probs", "rollout_is_weights", ENTROPY, SENSITIVITY)
+
+
+def trainer_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def __init__(self, config, *arguments, **named):  # noqa: N807
+        prepared = prepare(config)  # before anything is started
+        self._polarity = None if prepared is None else Reweighting(*prepared)
+        if self._polarity is not None:
+            logger.warning("entropy-polarity is on: method %s, settings %s", *prepared[:2])
+        original(self, config, *arguments, **named)
+
+    return __init__
+
+
+def old_trainer_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def __init__(self, config, *arguments, **named):  # noqa: N807
+        if method_of(config) is not None:
+            raise ValueError(f"{KEY}: verl's old trainer has no place for it: set trainer.use_v1=true")
+        original(self, config, *arguments, **named)
+
+    return __init__
+
+
+def old_log_prob(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The pass for old log-probs, with statistics; passes of a reference model after it have none."""
+
+    @functools.wraps(original)
+    def _compute_old_log_prob(self, batch, metrics):
+        if _method_of(self) is None:
+            return original(self, batch, metrics)
+        batch.extra_info[ASKED] = True
+        after = original(self, batch, metrics)
+        for meta in (batch, after):
+            (meta.extra_info or {}).pop(ASKED, None)
+        return after
+
+    return _compute_old_log_prob
+
+
+def advantage(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _compute_advantage(self, batch, metrics):
+        batch = original(self, batch, metrics)
+        method = _method_of(self)
+        return batch if method is None else method.rewrite(batch, metrics)
+
+    return _compute_advantage
+
+
+def save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The method's state goes first: verl marks the checkpoint as its latest when it has written everything else."""
+
+    @functools.wraps(original)
+    def _save_checkpoint(self):
+        method = _method_of(self)
+        if method is not None:
+            method.save(Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}")
+        return original(self)
+
+    return _save_checkpoint
+
+
+def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _load_checkpoint(self):
+        result = original(self)
+        method, trainer = _method_of(self), self.config.trainer
+        if method is not None and self.global_steps > 0:
+            here = Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"
+            method.load(Path(trainer.resume_from_path) if trainer.resume_mode == "resume_path" else here)
+        return result
+
+    return _load_checkpoint
+
+
+def _method_of(trainer: Any) -> "Reweighting | None":
+    return getattr(trainer, "_polarity", None)
+
+
+class Reweighting:
+    """A method on the batches of verl's driver, with its state."""
+
+    def __init__(self, method: str, settings: dict[str, Any], transform: Transform) -> None:
+        self.method, self.settings, self.transform = method, settings, transform
+        self.state = transform.init()
+
+    def rewrite(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        """Rewrite the advantages of a batch in TransferQueue; `batch` are its keys and tags, `metrics` verl's."""
+        import transfer_queue as tq
+
+        where = {"keys": batch.keys, "partition_id": batch.partition_id}
+        data = tq.kv_batch_get(**where, select_fields=list(_READ))
+        padding = [tag.get("is_padding", False) for tag in batch.tags]
+        written, made = self.rewritten(data, batch.keys, padding)
+        metrics.update(made)
+        if not written:
+            return batch
+        from tensordict import TensorDict
+
+        return tq.kv_batch_put(**where, fields=TensorDict(written, batch_size=len(batch)))
+
+    def rewritten(self, data: Any, keys: list[str], padding: list[bool]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """(columns that changed, nested as they came; metrics), and the state moves on."""
+        if SENSITIVITY not in data:
+            raise RuntimeError(
+                f"{KEY}: the workers sent no {SENSITIVITY}: entropy-polarity is not installed where they run, or could "
+                "not hook their engine (its log says why; so does `papo doctor` there)"
+            )
+        whole = tokens_of(data, keys)
+        real = torch.tensor([not is_padding for is_padding in padding]).nonzero()[:, 0]
+        before = whole.rows(real)
+        after, self.state, metrics = self.transform.update(before, self.state)
+        made = {"advantages": (before.advantages, after.advantages), "response_mask": (before.mask, after.mask)}
+        changed = {name: new for name, (old, new) in made.items() if not torch.equal(old, new)}
+        if "response_mask" in changed:
+            changed["loss_mask"] = changed["response_mask"]  # what verl counts a mini-batch's tokens by
+        terms = {BONUS: after.entropy_bonus, PENALTY: after.ratio_penalty}
+        changed |= {name: term for name, term in terms.items() if term is not None}
+        return {name: self._column(data, name, new, real) for name, new in changed.items()}, metrics
+
+    @staticmethod
+    def _column(data: Any, name: str, new: Tensor, real: Tensor) -> Tensor:
+        """The values (b, T) of the rows `real` as a nested column; the other rows keep theirs, or have 0."""
+        mask = data["response_mask"]
+        values = data[name].values().clone() if name in data else torch.zeros(mask.values().shape, dtype=new.dtype)
+        column = torch.nested.nested_tensor_from_jagged(values, mask.offsets())
+        index, inside = places(column, mask.offsets().diff())
+        values[index[real][inside[real]]] = new[inside[real][:, : new.shape[1]]].to(values.dtype)
+        return column
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = folder / f"{STATE_FILE}.part"
+        draft.write_text(json.dumps({"method": self.method, "settings": self.settings, "state": self.state}))
+        os.replace(draft, folder / STATE_FILE)
+
+    def load(self, folder: Path) -> None:
+        path = folder / STATE_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} has no {STATE_FILE}: it was not saved by a run with {KEY} settings")
+        saved = json.loads(path.read_text())
+        for name, now in (("method", self.method), ("settings", self.settings)):
+            if saved[name] != now:
+                raise ValueError(f"{folder} was trained with {name} {saved[name]!r}, not {now!r}")
+        self.state = saved["state"]
+
+
+def places(column: Tensor, lengths: Tensor, shift: int = 0) -> tuple[Tensor, Tensor]:
+    """Where in the values of a nested column the last `lengths` of each row stand, `shift` positions earlier, padded
+    (B, T); and which of these places are no padding."""
+    position = torch.arange(int(lengths.max()) if len(lengths) else 0)
+    inside = position < lengths[:, None]
+    index = (column.offsets()[1:] - lengths - shift)[:, None] + position
+    return index.where(inside, 0), inside
+
+
+def tokens_of(data: Any, keys: list[str]) -> Tokens:
+    """A batch of verl's as Tokens (B, T). What the model computed at a token stands one place before it, for prompt and
+    response; everything else is as long as the response."""
+    lengths = data["response_mask"].offsets().diff()
+
+    def padded(name: str, shift: int = 0) -> Tensor:
+        index, inside = places(data[name], lengths, shift)
+        return data[name].values()[index].where(inside, 0)
+
+    prompts = [str(uid) for uid in list(data["uid"])]
+    number = {prompt: i for i, prompt in enumerate(sorted(set(prompts)))}
+    order = {key: rank for rank, key in enumerate(sorted(keys, key=_by_parts))}
+    tokens = Tokens(
+        mask=padded("response_mask").bool(),
+        advantages=padded("advantages"),
+        logp=padded("old_log_probs"),
+        old_logp=padded("old_log_probs"),
+        entropy=padded(ENTROPY, shift=1),
+        sensitivity=padded(SENSITIVITY, shift=1),
+        reward=padded("rm_scores").sum(1),
+        group=torch.tensor([number[prompt] for prompt in prompts]),
+        sample_id=torch.tensor([order[key] for key in keys]),
+    )
+    if "rollout_is_weights" in data:
+        tokens = replace(tokens, importance=padded("rollout_is_weights"))
+    return tokens
+
+
+def _by_parts(key: str) -> tuple[str, int, int]:
+    """Keys are {prompt}_{session}_{output}."""
+    prompt, session, output = key.rsplit("_", 2)
+    return prompt, int(session), int(output)

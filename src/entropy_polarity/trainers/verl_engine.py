@@ -1,0 +1,140 @@
+"""The workers' part in verl: two numbers a token from the pass for old log-probs, and loss terms beside verl's own.
+
+    polarity_entropy      H in nats, after temperature, accumulated in float32 whatever the logits are
+    polarity_sensitivity  T, as in TokenStats
+
+verl's own entropy comes from 16-bit logits; T from it would lose its sign where the policy is sure. The two travel to
+the driver as verl's log-probs do. They are made only where the driver asked for them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_polarity.kernels import token_stats
+from entropy_polarity.kernels.sharded import sharded_token_stats
+from entropy_polarity.tokens import Tokens, TokenStats
+from entropy_polarity.transforms import loss_terms
+
+ASKED = "polarity_statistics"
+ENTROPY, SENSITIVITY = "polarity_entropy", "polarity_sensitivity"
+BONUS, PENALTY = "polarity_entropy_bonus", "polarity_ratio_penalty"
+
+
+def one_temperature(temperature: Tensor) -> float:
+    """The temperature of all tokens of a batch; padding may have 0."""
+    highest = temperature.max()
+    if not ((temperature == highest) | (temperature <= 0)).all():
+        raise ValueError("polarity statistics need one temperature for a batch, as rollout.temperature gives")
+    return float(highest)
+
+
+def _columns(stats: TokenStats) -> dict[str, Tensor]:
+    return {ENTROPY: stats.entropy, SENSITIVITY: stats.sensitivity}
+
+
+def fsdp_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`prepare_model_outputs` of the FSDP engines, with the two columns, nested (B, j) like the log-probs."""
+
+    @functools.wraps(original)
+    def prepare_model_outputs(self, output, output_args, micro_batch, logits_processor_func):
+        from verl.utils import tensordict_utils as tu
+
+        if not tu.get_non_tensor_data(micro_batch, ASKED, default=False):
+            return original(self, output, output_args, micro_batch, logits_processor_func)
+        # Before verl's own work, which may overwrite the logits.
+        packed = tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True)
+        made = _packed(self, output, output_args) if packed else _padded(output, output_args, micro_batch)
+        offsets = micro_batch["input_ids"].offsets()
+        columns = {name: torch.nested.nested_tensor_from_jagged(column, offsets) for name, column in made.items()}
+        return original(self, output, output_args, micro_batch, logits_processor_func) | columns
+
+    return prepare_model_outputs
+
+
+@torch.no_grad()
+def _packed(engine: Any, output: Any, output_args: dict[str, Any]) -> dict[str, Tensor]:
+    """All tokens of the batch in one row, without padding; this process may have a part of the row."""
+    tokens = output_args["input_ids_rmpad_rolled"]
+    temperature = one_temperature(output_args["temperature_rmpad"])
+    stats = _of(output.logits.squeeze(0), tokens, temperature)
+    pad = output_args["pad_size"]
+    return {name: engine._gather_and_unpad_packed(column, pad) for name, column in _columns(stats).items()}
+
+
+@torch.no_grad()
+def _padded(output: Any, output_args: dict[str, Any], micro_batch: Any) -> dict[str, Tensor]:
+    lengths = micro_batch["input_ids"].offsets().diff()
+    logits = output.logits
+    mask = torch.arange(logits.shape[1], device=logits.device) < lengths[:, None]
+    tokens = torch.zeros_like(mask, dtype=torch.long).masked_scatter(mask, output_args["input_ids_rmpad_rolled"])
+    stats = _of(logits, tokens, one_temperature(output_args["temperature"]), mask)
+    return {name: column[mask] for name, column in _columns(stats).items()}
+
+
+def _of(logits: Tensor, tokens: Tensor, temperature: float, mask: Tensor | None = None) -> TokenStats:
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(logits, DTensor):  # tensor-parallel: sharded along the vocabulary; verl gathers it whole just after
+        logits = logits.full_tensor()
+    return token_stats(logits, tokens, temperature=temperature, mask=mask, check=False)
+
+
+def megatron_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`_lm_head_logits_processor` of the Megatron engine, whose vocabulary is spread over the tensor-parallel group."""
+
+    @functools.wraps(original)
+    def logits_processor(self, logits, label, temperature, *, batch, **arguments):
+        from megatron.core import parallel_state
+        from verl.utils import tensordict_utils as tu
+
+        columns = {}
+        if tu.get_non_tensor_data(batch, ASKED, default=False):  # before verl overwrites the logits
+            group = parallel_state.get_tensor_model_parallel_group()
+            stats = sharded_token_stats(logits, label, group, temperature=one_temperature(temperature))
+            columns = _columns(stats)
+        return original(self, logits, label, temperature, batch=batch, **arguments) | columns
+
+    return logits_processor
+
+
+def policy_loss(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`ppo_loss` plus a method's loss terms, averaged as verl averages its own loss."""
+
+    @functools.wraps(original)
+    def ppo_loss(config, model_output, data, dp_group=None):
+        from verl.utils import tensordict_utils as tu
+
+        if SENSITIVITY in data and tu.get_non_tensor_data(data, "batch_num_tokens", default=None) == 0:
+            tu.assign_non_tensor(data, batch_num_tokens=1)  # a method dropped all of it: the loss is 0, not 0 / 0
+        loss, metrics = original(config=config, model_output=model_output, data=data, dp_group=dp_group)
+        given = [name for name in (BONUS, PENALTY) if name in data]
+        if not given:
+            return loss, metrics
+        from verl.trainer.ppo.core_algos import agg_loss
+        from verl.utils.metric import AggregationType, Metric
+        from verl.workers.utils.padding import no_padding_2_padding
+
+        padded = data.select("response_mask", "old_log_probs", "advantages", *given).to_padded_tensor()
+        entropy = model_output.get("entropy")
+        tokens = Tokens(
+            mask=padded["response_mask"].bool(),
+            advantages=padded["advantages"],
+            logp=no_padding_2_padding(model_output["log_probs"], data),
+            old_logp=padded["old_log_probs"],
+            entropy=None if entropy is None else no_padding_2_padding(entropy, data),
+            entropy_bonus=padded.get(BONUS),
+            ratio_penalty=padded.get(PENALTY),
+        )
+        terms = loss_terms(tokens)
+        assert terms is not None
+        added = agg_loss(
+            loss_mat=terms, loss_mask=tokens.mask, loss_agg_mode=config.loss_agg_mode, **config.global_batch_info
+        )
+        metrics["actor/polarity_loss_terms"] = Metric(value=added, aggregation=AggregationType.SUM)
+        return loss + added, metrics
+
+    return ppo_loss

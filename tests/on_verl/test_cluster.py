@@ -1,0 +1,153 @@
+"""The whole way of a batch on a real cluster: Ray, two workers, TransferQueue, verl's own trainer methods."""
+
+import pytest
+import torch
+
+pytest.importorskip("verl", reason="verl needs an environment of its own: make verl-test")
+pytest.importorskip("transfer_queue")
+
+import numpy as np
+import ray
+import transfer_queue as tq
+from omegaconf import OmegaConf
+from on_verl.batches import config, golden_rows, lengths, nested, padded, tensordict
+from on_verl.workers import TEMPERATURE, VOCABULARY, Actor, logits_of
+
+from entropy_polarity.kernels.reference import reference_token_stats
+from entropy_polarity.methods import METHODS, make_transform
+from entropy_polarity.tokens import Tokens
+from entropy_polarity.trainers.verl_config import prepare
+from entropy_polarity.trainers.verl_driver import Reweighting
+
+PROMPT = 3
+
+
+@pytest.fixture(scope="module")
+def workers():
+    from verl.single_controller.ray.base import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    storage = {
+        "storage_backend": "SimpleStorage",
+        "SimpleStorage": {"total_storage_size": 1000, "num_data_storage_units": 1},
+    }
+    tq.init(OmegaConf.create({"backend": storage}))
+
+    def group():
+        pool = RayResourcePool(process_on_nodes=[2], use_gpu=False)
+        return RayWorkerGroup(resource_pool=pool, ray_cls_with_init=RayClassWithInitArgs(cls=ray.remote(Actor)))
+
+    yield group
+    tq.close()
+    ray.shutdown()
+
+
+def trainer(group, **papo):
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    made = config(**papo)
+    prepared = prepare(made)
+    it = object.__new__(PPOTrainerSync)
+    vars(it).update(
+        config=made, actor_rollout_wg=group, use_critic=False,
+        _polarity=None if prepared is None else Reweighting(*prepared),
+    )  # fmt: skip
+    return it
+
+
+def put(partition: str, ids_up_to: int = VOCABULARY - 1) -> tuple[tq.KVBatchMeta, Tokens]:
+    """A batch in TransferQueue as the rollouts leave it, and its facts, computed here."""
+    rows = golden_rows()
+    mask = rows["mask"].bool()
+    mask[2, 1] = False  # an environment's token
+    long = lengths(mask)
+    generator = torch.Generator().manual_seed(2)
+    ids = [torch.randint(ids_up_to, (PROMPT + n,), generator=generator) for n in long]
+    keys = [f"p{i // 4}_{i % 4}_0" for i in range(16)]
+    scores = torch.zeros(mask.shape)
+    for row, n in enumerate(long):
+        scores[row, n - 1] = rows["reward"].flatten()[row]
+    columns = {
+        "uid": np.array([key.split("_")[0] for key in keys], dtype=object),
+        "input_ids": nested(ids),
+        "response_mask": nested([mask[row, :n].long() for row, n in enumerate(long)]),
+        "loss_mask": nested([mask[row, :n].long() for row, n in enumerate(long)]),
+        "rm_scores": nested([scores[row, :n] for row, n in enumerate(long)]),
+    }
+    meta = tq.kv_batch_put(
+        keys=keys, partition_id=partition, fields=tensordict(columns), tags=[{"seq_len": len(x)} for x in ids]
+    )
+    facts = {name: torch.zeros(mask.shape) for name in ("logp", "entropy", "sensitivity")}
+    for row, (x, n) in enumerate(zip(ids, long, strict=True)):
+        stats = reference_token_stats(logits_of(x).double()[:-1] / TEMPERATURE, x[1:])
+        for name, column in facts.items():
+            column[row, :n] = getattr(stats, name)[-n:].float()
+    reward = rows["reward"].flatten()
+    grouped = reward.view(-1, 4)
+    advantage = ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-6)).flatten()
+    return meta, Tokens(
+        mask=mask, advantages=advantage[:, None] * mask, old_logp=facts["logp"], reward=reward,
+        group=torch.arange(16) // 4, sample_id=torch.arange(16), **facts,
+    )  # fmt: skip
+
+
+def stepped(it, meta) -> tuple[dict[str, torch.Tensor], dict]:
+    """verl's own order of a step; what the workers were given for their update, padded."""
+    metrics: dict = {}
+    meta = it._compute_old_log_prob(meta, metrics)
+    assert "polarity_statistics" not in (meta.extra_info or {})
+    meta = it._compute_advantage(meta, metrics)
+    it.actor_rollout_wg.update_actor(meta)
+    names = ("advantages", "response_mask", "loss_mask", "polarity_entropy_bonus", "polarity_ratio_penalty")
+    seen = tq.kv_batch_get(
+        keys=meta.keys, partition_id=meta.partition_id, select_fields=[f"seen_{name}" for name in names]
+    )
+    width = golden_rows()["mask"].shape[1]
+    return {name: padded(seen[f"seen_{name}"], width) for name in names if f"seen_{name}" in seen}, metrics
+
+
+@pytest.fixture(scope="module")
+def group(workers):
+    return workers()
+
+
+def test_without_settings_verl_is_untouched(group):
+    meta, tokens = put("plain")
+    seen, metrics = stepped(trainer(group), meta)
+    torch.testing.assert_close(seen["advantages"], tokens.advantages, rtol=1e-5, atol=1e-6)
+    assert not any(name.startswith("polarity") for name in metrics)
+    stored = tq.kv_batch_get(keys=meta.keys, partition_id="plain")
+    assert not any(name.startswith("polarity") for name in stored.keys())  # noqa: SIM118
+
+
+def test_every_method_trains_on_the_advantages_that_it_makes_elsewhere(group):
+    plain, _ = stepped(trainer(group), put("bits")[0])
+    for name, method in METHODS.items():
+        for partition in ("first", "second"):
+            settings = {"controller": "balance"} if name == "papo" else method.example
+            meta, tokens = put(f"{name}-{partition}")
+            if partition == "first":
+                it, transform = trainer(group, method=name, **settings), make_transform(name, settings)
+                state = transform.init()
+            seen, metrics = stepped(it, meta)
+            after, state, expected = transform.update(tokens, state)
+            kept = after.mask
+            assert torch.equal(seen["response_mask"].bool(), kept), name
+            assert torch.equal(seen["loss_mask"].bool(), kept), name
+            torch.testing.assert_close(seen["advantages"][kept], after.advantages[kept], rtol=2e-3, atol=1e-5, msg=name)
+            for key, value in expected.items():
+                assert metrics[key] == pytest.approx(value, rel=1e-3, abs=1e-5), (name, key)
+            if torch.equal(after.advantages, tokens.advantages):
+                assert torch.equal(seen["advantages"], plain["advantages"]), name
+            for term in ("entropy_bonus", "ratio_penalty"):
+                wanted = getattr(after, term)
+                assert (wanted is None) == (f"polarity_{term}" not in seen), name
+                if wanted is not None:
+                    torch.testing.assert_close(seen[f"polarity_{term}"][kept], wanted[kept])
+
+
+def test_a_worker_that_dies_is_verls_own_error(workers):
+    doomed = workers()
+    meta, _ = put("doomed", ids_up_to=VOCABULARY)
+    with pytest.raises(ray.exceptions.RayActorError):
+        trainer(doomed, method="papo")._compute_old_log_prob(meta, {})

@@ -1,0 +1,171 @@
+"""How the package comes into verl: by itself, once, not at all into another verl, and off until asked for."""
+
+import logging
+import os
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("verl", reason="verl needs an environment of its own: make verl-test")
+
+from omegaconf import OmegaConf
+from on_verl.batches import config
+
+from entropy_polarity.trainers import verl as plugin
+from entropy_polarity.trainers.verl_config import prepare
+
+LOOK = """
+import sys, importlib
+{first}
+import verl
+print("entropy_polarity.trainers.verl" in sys.modules)
+for hook in __import__("entropy_polarity.trainers.verl", fromlist=["HOOKS"]).HOOKS:
+    try:
+        place = importlib.import_module(hook.module)
+    except ImportError:
+        print(hook.target, "not installed")
+        continue
+    for part in hook.target.split("."):
+        place = getattr(place, part)
+    times = 0
+    while place is not None:
+        times += getattr(place, "of_entropy_polarity", False)
+        place = getattr(place, "__wrapped__", None)
+    print(hook.target, times)
+"""
+
+
+def looked(first: str = "", **environment: str) -> list[str]:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOOK.format(first=first)],
+        capture_output=True, text=True, env=os.environ | environment, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("first", "environment"),
+    [
+        ("", {}),
+        ("", {"VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_USE_EXTERNAL_MODULES": "entropy_polarity.trainers.verl"}),
+        ("import entropy_polarity.trainers.verl", {}),
+        ("import verl.workers.engine_workers, verl.trainer.ppo.v1\nimport entropy_polarity.trainers.verl", {}),
+    ],
+    ids=["entry point", "external module", "before verl", "after verl"],
+)
+def test_every_hook_is_in_place_once(first, environment):
+    loaded, *hooks = looked(first, **environment)
+    assert loaded == "True"
+    assert len(hooks) == len(plugin.HOOKS)
+    for line in hooks:
+        assert line.endswith((" 1", "not installed")), line
+    assert sum(line.endswith("not installed") for line in hooks) <= sum(hook.optional for hook in plugin.HOOKS)
+
+
+def test_without_plugins_verl_is_verls_own():
+    code = (
+        "import verl.trainer.ppo.v1.trainer_base as t; print(hasattr(t.PPOTrainer._compute_advantage, '__wrapped__'))"
+    )
+    environment = os.environ | {"VERL_USE_EXTERNAL_PLUGINS": "none"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert run.stdout.strip() == "False", run.stderr
+
+
+def test_another_version_is_left_alone_and_said_so(monkeypatch, caplog):
+    put = []
+    monkeypatch.setattr(plugin, "version", lambda _: "0.10.2")
+    monkeypatch.setattr(plugin, "put", lambda *hook: put.append(hook))
+    with caplog.at_level(logging.ERROR):
+        plugin.activate()
+    assert not put
+    assert "verl 0.9, but verl 0.10.2 is installed" in caplog.text
+
+
+def test_what_does_not_look_as_tested_is_left_alone_and_said_so(caplog):
+    module = ModuleType("changed")
+
+    class PPOTrainer:
+        def _compute_advantage(self, data):
+            return data
+
+    module.PPOTrainer = PPOTrainer  # type: ignore[attr-defined]
+    hook = plugin.HOOKS[2]._replace(module="changed")
+    with caplog.at_level(logging.ERROR):
+        plugin.put(hook, module)
+        plugin.put(hook._replace(target="PPOTrainer.gone"), module)
+    assert not hasattr(PPOTrainer._compute_advantage, "of_entropy_polarity")
+    assert "changed.PPOTrainer._compute_advantage has no parameter batch, metrics" in caplog.text
+    assert "verl has no changed.PPOTrainer.gone" in caplog.text
+
+
+def test_nothing_is_prepared_unless_asked_for():
+    untouched = config()
+    assert prepare(untouched) is None
+    assert untouched == config()
+
+
+def test_a_run_asks_by_keys_of_its_command_line():
+    """As Hydra composes verl's own configuration."""
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        composed = compose("ppo_trainer", overrides=["+papo.method=papo", "+papo.lambda_max=0.5", "+papo.gain=3"])
+        plain = compose("ppo_trainer")
+    prepared = prepare(composed)
+    assert prepared is not None
+    assert prepared[:2] == ("papo", {"lambda_max": 0.5, "gain": 3})
+    assert OmegaConf.to_container(composed.actor_rollout_ref) == OmegaConf.to_container(plain.actor_rollout_ref)
+
+
+def test_what_a_method_fixes_of_the_loss_goes_into_the_actor():
+    asked = config(method="dapo")
+    prepare(asked)
+    actor = asked.actor_rollout_ref.actor
+    assert (actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c) == (0.2, 0.28, 3.0)
+    assert actor.loss_agg_mode == "token-mean"
+    unclipped = config(method="clip_cov")
+    prepare(unclipped)
+    assert unclipped.actor_rollout_ref.actor.clip_ratio_c > 1e9
+    bonus = config(method="entropy_bonus", coefficient=0.01)
+    prepare(bonus)
+    assert bonus.actor_rollout_ref.actor.calculate_entropy
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"papo": "papo"}, "expected settings: +papo.method=papo"),
+        ({"papo": {"method": "pappo"}}, "unknown method"),
+        ({"papo": {"method": "papo", "lamda_max": 0.5}}, "lamda_max"),
+        ({"papo": {"method": "entropy_bonus"}}, "coefficient"),
+        ({"papo": {"sign_from": "exact"}}, "sign_from='exact'"),
+        ({"algorithm": {"rollout_correction": {"bypass_mode": True}}}, "bypass_mode=true leaves out the pass"),
+        ({"actor_rollout_ref": {"model": {"use_fused_kernels": True}}}, "use_fused_kernels=false"),
+        ({"actor_rollout_ref": {"actor": {"strategy": "torchtitan"}}}, "no statistics in the engine 'torchtitan'"),
+        ({"actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": "gspo"}}}}, "loss_mode='gspo'"),
+        (
+            {"papo": {"method": "dapo"}, "actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": "gpg"}}}},
+            "sets the PPO clip",
+        ),
+    ],
+)
+def test_what_cannot_work_is_one_line_before_anything_starts(change, said):
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    asked = OmegaConf.merge(config(method="papo") if "papo" not in change else config(), change)
+    with pytest.raises(ValueError, match=r"[\s\S]*") as raised:
+        PPOTrainerSync(asked)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_verls_old_trainer_does_not_ignore_the_settings():
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+
+    with pytest.raises(ValueError, match=r"trainer\.use_v1=true"):
+        RayPPOTrainer(config(method="papo"))
