@@ -34,7 +34,7 @@ def workers():
     tq.init(OmegaConf.create({"backend": storage}))
 
     def group():
-        pool = RayResourcePool(process_on_nodes=[2], use_gpu=False)
+        pool = RayResourcePool(process_on_nodes=[2], use_gpu=False, max_colocate_count=1)
         return RayWorkerGroup(resource_pool=pool, ray_cls_with_init=RayClassWithInitArgs(cls=ray.remote(Actor)))
 
     yield group

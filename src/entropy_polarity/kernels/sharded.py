@@ -19,11 +19,11 @@ def sharded_token_stats(
     temperature: float = 1.0,
     implementation: str | None = None,
 ) -> TokenStats:
-    """`token_stats` of vocabulary-parallel logits: every process of `group` gets the statistics of the whole vocabulary.
+    """`token_stats` of vocabulary-parallel logits: every process of `group` gets those of the whole vocabulary.
 
     `logits` (..., W) are this process's columns, `tokens` (...) ids of the whole vocabulary, the same on all processes.
-    The processes hold W columns each, in the order of their ranks. 24 bytes a row and process are gathered; no gradient.
-    Rows with NaN or +inf give NaN. Source: ours; the merge is that of the tiles (`state.merge`).
+    The processes hold W columns each, in the order of their ranks. 24 bytes a row and process are gathered; there is no
+    gradient. Rows with NaN or +inf give NaN. Source: ours; the merge is that of the tiles (`state.merge`).
     """
     rows = logits.reshape(-1, logits.shape[-1])
     columns, head = rows.shape[1], Head(temperature)

@@ -8,7 +8,8 @@ _WEIGHTS = {EMBEDDED: "countdown", "embedded:guess": "guess", "embedded:keydoor"
 
 
 def resolve_model(model: str) -> str:
-    """The folder of the model: inside the package for "embedded", "embedded:guess" and "embedded:keydoor", else the path (or hub name).
+    """The folder of the model: inside the package for "embedded", "embedded:guess", "embedded:keydoor", else the path
+    (or hub name).
 
     Raises FileNotFoundError where a path-like name has no model in it.
     """

@@ -78,7 +78,10 @@ def untested_version() -> str | None:
     found, (low, high) = version("verl"), TESTED_VERL
     if Version(low) <= Version(found) < Version(high):
         return None
-    return f"entropy-polarity hooks private methods of verl {low}, but verl {found} is installed: use 'verl>={low},<{high}'"
+    return (
+        f"entropy-polarity hooks private methods of verl {low}, but verl {found} is installed: use "
+        f"'verl>={low},<{high}'"
+    )
 
 
 def problem_of(hook: Hook, module: ModuleType) -> str | None:
