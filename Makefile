@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test verl-test check format clean
 
 setup: $(VENV)/.installed
 
@@ -21,6 +21,18 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
+# verl needs an older transformers: it has an environment of its own. Its Megatron engine imports without a GPU.
+$(VENV)-verl/.installed: pyproject.toml constraints-verl.txt requirements-verl.txt
+	$(PYTHON) -m venv $(VENV)-verl
+	$(VENV)-verl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-verl.txt \
+		-r requirements-verl.txt -e '.[verl]'
+	$(VENV)-verl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints-verl.txt \
+		megatron-core mbridge
+	touch $@
+
+verl-test: $(VENV)-verl/.installed
+	OMP_NUM_THREADS=1 $(VENV)-verl/bin/python -m pytest tests/on_verl $(ARGS)
+
 check: setup
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
@@ -31,4 +43,4 @@ format: setup
 	$(BIN)/ruff format --quiet .
 
 clean:
-	rm -rf $(VENV) .ruff_cache .pytest_cache dist
+	rm -rf $(VENV) $(VENV)-verl .ruff_cache .pytest_cache dist

@@ -1,5 +1,7 @@
 """The whole way of a batch on a real cluster: Ray, two workers, TransferQueue, verl's own trainer methods."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -26,7 +28,8 @@ PROMPT = 3
 def workers():
     from verl.single_controller.ray.base import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}}
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env=here)
     storage = {
         "storage_backend": "SimpleStorage",
         "SimpleStorage": {"total_storage_size": 1000, "num_data_storage_units": 1},
