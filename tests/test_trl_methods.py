@@ -1,5 +1,6 @@
 """Every method inside TRL's trainer: the same for any split or number of processes, equal to TRL where TRL has it."""
 
+import json
 import math
 import subprocess
 import sys
@@ -247,19 +248,36 @@ def test_a_setting_that_the_method_fixes_has_one_owner(tmp_path, method, setting
         PolarityConfig(str(tmp_path), method=method, bf16=False, use_cpu=True, report_to="none", **settings)
 
 
+def flat(value, path=""):
+    """Numbers, and whatever else is no container, by their place in nested JSON."""
+    if not isinstance(value, dict | list):
+        return {path: value}
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: leaf for name, part in parts for key, leaf in flat(part, f"{path}/{name}").items()}
+
+
 @pytest.mark.slow
-def test_two_processes_make_the_same_policy_as_one(tmp_path):
-    """One launch, every method: the same completions on two gloo ranks and on one process give the same way."""
-    script = Path(__file__).with_name("two_ranks.py")
+def test_several_processes_make_the_same_policy_as_one(tmp_path):
+    """One launch each, every method: the same completions on two and four gloo ranks and on one process."""
+    script = Path(__file__).with_name("several_ranks.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--master-port=29577", "--nproc-per-node"]
-    for ranks in ("1", "2"):
+    came = {}
+    for ranks in ("1", "2", "4"):
         done = subprocess.run(
             [*command, ranks, str(script), str(tmp_path / f"{ranks}.pt")], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (torch.load(tmp_path / f"{ranks}.pt", weights_only=True) for ranks in ("1", "2"))
-    assert one.keys() == two.keys() == EXAMPLES.keys() | STATEFUL.keys()
-    for name, expected in one.items():
-        assert expected["way"].norm() > 0, name
-        assert (two[name]["way"] - expected["way"]).norm() <= 1e-3 * expected["way"].norm(), name
-        assert two[name]["state"] == expected["state"], name
+        came[ranks] = torch.load(tmp_path / f"{ranks}.pt", weights_only=True)
+    one = came.pop("1")
+    assert one.keys() >= EXAMPLES.keys() | STATEFUL.keys()
+    for ranks, several in came.items():
+        assert several.keys() == one.keys()
+        for name, expected in one.items():
+            assert expected["way"].norm() > 0, name
+            assert (several[name]["way"] - expected["way"]).norm() <= 1e-3 * expected["way"].norm(), (ranks, name)
+            for what in ("state", "metrics", "checkpoint"):
+                a, b = (flat(json.loads(results[what])) for results in (several[name], expected))
+                assert a.keys() == b.keys(), (ranks, name, what)
+                for place, number in b.items():
+                    near = pytest.approx(number, rel=2e-3, abs=1e-6) if isinstance(number, float) else number
+                    assert a[place] == near, (ranks, name, what, place)

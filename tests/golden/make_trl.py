@@ -9,9 +9,9 @@ import warnings
 from pathlib import Path
 from unittest.mock import patch
 
+from several_ranks import fixed
 from test_trl import make_trainer
 from test_trl_methods import EXAMPLES, REUSED, uneven
-from two_ranks import fixed
 
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.trainers.trl import PolarityTrainer

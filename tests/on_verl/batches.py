@@ -23,7 +23,10 @@ def nested(rows: list[torch.Tensor]) -> torch.Tensor:
 def config(**papo) -> DictConfig:
     """What of verl's configuration is read."""
     made = {
-        "trainer": {"use_v1": True, "resume_mode": "auto", "default_local_dir": "unset", "default_hdfs_dir": None, "del_local_ckpt_after_load": False},
+        "trainer": {
+            "use_v1": True, "resume_mode": "auto", "default_local_dir": "unset", "default_hdfs_dir": None,
+            "del_local_ckpt_after_load": False,
+        },
         "algorithm": {
             "use_kl_in_reward": False, "adv_estimator": "grpo", "gamma": 1.0, "lam": 1.0,
             "norm_adv_by_std_in_grpo": True, "rollout_correction": {"bypass_mode": False},

@@ -52,9 +52,9 @@ def megatron_part(rank: int, port: int, folder: str) -> None:
     for asked in (True, False):
         batch = tu.get_tensordict({"x": torch.zeros(1)}, {"polarity_statistics": asked})
         results[asked] = MegatronEngineWithLMHead._lm_head_logits_processor(
-            made, mine.clone(), tokens[None], temperature.clone(), calculate_sum_pi_squared=True, calculate_entropy=True,
-            distillation_use_topk=False, distillation_only=True, logits_processor_func=None, batch=batch,
-            data_format="thd",
+            made, mine.clone(), tokens[None], temperature.clone(), calculate_sum_pi_squared=True,
+            calculate_entropy=True, distillation_use_topk=False, distillation_only=True, logits_processor_func=None,
+            batch=batch, data_format="thd",
         )  # fmt: skip
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -261,7 +261,8 @@ def test_a_mini_batch_of_which_nothing_is_left_has_loss_zero():
     values = torch.zeros(5, requires_grad=True)
     td = tu.get_tensordict(
         {
-            "prompts": nested([torch.ones(2, dtype=torch.long)]), "responses": nested([torch.ones(3, dtype=torch.long)]),
+            "prompts": nested([torch.ones(2, dtype=torch.long)]),
+            "responses": nested([torch.ones(3, dtype=torch.long)]),
             "response_mask": nested([torch.zeros(3, dtype=torch.long)]), "old_log_probs": nested([torch.zeros(3)]),
             "advantages": nested([torch.ones(3)]), "polarity_sensitivity": nested([torch.ones(5)]),
         },

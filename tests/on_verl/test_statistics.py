@@ -45,7 +45,7 @@ def test_packed_rows_have_the_statistics_of_the_tempered_policy(dtype):
 
 
 def test_padded_rows_have_the_same():
-    logits, tokens, arguments = output()
+    logits, _, arguments = output()
     packed = made(engine(), logits[None], arguments, micro_batch(**{ASKED: True}))
     wide = torch.full((len(LENGTHS), 7, VOCABULARY), torch.nan)
     for row, part in enumerate(logits.split(LENGTHS)):

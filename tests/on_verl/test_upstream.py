@@ -34,9 +34,13 @@ FILES = (
 def test_verls_own_tests_pass_with_the_plug_in():
     if not THEIRS.is_dir():
         pytest.skip("this verl was installed without its tests")
-    plugin = "import sys, verl, pytest; assert 'entropy_polarity.trainers.verl' in sys.modules; "
+    code = f"""
+import sys, verl, pytest
+assert "entropy_polarity.trainers.verl" in sys.modules
+sys.exit(pytest.main(["-q", "-c", "/dev/null", "-p", "no:cacheprovider", *{FILES}]))
+"""
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", plugin + f"sys.exit(pytest.main(['-q', '-c', '/dev/null', '-p', 'no:cacheprovider', *{FILES}]))"],
+        [sys.executable, "-W", "ignore", "-c", code],
         cwd=THEIRS, capture_output=True, text=True, timeout=600, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]

@@ -34,7 +34,8 @@ class Actor(Worker):
         ids = data["input_ids"].values()
         tu.assign_non_tensor(data, use_remove_padding=True)
         arguments = {
-            "input_ids_rmpad_rolled": ids.roll(-1), "temperature_rmpad": torch.full(ids.shape, TEMPERATURE), "pad_size": 0
+            "input_ids_rmpad_rolled": ids.roll(-1), "temperature_rmpad": torch.full(ids.shape, TEMPERATURE),
+            "pad_size": 0,
         }  # fmt: skip
         output = SimpleNamespace(logits=logits_of(ids)[None])
         columns = FSDPEngineWithLMHead.prepare_model_outputs(engine, output, arguments, data, None)
