@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -15,15 +16,10 @@ from entropy_polarity.kernels import choose, linear_token_loss, linear_token_sta
 from entropy_polarity.kernels.engine import VARIABLE, why_not_triton
 from entropy_polarity.kernels.reference import reference_token_stats
 
-OLDEST = {
-    "entropy-polarity": "0",
-    "torch": "2.10",
-    "transformers": "5.20",
-    "trl": "1.16",
-    "triton": "3.6",
-    "peft": "0.17",
-}
+OLDEST = {"entropy-polarity": "0", "torch": "2.10", "triton": "3.6", "peft": "0.17"}
 OPTIONAL = ("triton", "peft")
+# The frameworks, and what each needs of what the other needs otherwise.
+FRAMEWORKS = {"trl": {"trl": "1.16", "transformers": "5.20"}, "verl": {"verl": "0.9", "TransferQueue": "0.1.10"}}
 # Of statistics and float32 gradients, against float64.
 TOLERANCE = 1e-5
 
@@ -38,7 +34,8 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Everything that can be found out without training. A "problem" is what will not work."""
-    return [*_versions(), *_kernels(), *_compilers(), *_trl()]
+    frameworks = [name for name in FRAMEWORKS if _installed(name)]
+    return [*_versions(frameworks), *_kernels(), *_compilers(), *_trl(frameworks), *_verl(frameworks)]
 
 
 def _installed(package: str) -> str | None:
@@ -48,9 +45,10 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _versions() -> Iterator[Finding]:
+def _versions(frameworks: list[str]) -> Iterator[Finding]:
     yield Finding("python", "ok", platform.python_version())
-    for package, oldest in OLDEST.items():
+    wanted = OLDEST | {package: oldest for name in frameworks for package, oldest in FRAMEWORKS[name].items()}
+    for package, oldest in wanted.items():
         found = _installed(package)
         if found is None:
             status = "note" if package in OPTIONAL else "problem"
@@ -59,6 +57,9 @@ def _versions() -> Iterator[Finding]:
             yield Finding(package, "problem", f"{found} is older than {oldest}, the oldest that is supported")
         else:
             yield Finding(package, "ok", found)
+    if not frameworks:
+        installs = " or ".join(f"pip install 'entropy-polarity[{name}]'" for name in FRAMEWORKS)
+        yield Finding("a framework to train with", "problem", f"neither TRL nor verl is installed: {installs}")
 
 
 def _devices() -> list[torch.device]:
@@ -139,7 +140,9 @@ def _compilers() -> Iterator[Finding]:
     yield Finding(f"{VARIABLE}=triton", "ok" if reason is None else "note", reason or "can be had")
 
 
-def _trl() -> Iterator[Finding]:
+def _trl(frameworks: list[str]) -> Iterator[Finding]:
+    if "trl" not in frameworks:
+        return
     try:
         from entropy_polarity.trainers.trl_seam import HEADS, TESTED_TRL, seams
     except ImportError as error:
@@ -150,3 +153,20 @@ def _trl() -> Iterator[Finding]:
         detail = f"no parameter {', '.join(sorted(missing))}" if missing else "hooked, and as tested"
         yield Finding(name, "problem" if missing else "ok", detail)
     yield Finding("output head", "ok", f"statistics_head: {' (default) or '.join(HEADS)}")
+
+
+def _verl(frameworks: list[str]) -> Iterator[Finding]:
+    if "verl" not in frameworks:
+        return
+    from entropy_polarity.trainers.verl import HOOKS, problem_of, untested_version
+
+    reason = untested_version()
+    yield Finding("verl's plug-in", "problem" if reason else "ok", reason or "this verl is one of those tested")
+    for hook in HOOKS if reason is None else ():
+        try:
+            problem = problem_of(hook, import_module(hook.module))
+        except Exception as failure:  # whatever a missing engine or driver raises
+            status = "note" if hook.optional else "problem"
+            yield Finding(hook.target, status, f"{hook.module} cannot be imported: {type(failure).__name__}: {failure}")
+            continue
+        yield Finding(hook.target, "problem" if problem else "ok", problem or "hooked, and as tested")

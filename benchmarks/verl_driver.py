@@ -1,0 +1,143 @@
+"""The driver's work in verl at up to 10^7 tokens a rollout: a synthetic batch through Ray and TransferQueue.
+
+    make verl-test   # makes the environment
+    OMP_NUM_THREADS=1 .venv-verl/bin/python benchmarks/verl_driver.py --output benchmarks/results/verl_driver.json
+
+What verl's driver does to such a batch anyway (its pass for old log-probs reads and writes columns, then its own GRPO
+advantages) and what the plug-in adds after it: three more columns read, the method, the advantages written again. The
+memory is the driver's peak over what it had before; the storage is one process beside it, as on a node of a cluster.
+"""
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from blocks import markdown
+
+LENGTH, GROUP = 2000, 16  # tokens of a response; responses of a prompt
+
+
+def measure(tokens: int) -> dict[str, Any]:
+    import numpy as np
+    import transfer_queue as tq
+    from omegaconf import OmegaConf
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+    from verl.utils import tensordict_utils as tu
+
+    from entropy_polarity.trainers.verl_config import prepare
+    from entropy_polarity.trainers.verl_driver import Reweighting
+
+    rows = max(GROUP, tokens // LENGTH // GROUP * GROUP)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(LENGTH // 2, LENGTH * 3 // 2, (rows,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    prompts = torch.cat([torch.zeros(1, dtype=torch.long), (lengths + 200).cumsum(0)])
+    total = int(lengths.sum())
+
+    def nested(values: torch.Tensor, where: torch.Tensor = offsets) -> torch.Tensor:
+        return torch.nested.nested_tensor_from_jagged(values, where)
+
+    scores = torch.zeros(total)
+    scores[offsets[1:] - 1] = torch.randint(2, (rows,), generator=generator).float()
+    keys = [f"p{i // GROUP:06d}_{i % GROUP}_0" for i in range(rows)]
+    columns = {
+        "uid": np.array([key.split("_")[0] for key in keys], dtype=object),
+        "response_mask": nested(torch.ones(total, dtype=torch.long)),
+        "loss_mask": nested(torch.ones(total, dtype=torch.long)),
+        "rm_scores": nested(scores),
+        "old_log_probs": nested(-torch.rand(total, generator=generator)),
+        "polarity_entropy": nested(torch.rand(total + 200 * rows, generator=generator), prompts),
+        "polarity_sensitivity": nested(torch.randn(total + 200 * rows, generator=generator), prompts),
+    }
+    partition = f"of-{rows}"
+    meta = tq.kv_batch_put(
+        keys=keys, partition_id=partition, fields=tu.get_tensordict(columns),
+        tags=[{"seq_len": int(n) + 200} for n in lengths],
+    )  # fmt: skip
+    config = OmegaConf.create(
+        {
+            "papo": {"method": "papo", "controller": "thermostat", "level": 0.3, "conserve": True},
+            "algorithm": {
+                "use_kl_in_reward": False, "adv_estimator": "grpo", "gamma": 1.0, "lam": 1.0,
+                "norm_adv_by_std_in_grpo": True,
+            },
+            "actor_rollout_ref": {"rollout": {"n": GROUP}, "model": {}, "actor": {"strategy": "fsdp"}},
+        }
+    )  # fmt: skip
+    trainer = object.__new__(PPOTrainerSync)
+    prepared = prepare(config)
+    assert prepared is not None
+    trainer.config, trainer._polarity = config, None
+    method = Reweighting(*prepared)
+    method.state["entropy"] = 0.5
+
+    def timed(work: Any) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    own = min(timed(lambda: trainer._compute_advantage(meta, {})) for _ in range(3))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ours = min(timed(lambda: method.rewrite(meta, {})) for _ in range(3))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data = tq.kv_batch_get(keys=keys, partition_id=partition)
+    arithmetic = min(timed(lambda: method.rewritten(data, keys, [False] * rows)) for _ in range(3))
+    tq.kv_clear(keys=keys, partition_id=partition)
+    return {
+        "tokens": total,
+        "responses": rows,
+        "verls_advantages_seconds": own,
+        "added_seconds": ours,
+        "without_transfer_seconds": arithmetic,
+        "added_peak_mib": (peak - before) / 1024,
+        "added_bytes_a_token": 4 * 3 + 4,  # two statistics and the advantages read, the advantages written
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    head = ["tokens a rollout", "responses", "verl's own advantages, s", "added, s", "of it the method, s", "added, µs a token", "more memory than verl's own, MiB"]  # fmt: skip  # noqa: E501
+    return markdown(
+        head,
+        [
+            [
+                f"{r['tokens']:,}",
+                f"{r['responses']:,}",
+                f"{r['verls_advantages_seconds']:.2f}",
+                f"{r['added_seconds']:.2f}",
+                f"{r['without_transfer_seconds']:.2f}",
+                f"{1e6 * r['added_seconds'] / r['tokens']:.2f}",
+                f"{r['added_peak_mib']:.0f}",
+            ]
+            for r in results
+        ],
+    )
+
+
+def main() -> None:
+    import ray
+    import transfer_queue as tq
+    from omegaconf import OmegaConf
+
+    from entropy_polarity.record import environment
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[10**5, 10**6, 10**7])
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    storage = {"total_storage_size": 100_000, "num_data_storage_units": 1}
+    tq.init(OmegaConf.create({"backend": {"storage_backend": "SimpleStorage", "SimpleStorage": storage}}))
+    results = [measure(tokens) for tokens in sorted(arguments.tokens)]
+    tq.close()
+    ray.shutdown()
+    document = {"benchmark": "verl_driver", "environment": environment(0), "results": results}
+    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
