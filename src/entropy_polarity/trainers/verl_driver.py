@@ -135,27 +135,30 @@ class Reweighting:
                 f"{KEY}: the workers sent no {SENSITIVITY}: entropy-polarity is not installed where they run, or could "
                 "not hook their engine (its log says why; so does `papo doctor` there)"
             )
-        whole = tokens_of(data, keys)
-        real = torch.tensor([not is_padding for is_padding in padding]).nonzero()[:, 0]
-        before = whole.rows(real)
+        before = tokens_of(data, keys)
+        real = torch.tensor([not is_padding for is_padding in padding])
+        if not real.all():
+            before = before.rows(real.nonzero()[:, 0])
         after, self.state, metrics = self.transform.update(before, self.state)
         made = {"advantages": (before.advantages, after.advantages), "response_mask": (before.mask, after.mask)}
         changed = {name: new for name, (old, new) in made.items() if not torch.equal(old, new)}
-        if "response_mask" in changed:
-            changed["loss_mask"] = changed["response_mask"]  # what verl counts a mini-batch's tokens by
         terms = {BONUS: after.entropy_bonus, PENALTY: after.ratio_penalty}
         changed |= {name: term for name, term in terms.items() if term is not None}
-        return {name: self._column(data, name, new, real) for name, new in changed.items()}, metrics
+        written = {name: self._column(data, name, new, real) for name, new in changed.items()}
+        if "response_mask" in written:
+            written["loss_mask"] = written["response_mask"].clone()  # what verl counts a mini-batch's tokens by
+        return written, metrics
 
     @staticmethod
     def _column(data: Any, name: str, new: Tensor, real: Tensor) -> Tensor:
         """The values (b, T) of the rows `real` as a nested column; the other rows keep theirs, or have 0."""
         mask = data["response_mask"]
-        values = data[name].values().clone() if name in data else torch.zeros(mask.values().shape, dtype=new.dtype)
-        column = torch.nested.nested_tensor_from_jagged(values, mask.offsets())
-        index, inside = places(column, mask.offsets().diff())
-        values[index[real][inside[real]]] = new[inside[real][:, : new.shape[1]]].to(values.dtype)
-        return column
+        lengths = mask.offsets().diff()
+        old = data[name].values() if name in data else torch.zeros(mask.values().shape, dtype=new.dtype)
+        values = new.to(old.dtype)[inside(lengths[real], new.shape[1])]
+        if not real.all():
+            values = old.masked_scatter(real.repeat_interleave(lengths), values)
+        return torch.nested.nested_tensor_from_jagged(values, mask.offsets())
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,40 +177,48 @@ class Reweighting:
         self.state = saved["state"]
 
 
-def places(column: Tensor, lengths: Tensor, shift: int = 0) -> tuple[Tensor, Tensor]:
-    """Where in the values of a nested column the last `lengths` of each row stand, `shift` positions earlier, padded
-    (B, T); and which of these places are no padding."""
-    position = torch.arange(int(lengths.max()) if len(lengths) else 0)
-    inside = position < lengths[:, None]
-    index = (column.offsets()[1:] - lengths - shift)[:, None] + position
-    return index.where(inside, 0), inside
+def inside(lengths: Tensor, width: int) -> Tensor:
+    """Where a padded (B, T) holds a response."""
+    return torch.arange(width) < lengths[:, None]
 
 
 def tokens_of(data: Any, keys: list[str]) -> Tokens:
     """A batch of verl's as Tokens (B, T). What the model computed at a token stands one place before it, for prompt and
     response; everything else is as long as the response."""
     lengths = data["response_mask"].offsets().diff()
+    held = inside(lengths, int(lengths.max()))
+    ends = data[SENSITIVITY].offsets()[1:]
+    of_response = torch.zeros(len(data[SENSITIVITY].values()) + 1, dtype=torch.int8)
+    of_response[ends - lengths - 1] += 1  # from one place before the response's first token,
+    of_response[ends - 1] -= 1  # to before its last
+    of_response = of_response[:-1].cumsum(0, dtype=torch.int8).bool()
 
-    def padded(name: str, shift: int = 0) -> Tensor:
-        index, inside = places(data[name], lengths, shift)
-        return data[name].values()[index].where(inside, 0)
+    def padded(values: Tensor) -> Tensor:
+        return torch.zeros(held.shape, dtype=values.dtype).masked_scatter_(held, values)
+
+    def response(name: str) -> Tensor:
+        return padded(data[name].values())
+
+    def model(name: str) -> Tensor:
+        return padded(data[name].values()[of_response])
 
     prompts = [str(uid) for uid in list(data["uid"])]
     number = {prompt: i for i, prompt in enumerate(sorted(set(prompts)))}
     order = {key: rank for rank, key in enumerate(sorted(keys, key=_by_parts))}
+    logp = response("old_log_probs")
     tokens = Tokens(
-        mask=padded("response_mask").bool(),
-        advantages=padded("advantages"),
-        logp=padded("old_log_probs"),
-        old_logp=padded("old_log_probs"),
-        entropy=padded(ENTROPY, shift=1),
-        sensitivity=padded(SENSITIVITY, shift=1),
-        reward=padded("rm_scores").sum(1),
+        mask=response("response_mask").bool(),
+        advantages=response("advantages"),
+        logp=logp,
+        old_logp=logp,
+        entropy=model(ENTROPY),
+        sensitivity=model(SENSITIVITY),
+        reward=response("rm_scores").sum(1),
         group=torch.tensor([number[prompt] for prompt in prompts]),
         sample_id=torch.tensor([order[key] for key in keys]),
     )
     if "rollout_is_weights" in data:
-        tokens = replace(tokens, importance=padded("rollout_is_weights"))
+        tokens = replace(tokens, importance=response("rollout_is_weights"))
     return tokens
 
 
