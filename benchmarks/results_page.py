@@ -1,4 +1,4 @@
-"""docs/results.md, and the numbers of docs/theory.md, from the result files: python benchmarks/results_page.py."""
+"""docs/results.md and the numbers of docs/theory.md and scale.md, from result files: benchmarks/results_page.py."""
 
 import json
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import levels
 import parts
 import regime
 import thermostat
+import verl_driver
 from blocks import filled, markdown
 
 from entropy_polarity.report.audit_tables import audit_tables
@@ -19,6 +20,7 @@ from entropy_polarity.report.tables import TextTable, comparison_tables, search_
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE, THEORY = ROOT / "benchmarks/results", ROOT / "docs/results.md", ROOT / "docs/theory.md"
+SCALE = ROOT / "docs/scale.md"
 MISSING = "Not measured yet."
 SEARCHES = ("search", "papo")
 COMPARISONS = (
@@ -83,6 +85,12 @@ def theory(text: str, folder: Path = RESULTS) -> str:
     return filled(text, blocks, THEORY.name)
 
 
+def scale(text: str, folder: Path = RESULTS) -> str:
+    """The page for several machines, with the driver's work written anew."""
+    measured = _read(folder / "verl_driver.json")
+    return filled(text, {"verl_driver": verl_driver.table(measured["results"]) if measured else MISSING}, SCALE.name)
+
+
 def _variants(found: dict[str, dict[str, Any]]) -> str:
     """The local and the exact level of each audit, on both sets of states."""
     head = ["audit", "states", "local: Spearman", "local: signs", "exact: Pearson", "exact: signs", "exact: slope"]
@@ -141,3 +149,4 @@ def _markdown(table: TextTable) -> str:
 if __name__ == "__main__":
     PAGE.write_text(page(PAGE.read_text()))
     THEORY.write_text(theory(THEORY.read_text()))
+    SCALE.write_text(scale(SCALE.read_text()))

@@ -1,7 +1,7 @@
 """The driver's work in verl at up to 10^7 tokens a rollout: a synthetic batch through Ray and TransferQueue.
 
     make verl-test   # makes the environment
-    OMP_NUM_THREADS=1 .venv-verl/bin/python benchmarks/verl_driver.py --output benchmarks/results/verl_driver.json
+    .venv-verl/bin/python benchmarks/verl_driver.py --output benchmarks/results/verl_driver.json
 
 What verl's driver does to such a batch anyway (its pass for old log-probs reads and writes columns, then its own GRPO
 advantages) and what the plug-in adds after it: three more columns read, the method, the advantages written again. The

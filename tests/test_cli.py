@@ -175,7 +175,10 @@ def test_pretrain_makes_a_policy_that_loads_and_says_how_good_it_is(run_papo, tm
     assert (tmp_path / "policy/model.safetensors").stat().st_size < 2_000_000
     code, _, err = run_papo("pretrain", "--output", "other", "--width", "100")
     assert code == 2
-    assert err == "papo: width 100, layers 4, steps 1200; expected a multiple of 32, and 1 or more of the others\n"
+    assert err == "papo: width is 100; expected a multiple of 32\n"
+    code, _, err = run_papo("pretrain", "--output", "other", "--steps", "0")
+    assert code == 2
+    assert err == "papo: steps is 0; expected 1 or more\n"
     code, _, err = run_papo("pretrain", "--output", "policy", "--steps", "2")
     assert code == 2
     assert "already exists" in err

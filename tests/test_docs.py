@@ -75,7 +75,12 @@ def test_the_page_on_performance_is_the_result_files():
 
 
 def test_the_page_of_results_is_the_result_files():
-    for path, made in ((results_page.PAGE, results_page.page), (results_page.THEORY, results_page.theory)):
+    pages = {
+        results_page.PAGE: results_page.page,
+        results_page.THEORY: results_page.theory,
+        results_page.SCALE: results_page.scale,
+    }
+    for path, made in pages.items():
         assert made(path.read_text()) == path.read_text()
 
 

@@ -81,10 +81,32 @@ def test_a_wrong_gradient_is_a_problem(monkeypatch):
 @pytest.mark.parametrize(("installed", "status"), [(None, "note"), ("3.5.1", "problem"), ("3.9.0", "ok")])
 def test_versions_are_compared_with_the_oldest_that_is_supported(monkeypatch, installed, status):
     monkeypatch.setattr(doctor, "_installed", lambda package: installed if package == "triton" else "99")
-    assert {f.part: f.status for f in doctor._versions()}["triton"] == status
+    assert {f.part: f.status for f in doctor._versions(["trl"])}["triton"] == status
 
 
 def test_the_check_sees_an_error_in_the_head_too(monkeypatch):
     right = doctor.linear_token_stats
     monkeypatch.setattr(doctor, "linear_token_stats", lambda *a, **k: right(*a, **k, temperature=1.01))
     assert doctor._error(torch.device("cpu"), torch.float32) > 1
+
+
+def test_each_framework_brings_its_own_requirements(monkeypatch):
+    older = {"transformers": "5.9.0", "trl": None, "verl": "0.9.1", "TransferQueue": "0.1.11"}
+    monkeypatch.setattr(doctor, "_installed", lambda package: older.get(package, "99"))
+    with_verl = {f.part: f.status for f in doctor._versions(["verl"])}
+    assert (with_verl["verl"], with_verl["TransferQueue"]) == ("ok", "ok")
+    assert "transformers" not in with_verl
+    with_trl = {f.part: f.status for f in doctor._versions(["trl"])}
+    assert with_trl["transformers"] == "problem"
+    (missing,) = (f for f in doctor._versions([]) if f.part == "a framework to train with")
+    assert missing.status == "problem"
+    assert "entropy-polarity[trl]' or pip install 'entropy-polarity[verl]" in missing.detail
+
+
+def test_without_trl_the_commands_that_need_it_say_so():
+    code = "import sys; sys.modules['trl'] = None; sys.argv = ['papo', 'train']; "
+    code += "from entropy_polarity.cli import main; main()"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "this needs TRL" in run.stderr
+    assert run.stderr.rstrip().endswith("pip install 'entropy-polarity[trl]'")

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -16,6 +17,7 @@ from on_verl.batches import config
 from entropy_polarity.trainers import verl as plugin
 from entropy_polarity.trainers.verl_config import prepare
 
+RECIPES = Path(__file__).parents[2] / "examples/cluster"
 LOOK = """
 import sys, importlib
 {first}
@@ -169,3 +171,28 @@ def test_verls_old_trainer_does_not_ignore_the_settings():
 
     with pytest.raises(ValueError, match=r"trainer\.use_v1=true"):
         RayPPOTrainer(config(method="papo"))
+
+
+@pytest.mark.parametrize("recipe", ["dapo_math", "dapo_math_megatron", "agent"])
+def test_the_recipes_are_configurations_of_verl_that_can_be_prepared(recipe):
+    from hydra import compose, initialize_config_dir
+    from verl.utils.config import omega_conf_to_dataclass
+
+    here = ["data.train_files=x.parquet", "data.val_files=y.parquet", "actor_rollout_ref.model.path=Qwen/Qwen3-8B"]
+    with initialize_config_dir(str(RECIPES), version_base=None):
+        composed = compose(recipe, overrides=here)
+    prepared = prepare(composed)
+    assert prepared is not None
+    assert prepared[0] == "papo"
+    actor = omega_conf_to_dataclass(composed.actor_rollout_ref.actor)
+    assert actor.strategy == ("megatron" if "megatron" in recipe else "fsdp")
+    assert actor.clip_ratio_high == 0.28
+    assert composed.trainer.nnodes == 1
+
+
+def test_the_agents_tool_is_one_of_verls():
+    from verl.tools.function_tool import load_function_tools_from_path
+
+    (tool,) = load_function_tools_from_path(str(RECIPES / "tools.py"))
+    assert tool.name == "calculator"
+    assert tool.fn("2 * (3 + 4)") == "14"

@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("verl", reason="verl needs an environment of its own: make verl-test")
 
-from on_verl.processes import LENGTHS, VOCABULARY, megatron_part, output, spawned
+from gloo import spawned
+from on_verl.megatron_part import LENGTHS, VOCABULARY, megatron_part, output
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 

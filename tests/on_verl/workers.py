@@ -3,7 +3,11 @@
 import os
 from types import SimpleNamespace
 
+import pytest
 import torch
+
+pytest.importorskip("verl", reason="verl needs an environment of its own: make verl-test")
+
 from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu

@@ -36,11 +36,12 @@ class PretrainSettings:
     width: int = 128
 
     def __post_init__(self) -> None:
-        if self.width < 32 or self.width % 32 or min(self.layers, 1 if self.steps is None else self.steps) < 1:
-            raise ValueError(
-                f"width {self.width}, layers {self.layers}, steps {self.steps}; expected a multiple of 32, and 1 "
-                "or more of the others"
-            )
+        if self.width < 32 or self.width % 32:
+            raise ValueError(f"width is {self.width}; expected a multiple of 32")
+        for name in ("layers", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected 1 or more")
 
     @property
     def family(self) -> str:

@@ -9,7 +9,8 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from entropy_polarity.transforms import Transform
 
 logger = logging.getLogger("entropy_polarity")
 
+THREADS = 8  # more gain nothing: the work is bound by memory
 _READ = ("uid", "response_mask", "rm_scores", "advantages", "old_log_probs", "rollout_is_weights", ENTROPY, SENSITIVITY)
 
 
@@ -34,7 +36,9 @@ def trainer_init(original: Callable[..., Any]) -> Callable[..., Any]:
         prepared = prepare(config)  # before anything is started
         self._polarity = None if prepared is None else Reweighting(*prepared)
         if self._polarity is not None:
-            logger.warning("entropy-polarity is on: method %s, settings %s", *prepared[:2])
+            logger.warning(
+                "entropy-polarity is on: method %s, settings %s", self._polarity.method, self._polarity.settings
+            )
         original(self, config, *arguments, **named)
 
     return __init__
@@ -102,6 +106,17 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     return _load_checkpoint
 
 
+@contextmanager
+def _idle_cores() -> Iterator[None]:
+    """Ray gives its driver one thread; while everything waits for the driver, its node's cores are free."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, min(THREADS, os.cpu_count() or 1)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _method_of(trainer: Any) -> "Reweighting | None":
     return getattr(trainer, "_polarity", None)
 
@@ -120,7 +135,8 @@ class Reweighting:
         where = {"keys": batch.keys, "partition_id": batch.partition_id}
         data = tq.kv_batch_get(**where, select_fields=list(_READ))
         padding = [tag.get("is_padding", False) for tag in batch.tags]
-        written, made = self.rewritten(data, batch.keys, padding)
+        with _idle_cores():
+            written, made = self.rewritten(data, batch.keys, padding)
         metrics.update(made)
         if not written:
             return batch

@@ -1,22 +1,11 @@
-"""A few processes that talk over gloo, and what they do. Theirs is a module that a new process can import."""
+"""What a process of Megatron's does in a test. A new process imports this module."""
 
-import socket
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 LENGTHS, VOCABULARY = (5, 2, 7), 50
-
-
-def spawned(function: Callable[..., None], ranks: int, *arguments: object) -> None:
-    """Run `function(rank, port, *arguments)` in `ranks` processes; raises what one of them raised."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(function, (port, *arguments), nprocs=ranks)
 
 
 def output(dtype=torch.float32, temperature=0.7, padding=0):
