@@ -94,12 +94,13 @@ def measure(tokens: int) -> dict[str, Any]:
         "added_seconds": ours,
         "without_transfer_seconds": arithmetic,
         "added_peak_mib": (peak - before) / 1024,
-        "added_bytes_a_token": 4 * 3 + 4,  # two statistics and the advantages read, the advantages written
+        # H and T of every token in; mask, rewards, log-probs and advantages of the response in, advantages out.
+        "added_bytes": 8 * (total + 200 * rows) + (8 + 3 * 4 + 4) * total,
     }
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    head = ["tokens a rollout", "responses", "verl's own advantages, s", "added, s", "of it the method, s", "added, µs a token", "more memory than verl's own, MiB"]  # fmt: skip  # noqa: E501
+    head = ["tokens a rollout", "responses", "verl's own advantages, s", "added, s", "of it the method, s", "added, µs a token", "traffic, MB", "more memory than verl's own, MiB"]  # fmt: skip  # noqa: E501
     return markdown(
         head,
         [
@@ -110,6 +111,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{r['added_seconds']:.2f}",
                 f"{r['without_transfer_seconds']:.2f}",
                 f"{1e6 * r['added_seconds'] / r['tokens']:.2f}",
+                f"{r['added_bytes'] / 1e6:.0f}",
                 f"{r['added_peak_mib']:.0f}",
             ]
             for r in results

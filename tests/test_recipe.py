@@ -1,5 +1,7 @@
 """Recipes: what is shipped loads, what is written is what is meant, and a slip is named."""
 
+from pathlib import Path
+
 import pytest
 import tomli_w
 
@@ -147,3 +149,14 @@ def test_flags_change_what_was_said_and_nothing_else():
     assert changed.trainer == recipe.trainer | {"max_steps": 0}
     assert (changed.seed, changed.policy.model) == (0, "elsewhere")
     assert changed.task == recipe.task
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp"])
+def test_the_launch_files_are_accelerates(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(Path(__file__).parents[1] / f"examples/accelerate/{name}.yaml"))
+    assert config.num_processes == 8
+    assert str(config.distributed_type) in ("DistributedType.DEEPSPEED", "DistributedType.FSDP", "DEEPSPEED", "FSDP")
+    if name.startswith("zero"):
+        assert config.deepspeed_config["zero_stage"] == int(name[-1])
