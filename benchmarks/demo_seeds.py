@@ -11,6 +11,7 @@ bootstrap intervals over problems. Entropy is the mean of the first and of the l
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,22 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def _estimate(e: dict[str, float]) -> str:
     return f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]"
+
+
+def collect(
+    benchmark: str,
+    usage: str | None,
+    setting: Callable[[Run], dict[str, Any]],
+    table: Callable[[list[dict[str, Any]]], str],
+) -> None:
+    """A benchmark's command line: the runs that are named, summarised beside their settings, in a result file."""
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    results = [setting(run) | summarise(run) for run in map(Run.read, arguments.runs)]
+    arguments.output.write_text(json.dumps({"benchmark": benchmark, "runs": results}, indent=1) + "\n")
+    print(table(results))
 
 
 def main() -> None:

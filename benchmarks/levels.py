@@ -9,13 +9,10 @@ same share of the entropy over GRPO's last ten rollouts is the level elsewhere:
     python benchmarks/levels.py runs/level-* --output benchmarks/results/levels.json
 """
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 from blocks import markdown
-from demo_seeds import summarise
+from demo_seeds import collect
 
 from entropy_polarity.record import Run
 
@@ -44,16 +41,10 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    results = []
-    for run in map(Run.read, arguments.runs):
-        setting = {"task": run.config["task"]["name"], "learning_rate": run.config["trainer"]["learning_rate"]}
-        results.append(setting | summarise(run))
-    arguments.output.write_text(json.dumps({"benchmark": "levels", "runs": results}, indent=1) + "\n")
-    print(table(results))
+    def setting(run: Run) -> dict[str, Any]:
+        return {"task": run.config["task"]["name"], "learning_rate": run.config["trainer"]["learning_rate"]}
+
+    collect("levels", __doc__, setting, table)
 
 
 if __name__ == "__main__":

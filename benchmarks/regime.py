@@ -11,13 +11,10 @@ The criterion: the entropy falls by a quarter or more, and held-out pass@16 ends
 interval. Among the rates that meet it the one with the highest final pass@1 is taken.
 """
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 from blocks import markdown
-from demo_seeds import summarise
+from demo_seeds import collect
 
 from entropy_polarity.record import Run
 
@@ -42,17 +39,10 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    results = []
-    for run in map(Run.read, arguments.runs):
-        trainer = run.config["trainer"]
-        setting = {"numbers": run.config["task"]["numbers"], "learning_rate": trainer["learning_rate"]}
-        results.append(setting | summarise(run))
-    arguments.output.write_text(json.dumps({"benchmark": "regime", "runs": results}, indent=1) + "\n")
-    print(table(results))
+    def setting(run: Run) -> dict[str, Any]:
+        return {"numbers": run.config["task"]["numbers"], "learning_rate": run.config["trainer"]["learning_rate"]}
+
+    collect("regime", __doc__, setting, table)
 
 
 if __name__ == "__main__":

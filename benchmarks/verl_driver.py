@@ -3,9 +3,8 @@
     make verl-test   # makes the environment
     .venv-verl/bin/python benchmarks/verl_driver.py --output benchmarks/results/verl_driver.json
 
-What verl's driver does to such a batch anyway (its pass for old log-probs reads and writes columns, then its own GRPO
-advantages) and what the plug-in adds after it: three more columns read, the method, the advantages written again. The
-memory is the driver's peak over what it had before; the storage is one process beside it, as on a node of a cluster.
+Timed are verl's own GRPO advantages of the batch, and what the plug-in adds after them: columns read, the method, the
+advantages written again. The memory is the driver's peak over what it had before; the storage is one process beside it.
 """
 
 import argparse
@@ -18,31 +17,27 @@ from typing import Any
 import torch
 from blocks import markdown
 
-LENGTH, GROUP = 2000, 16  # tokens of a response; responses of a prompt
+LENGTH, PROMPT, GROUP = 2000, 200, 16  # tokens of a response, of a prompt; responses of a prompt
 
 
-def measure(tokens: int) -> dict[str, Any]:
+def put(tokens: int) -> tuple[Any, int]:
+    """A batch of about so many response tokens in TransferQueue: (its keys and tags, the exact number)."""
     import numpy as np
     import transfer_queue as tq
-    from omegaconf import OmegaConf
-    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
     from verl.utils import tensordict_utils as tu
-
-    from entropy_polarity.trainers.verl_config import prepare
-    from entropy_polarity.trainers.verl_driver import Reweighting
 
     rows = max(GROUP, tokens // LENGTH // GROUP * GROUP)
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(LENGTH // 2, LENGTH * 3 // 2, (rows,), generator=generator)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-    prompts = torch.cat([torch.zeros(1, dtype=torch.long), (lengths + 200).cumsum(0)])
     total = int(lengths.sum())
+    ends = lengths.cumsum(0)
 
-    def nested(values: torch.Tensor, where: torch.Tensor = offsets) -> torch.Tensor:
-        return torch.nested.nested_tensor_from_jagged(values, where)
+    def nested(values: torch.Tensor, more: int = 0) -> torch.Tensor:
+        offsets = torch.cat([torch.zeros(1, dtype=torch.long), (lengths + more).cumsum(0)])
+        return torch.nested.nested_tensor_from_jagged(values, offsets)
 
     scores = torch.zeros(total)
-    scores[offsets[1:] - 1] = torch.randint(2, (rows,), generator=generator).float()
+    scores[ends - 1] = torch.randint(2, (rows,), generator=generator).float()
     keys = [f"p{i // GROUP:06d}_{i % GROUP}_0" for i in range(rows)]
     columns = {
         "uid": np.array([key.split("_")[0] for key in keys], dtype=object),
@@ -50,14 +45,22 @@ def measure(tokens: int) -> dict[str, Any]:
         "loss_mask": nested(torch.ones(total, dtype=torch.long)),
         "rm_scores": nested(scores),
         "old_log_probs": nested(-torch.rand(total, generator=generator)),
-        "polarity_entropy": nested(torch.rand(total + 200 * rows, generator=generator), prompts),
-        "polarity_sensitivity": nested(torch.randn(total + 200 * rows, generator=generator), prompts),
+        "polarity_entropy": nested(torch.rand(total + PROMPT * rows, generator=generator), PROMPT),
+        "polarity_sensitivity": nested(torch.randn(total + PROMPT * rows, generator=generator), PROMPT),
     }
-    partition = f"of-{rows}"
-    meta = tq.kv_batch_put(
-        keys=keys, partition_id=partition, fields=tu.get_tensordict(columns),
-        tags=[{"seq_len": int(n) + 200} for n in lengths],
-    )  # fmt: skip
+    tags = [{"seq_len": int(n) + PROMPT} for n in lengths]
+    meta = tq.kv_batch_put(keys=keys, partition_id=f"of-{rows}", fields=tu.get_tensordict(columns), tags=tags)
+    return meta, total
+
+
+def trainer_and_method() -> tuple[Any, Any]:
+    """verl's own trainer without its workers, and the plug-in's part."""
+    from omegaconf import OmegaConf
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    from entropy_polarity.trainers.verl_config import prepare
+    from entropy_polarity.trainers.verl_driver import Reweighting
+
     config = OmegaConf.create(
         {
             "papo": {"method": "papo", "controller": "thermostat", "level": 0.3, "conserve": True},
@@ -69,33 +72,44 @@ def measure(tokens: int) -> dict[str, Any]:
         }
     )  # fmt: skip
     trainer = object.__new__(PPOTrainerSync)
+    trainer.config = config
     prepared = prepare(config)
     assert prepared is not None
-    trainer.config, trainer._polarity = config, None
-    method = Reweighting(*prepared)
-    method.state["entropy"] = 0.5
+    return trainer, Reweighting(*prepared)
 
-    def timed(work: Any) -> float:
+
+def fastest(work: Any) -> float:
+    """Seconds, of three."""
+    taken = []
+    for _ in range(3):
         start = time.perf_counter()
         work()
-        return time.perf_counter() - start
+        taken.append(time.perf_counter() - start)
+    return min(taken)
 
-    own = min(timed(lambda: trainer._compute_advantage(meta, {})) for _ in range(3))
+
+def measure(tokens: int) -> dict[str, Any]:
+    import transfer_queue as tq
+
+    meta, total = put(tokens)
+    trainer, method = trainer_and_method()
+    own = fastest(lambda: trainer._compute_advantage(meta, {}))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ours = min(timed(lambda: method.rewrite(meta, {})) for _ in range(3))
+    ours = fastest(lambda: method.rewrite(meta, {}))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    data = tq.kv_batch_get(keys=keys, partition_id=partition)
-    arithmetic = min(timed(lambda: method.rewritten(data, keys, [False] * rows)) for _ in range(3))
-    tq.kv_clear(keys=keys, partition_id=partition)
+    where = {"keys": meta.keys, "partition_id": meta.partition_id}
+    data = tq.kv_batch_get(**where)
+    alone = fastest(lambda: method.rewritten(data, meta.keys, [False] * len(meta)))
+    tq.kv_clear(**where)
     return {
         "tokens": total,
-        "responses": rows,
+        "responses": len(meta),
         "verls_advantages_seconds": own,
         "added_seconds": ours,
-        "without_transfer_seconds": arithmetic,
+        "without_transfer_seconds": alone,
         "added_peak_mib": (peak - before) / 1024,
         # H and T of every token in; mask, rewards, log-probs and advantages of the response in, advantages out.
-        "added_bytes": 8 * (total + 200 * rows) + (8 + 3 * 4 + 4) * total,
+        "added_bytes": 8 * (total + PROMPT * len(meta)) + (8 + 3 * 4 + 4) * total,
     }
 
 

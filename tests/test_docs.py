@@ -4,11 +4,13 @@ import doctest
 import json
 import re
 import textwrap
+import tomllib
 from pathlib import Path
 
 import demo_seeds
 import figures
 import kernel_tables
+import levels
 import pytest
 import results_page
 import torch
@@ -82,6 +84,13 @@ def test_the_page_of_results_is_the_result_files():
     }
     for path, made in pages.items():
         assert made(path.read_text()) == path.read_text()
+
+
+def test_the_levels_of_the_plans_are_measured():
+    measured = {r["task"]: r for r in json.loads((ROOT / "benchmarks/results/levels.json").read_text())["runs"]}
+    for plan, task in (("gym", "gym:countdown"), ("guess", "guess"), ("guess-collapse", "guess")):
+        methods = tomllib.loads((ROOT / f"benchmarks/comparisons/{plan}.toml").read_text())["methods"]
+        assert methods["papo"]["level"] == levels.level(measured[task])
 
 
 def test_the_pictures_are_of_the_result_files():

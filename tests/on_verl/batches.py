@@ -36,7 +36,7 @@ def config(**papo) -> DictConfig:
             "model": {"use_fused_kernels": False},
             "actor": {
                 "strategy": "fsdp", "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0,
-                "loss_agg_mode": "seq-mean-token-mean", "loss_scale_factor": None, "calculate_entropy": False,
+                "loss_agg_mode": "token-mean", "loss_scale_factor": None, "calculate_entropy": False,
                 "policy_loss": {"loss_mode": "vanilla"},
             },
         },

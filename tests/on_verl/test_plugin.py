@@ -13,9 +13,10 @@ pytest.importorskip("verl", reason="verl needs an environment of its own: make v
 
 from omegaconf import OmegaConf
 from on_verl.batches import config
+from verl.workers.config import ActorConfig
 
 from entropy_polarity.trainers import verl as plugin
-from entropy_polarity.trainers.verl_config import prepare
+from entropy_polarity.trainers.verl_config import DEFAULTS, prepare
 
 RECIPES = Path(__file__).parents[2] / "examples/cluster"
 LOOK = """
@@ -130,6 +131,8 @@ def test_what_a_method_fixes_of_the_loss_goes_into_the_actor():
     actor = asked.actor_rollout_ref.actor
     assert (actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c) == (0.2, 0.28, 3.0)
     assert actor.loss_agg_mode == "token-mean"
+    for name, default in DEFAULTS.items():
+        assert getattr(ActorConfig, "__dataclass_fields__")[name].default == default  # noqa: B009
     unclipped = config(method="clip_cov")
     prepare(unclipped)
     assert unclipped.actor_rollout_ref.actor.clip_ratio_c > 1e9
@@ -150,6 +153,10 @@ def test_what_a_method_fixes_of_the_loss_goes_into_the_actor():
         ({"actor_rollout_ref": {"model": {"use_fused_kernels": True}}}, "use_fused_kernels=false"),
         ({"actor_rollout_ref": {"actor": {"strategy": "torchtitan"}}}, "no statistics in the engine 'torchtitan'"),
         ({"actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": "gspo"}}}}, "loss_mode='gspo'"),
+        (
+            {"papo": {"method": "dapo"}, "actor_rollout_ref": {"actor": {"loss_agg_mode": "seq-mean-token-mean"}}},
+            "loss_agg_mode='seq-mean-token-mean' was given, but method 'dapo' sets it to 'token-mean'",
+        ),
         (
             {"papo": {"method": "dapo"}, "actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": "gpg"}}}},
             "sets the PPO clip",
@@ -196,3 +203,13 @@ def test_the_agents_tool_is_one_of_verls():
     (tool,) = load_function_tools_from_path(str(RECIPES / "tools.py"))
     assert tool.name == "calculator"
     assert tool.fn("2 * (3 + 4)") == "14"
+
+
+def test_the_doctor_sees_every_hook():
+    from entropy_polarity.doctor import _verl
+
+    found = {finding.part: finding.status for finding in _verl(["verl"])}
+    assert found.pop("verl's plug-in") == "ok"
+    assert found.keys() == {hook.target for hook in plugin.HOOKS}
+    optional = {hook.target for hook in plugin.HOOKS if hook.optional}
+    assert {target for target, status in found.items() if status != "ok"} <= optional

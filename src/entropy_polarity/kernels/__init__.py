@@ -2,6 +2,7 @@
 
 entry.py      the public functions          engine.py   what an engine does, and which one runs where
 logits.py     logits -> statistics          linear.py   hidden states -> statistics, and the three ways back
+sharded.py    the same for a vocabulary that is spread over processes
 state.py      six numbers a row           cpu.py, chunked.py, triton.py   the engines
 reference.py  the float64 oracle
 """

@@ -11,6 +11,7 @@ from trl import GRPOConfig
 
 from entropy_polarity.polarity import surviving_ratio
 from entropy_polarity.tokens import Tokens
+from entropy_polarity.trainers.fixing import to_set
 from entropy_polarity.transforms import Loss
 
 CLIPPED_LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo")
@@ -24,15 +25,7 @@ def fix_loss(config: GRPOConfig, method: str, loss: Loss) -> None:
         "loss_type": "dapo" if loss.average == "token" else None,
     }
     defaults = {f.name: f.default for f in fields(GRPOConfig)}
-    for name, value in wanted.items():
-        if value is None:
-            continue
-        given = getattr(config, name)
-        if given not in (defaults[name], value):
-            raise ValueError(
-                f"{name}={given!r} was given, but method {method!r} sets it to {value!r}: leave {name} out, or use the "
-                "settings of the method"
-            )
+    for name, value in to_set(method, wanted, vars(config), defaults).items():
         setattr(config, name, value)
     if loss.clip_low is not None and config.loss_type not in CLIPPED_LOSSES:
         raise ValueError(

@@ -5,6 +5,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from entropy_polarity.methods import make_transform
+from entropy_polarity.trainers.fixing import to_set
 from entropy_polarity.transforms import Loss, Transform
 
 KEY = "papo"
@@ -12,6 +13,8 @@ KEY = "papo"
 TOKEN_LOSSES = ("vanilla", "dppo_tv", "dppo_kl", "sapo", "gpg", "cispo")
 ENGINES = ("fsdp", "fsdp2", "veomni", "megatron")
 NO_DUAL_CLIP = 1e30
+# verl's own, of what a method may fix.
+DEFAULTS = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0, "loss_agg_mode": "token-mean"}
 
 
 def method_of(config: DictConfig) -> tuple[str, dict[str, Any]] | None:
@@ -77,6 +80,4 @@ def _fix_loss(actor: DictConfig, method: str, fixed: Loss, loss_mode: str) -> No
             f"{KEY}: method {method!r} sets the PPO clip, which loss_mode={loss_mode!r} does not have: use 'vanilla'"
         )
     with open_dict(actor):
-        for key, value in wanted.items():
-            if value is not None:
-                actor[key] = value
+        actor.update(to_set(method, wanted, actor, DEFAULTS))

@@ -26,7 +26,7 @@ from entropy_polarity.transforms import Transform
 
 logger = logging.getLogger("entropy_polarity")
 
-THREADS = 8  # more gain nothing: the work is bound by memory
+THREADS = 8  # the work is bound by memory, not by arithmetic: more would gain little
 _READ = ("uid", "response_mask", "rm_scores", "advantages", "old_log_probs", "rollout_is_weights", ENTROPY, SENSITIVITY)
 
 
