@@ -240,7 +240,7 @@ def test_a_wheel_in_an_empty_environment_trains_in_an_empty_directory(tmp_path):
         "-q",
         "-c",
         str(root / "constraints.txt"),
-        str(wheel),
+        f"{wheel}[trl]",
     ]
     subprocess.run(pip, check=True)
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
