@@ -124,4 +124,9 @@ def concatenate(parts: list[Tokens]) -> Tokens:
 
 def masked_mean(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Tensor:
     """Mean of `values` where `mask` is True; 0 for an empty mask. What is masked out may be NaN."""
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+    return torch.where(mask, values, 0.0).sum() / mask.count_nonzero().clamp(min=1)
+
+
+def finite(values: Tensor) -> Tensor:
+    """The values, with 0 where they are NaN or infinite."""
+    return values.nan_to_num(0.0, 0.0, 0.0)

@@ -207,7 +207,7 @@ def tokens_of(data: Any, keys: list[str]) -> Tokens:
     of_response = torch.zeros(len(data[SENSITIVITY].values()) + 1, dtype=torch.int8)
     of_response[ends - lengths - 1] += 1  # from one place before the response's first token,
     of_response[ends - 1] -= 1  # to before its last
-    of_response = of_response[:-1].cumsum(0, dtype=torch.int8).bool()
+    of_response = of_response[:-1].cumsum(0, dtype=torch.int8).nonzero()[:, 0]
 
     def padded(values: Tensor) -> Tensor:
         return torch.zeros(held.shape, dtype=values.dtype).masked_scatter_(held, values)

@@ -37,14 +37,14 @@ def mean_entropy(tokens: Tokens) -> tuple[float, float]:
     one prompt are far from independent: counting tokens would call the error several times too small. σ is 0 for a
     single prompt. Source: the ratio estimator for cluster samples (Cochran 1977, chapter 6).
     """
-    entropy = precise(tokens.known("entropy"))
+    entropy = tokens.known("entropy")
     usable = tokens.mask & entropy.isfinite()
     if not usable.any():
         return math.nan, 0.0
     rows = torch.arange(len(usable), device=usable.device)
     _, group = torch.unique(rows if tokens.group is None else tokens.group, return_inverse=True)
-    sums = group_sums(torch.where(usable, entropy, 0.0).sum(1), group)
-    counts = group_sums(usable.sum(1), group)
+    sums = group_sums(precise(torch.where(usable, entropy, 0.0)).sum(1), group)
+    counts = group_sums(usable.count_nonzero(1), group)
     sums, counts = sums[counts > 0], counts[counts > 0]
     mean, groups = sums.sum() / counts.sum(), len(counts)
     if groups < 2:

@@ -6,24 +6,26 @@ from dataclasses import replace
 import torch
 
 from entropy_polarity.phase import Metrics, State
-from entropy_polarity.polarity import predicted_entropy_change
+from entropy_polarity.polarity import branch_flows, predicted_entropy_change
 from entropy_polarity.tokens import Tokens, masked_mean
+from entropy_polarity.transforms.batch import mean_entropy
 from entropy_polarity.transforms.core import Transform
-from entropy_polarity.transforms.weights import observe, token_polarity
+from entropy_polarity.transforms.weights import token_polarity
 
 
 def measure(before: Tokens, after: Tokens, state: State) -> tuple[State, Metrics]:
     """Every polarity metric of a batch whose method made `after` of `before`; the state is the last entropy."""
-    p, observed = token_polarity(before), observe(before)
+    p = token_polarity(before)
+    (entropy, _), (positive, negative) = mean_entropy(before), branch_flows(p, before.mask)
     changed = (after.advantages != before.advantages) | (before.mask & ~after.mask)
     for term in (after.entropy_bonus, after.ratio_penalty):
         if term is not None:
             changed = changed | (term != 0)
     metrics = {
         "polarity/lambda": 0.0,
-        "polarity/entropy": observed.entropy,
-        "polarity/positive_flow": observed.positive_flow,
-        "polarity/negative_flow": observed.negative_flow,
+        "polarity/entropy": entropy,
+        "polarity/positive_flow": positive.item(),
+        "polarity/negative_flow": negative.item(),
         "polarity/positive_fraction": masked_mean((p > 0).to(p.dtype), before.mask).item(),
         "polarity/changed_fraction": masked_mean(changed.to(p.dtype), before.mask).item(),
         "polarity/predicted_entropy_change": predicted_entropy_change(token_polarity(after), after.mask).item(),
@@ -31,8 +33,8 @@ def measure(before: Tokens, after: Tokens, state: State) -> tuple[State, Metrics
     }
     metrics |= by_turn(before, after)
     if state["entropy"] is not None:
-        metrics["polarity/realised_entropy_change"] = observed.entropy - state["entropy"]
-    return {"entropy": observed.entropy if math.isfinite(observed.entropy) else state["entropy"]}, metrics
+        metrics["polarity/realised_entropy_change"] = entropy - state["entropy"]
+    return {"entropy": entropy if math.isfinite(entropy) else state["entropy"]}, metrics
 
 
 def by_turn(before: Tokens, after: Tokens) -> Metrics:
@@ -46,15 +48,16 @@ def by_turn(before: Tokens, after: Tokens) -> Metrics:
     begins = before.mask & ~torch.nn.functional.pad(before.mask, (1, 0))[:, :-1]
     turn = begins.cumsum(1).where(before.mask, 0)
     turns = int(turn.max()) if turn.numel() else 0
+    p = token_polarity(before)
     metrics: Metrics = {}
     for number in range(1, turns + 1) if turns > 1 else ():
         mask = turn == number
-        observed = observe(replace(before, mask=mask))
+        (entropy, _), (positive, negative) = mean_entropy(replace(before, mask=mask)), branch_flows(p, mask)
         given, made = (t.advantages.abs()[mask & t.mask].sum().item() for t in (before, after))
         metrics |= {
-            f"polarity/entropy_turn_{number}": observed.entropy,
-            f"polarity/positive_flow_turn_{number}": observed.positive_flow,
-            f"polarity/negative_flow_turn_{number}": observed.negative_flow,
+            f"polarity/entropy_turn_{number}": entropy,
+            f"polarity/positive_flow_turn_{number}": positive.item(),
+            f"polarity/negative_flow_turn_{number}": negative.item(),
             f"polarity/pressure_turn_{number}": made / given if given else 1.0,
         }
     return metrics

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from entropy_polarity.phase import Controller, Metrics, Observation, State
 from entropy_polarity.polarity import branch_flows, polarity
-from entropy_polarity.tokens import Tokens, masked_mean
+from entropy_polarity.tokens import Tokens, finite, masked_mean
 from entropy_polarity.transforms.batch import largest, mean_entropy, precise, token_keys
 from entropy_polarity.transforms.core import Transform, reweighted, rewriting
 
@@ -23,8 +23,7 @@ def polarity_sign(tokens: Tokens, soft_sign: float = 0.0) -> Float[Tensor, "B T"
     """s = sign(P), or with `soft_sign` δ > 0 the smooth s = P / (|P| + δ), so that rounding noise near P = 0 does not
     flip a weight. A token whose P is NaN or infinite has s = 0.
     """
-    p = token_polarity(tokens)
-    p = torch.where(p.isfinite(), p, 0.0)
+    p = finite(token_polarity(tokens))
     return p.sign() if soft_sign == 0 else p / (p.abs() + soft_sign)
 
 
@@ -35,8 +34,8 @@ def observe(tokens: Tokens, soft_sign: float = 0.0) -> Observation:
     """
     p, s = token_polarity(tokens), polarity_sign(tokens, soft_sign)
     positive, negative = branch_flows(p, tokens.mask)
-    gain = masked_mean(torch.where(s == 0, 0.0, p * s), tokens.mask)
-    size = torch.where(tokens.advantages.isfinite(), tokens.advantages.abs(), 0.0)
+    gain = masked_mean(finite(p) * s, tokens.mask)
+    size = finite(tokens.advantages).abs()
     pressure = masked_mean(size, tokens.mask)
     tilt = masked_mean(size * s, tokens.mask) / pressure if pressure > 0 else pressure
     entropy, error = mean_entropy(tokens)
