@@ -14,7 +14,6 @@ are added after TRL's loss, averaged as TRL averages. All the seams are private 
 """
 
 import inspect
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -29,8 +28,8 @@ from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
 from entropy_polarity.methods import make_transform
-from entropy_polarity.record import CHECKPOINT_IS_WHOLE as STATE_FILE
 from entropy_polarity.tokens import Tokens, concatenate
+from entropy_polarity.trainers.method_state import load_state, save_state
 from entropy_polarity.trainers.trl_config import PolarityConfig
 from entropy_polarity.trainers.trl_exact import exact_sensitivity_of
 from entropy_polarity.trainers.trl_loss import averaged, importance, restrict
@@ -359,32 +358,13 @@ class PolarityTrainer(GRPOTrainer):
             return
         run = Path(self._get_output_dir(trial=trial))
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        saved = {
-            "method": self.args.method,
-            "settings": self.args.settings,
-            "state": self.method_state,
-            "resumable": self.at_rollout_boundary,
-        }
-        # Written last and moved into place: a checkpoint that has this file is whole.
-        draft = folder / f"{STATE_FILE}.part"
-        draft.write_text(json.dumps(saved))
-        draft.replace(folder / STATE_FILE)
+        # Written last: a checkpoint that has this file is whole.
+        save_state(folder, self.args.method, self.args.settings, self.method_state, self.at_rollout_boundary)
         best = self.state.best_model_checkpoint
         rotate_checkpoints(str(run), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / STATE_FILE
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{checkpoint} has no {STATE_FILE}: it was not saved by PolarityTrainer, or not to the end"
-            )
-        saved = json.loads(path.read_text())
-        if not saved["resumable"]:
-            raise ValueError(f"{checkpoint} was saved inside a rollout: resume from an earlier checkpoint")
-        for name, now in (("method", self.args.method), ("settings", self.args.settings)):
-            if saved[name] != now:
-                raise ValueError(f"{checkpoint} was trained with {name} {saved[name]!r}, not {now!r}")
-        self.method_state = self._next_state = saved["state"]
+        if checkpoint is not None:
+            self.method_state = load_state(Path(checkpoint), self.args.method, self.args.settings)
+            self._next_state = self.method_state

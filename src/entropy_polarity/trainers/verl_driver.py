@@ -6,7 +6,6 @@ collective, the same for every engine and any number of nodes. Padding rows and 
 """
 
 import functools
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -18,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_polarity.record import CHECKPOINT_IS_WHOLE as STATE_FILE
 from entropy_polarity.tokens import Tokens
+from entropy_polarity.trainers.method_state import load_state, save_state
 from entropy_polarity.trainers.verl_config import KEY, method_of, prepare
 from entropy_polarity.trainers.verl_engine import ASKED, BONUS, ENTROPY, PENALTY, SENSITIVITY
 from entropy_polarity.transforms import Transform
@@ -177,20 +176,10 @@ class Reweighting:
         return torch.nested.nested_tensor_from_jagged(values, mask.offsets())
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / f"{STATE_FILE}.part"
-        draft.write_text(json.dumps({"method": self.method, "settings": self.settings, "state": self.state}))
-        os.replace(draft, folder / STATE_FILE)
+        save_state(folder, self.method, self.settings, self.state)
 
     def load(self, folder: Path) -> None:
-        path = folder / STATE_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} has no {STATE_FILE}: it was not saved by a run with {KEY} settings")
-        saved = json.loads(path.read_text())
-        for name, now in (("method", self.method), ("settings", self.settings)):
-            if saved[name] != now:
-                raise ValueError(f"{folder} was trained with {name} {saved[name]!r}, not {now!r}")
-        self.state = saved["state"]
+        self.state = load_state(folder, self.method, self.settings)
 
 
 def inside(lengths: Tensor, width: int) -> Tensor:
