@@ -16,6 +16,7 @@ from entropy_polarity.experiments.audit import (
     held_out_states,
 )
 from entropy_polarity.forecast import Forecaster, spaced
+from entropy_polarity.tasks.prompts import encoded
 from entropy_polarity.trainers.auditing import UpdateAuditor, UpdateForecaster
 from entropy_polarity.trainers.trl import PolarityTrainer
 
@@ -177,7 +178,7 @@ def test_an_update_without_a_token_is_passed_over(tmp_path):
 def test_the_audit_leaves_no_trace_in_a_run(tmp_path):
     """With held-out states as the command samples them."""
     plain, seen = (make_trainer(PolarityTrainer, tmp_path / name, max_steps=3) for name in ("plain", "seen"))
-    prompts = [row["prompt"] for row in seen.train_dataset.select(range(3))]
+    prompts = [encoded(row["prompt"], seen.processing_class) for row in seen.train_dataset.select(range(3))]
     found = []
 
     def held_out(step):

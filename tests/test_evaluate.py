@@ -27,38 +27,40 @@ HOSTILE = '<script>alert("owned")</script><img src=x onerror=alert(1)>'
 class Scripted:
     """Tokenizer and model in one: prompts are numbered, and the k-th sample of a prompt is `script[k]`.
 
-    A completion that starts with "=" stands for a right answer. Ids are indices into the texts seen.
+    A completion that starts with "=" stands for a right answer. A prompt's id is its place among the prompts seen, a
+    completion's id its number.
     """
 
-    pad_token_id = 0
+    pad_token_id, eos_token_id = 0, None
     device = torch.device("cpu")
 
     def __init__(self, task: Countdown, problems: int, script: list[str]) -> None:
         chosen = distinct_problems(task, 0, "test", problems)
         solutions = dict(self.solution(task, i) for i in range(2_000))
         self.answers = {p.prompt: solutions[p.prompt] for p in chosen}
-        self.script, self.training, self.asked, self.drawn, self.settings = script, True, [], [], []
+        self.script, self.training = script, True
+        self.prompts, self.asked, self.drawn, self.settings = [], [], [], []
 
     @staticmethod
     def solution(task: Countdown, index: int) -> tuple[str, str]:
         made, solution = task.solved_problem(0, index, "test")
         return made.prompt, solution
 
-    def __call__(self, prompts, **_):
-        start = len(self.asked)
-        self.asked += prompts
-        ids = torch.arange(start, len(self.asked))[:, None]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    def __call__(self, prompt):
+        self.prompts.append(prompt)
+        return {"input_ids": [len(self.prompts) - 1]}
 
     def generate(self, input_ids, max_new_tokens, do_sample, temperature=None, **_):
         assert not self.training
         self.settings.append((do_sample, temperature, max_new_tokens))
         self.drawn.append(torch.rand(1).item())
-        return input_ids.repeat(1, 2)  # the prompt, and its number as the completion
+        numbers = torch.arange(len(self.asked), len(self.asked) + len(input_ids))[:, None]
+        self.asked += [self.prompts[i] for i in input_ids.flatten().tolist()]
+        return torch.cat([input_ids, numbers], dim=1)  # the prompt, and the number of the completion
 
     def batch_decode(self, completions, **_):
-        assert completions.shape[1] == 1  # the prompt was cut off
-        return [self.text(i) for i in completions.flatten().tolist()]
+        assert all(len(completion) == 1 for completion in completions)  # the prompt was cut off
+        return [self.text(number) for (number,) in completions]
 
     def text(self, number: int) -> str:
         said = self.script[number % len(self.script)]
@@ -111,14 +113,23 @@ def test_an_evaluation_of_nothing_is_refused():
 
 
 class Answering:
-    """A generator without a model: the k-th sample of a problem is what `says(problem number, k, seed)` says."""
+    """A generator without a model: the k-th sample of a problem is what `says(problem number, k, seed)` says.
+
+    It is its own tokenizer, whose ids are the letters' code points.
+    """
 
     def __init__(self, says):
-        self.says, self.tokenizer, self.batch_sizes, self.asked = says, None, [7], []
+        self.says, self.tokenizer, self.batch_sizes, self.asked = says, self, [7], []
+
+    def __call__(self, text):
+        return {"input_ids": list(map(ord, text))}
+
+    def batch_decode(self, completions, **_):
+        return ["".join(map(chr, ids)) for ids in completions]
 
     def complete(self, prompts, samples, max_new_tokens, sampling, seed):
         self.asked.append((samples, max_new_tokens, sampling, seed))
-        return [[self.says(i, k, seed) for k in range(samples)] for i in range(len(prompts))]
+        return [[list(map(ord, self.says(i, k, seed))) for k in range(samples)] for i in range(len(prompts))]
 
 
 @cache

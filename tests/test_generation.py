@@ -14,6 +14,7 @@ from entropy_polarity.generation import GREEDY, Sampling, memory
 from entropy_polarity.generation.memory import bytes_a_sequence, first_size, in_batches, is_out_of_memory
 from entropy_polarity.generation.sampling import TransformersGenerator
 from entropy_polarity.generation.vllm import VllmGenerator, prompt_seed
+from entropy_polarity.tasks.prompts import encoded
 
 PROMPTS = ["1 2 3=6:", "4 5 6 1=99:", "9 9 9=81:"]
 
@@ -85,6 +86,10 @@ def test_free_memory_of_this_machine_is_found():
     assert memory.free_bytes(torch.device("meta")) is None
 
 
+def ids_of(tokenizer):
+    return [encoded(prompt, tokenizer) for prompt in PROMPTS]
+
+
 @pytest.fixture(scope="module")
 def policy():
     return load_policy("embedded")
@@ -93,22 +98,25 @@ def policy():
 def test_a_seed_and_a_batch_size_give_the_same_texts_again(policy):
     model, tokenizer = policy
 
-    def texts(seed, **size):
-        return TransformersGenerator(model, tokenizer, **size).complete(PROMPTS, 4, 16, Sampling(), seed)
+    def made(seed, **size):
+        return TransformersGenerator(model, tokenizer, **size).complete(ids_of(tokenizer), 4, 16, Sampling(), seed)
 
     before = torch.get_rng_state()
-    assert texts(0) == texts(0, batch_size=512)
-    assert texts(0, batch_size=5) == texts(0, batch_size=5)
-    assert texts(0) != texts(1)
+    assert made(0) == made(0, batch_size=512)
+    assert made(0, batch_size=5) == made(0, batch_size=5)
+    assert made(0) != made(1)
+    end = tokenizer.eos_token_id
+    assert all(end not in completion[:-1] for row in made(0) for completion in row), "nothing stands after the end"
+    assert any(completion[-1] == end for row in made(0) for completion in row)
     assert torch.get_rng_state().equal(before)
 
 
 def test_the_likeliest_completion_does_not_depend_on_the_batch(policy):
     model, tokenizer = policy
     one, all_of_them = (TransformersGenerator(model, tokenizer, size) for size in (1, 512))
-    found = all_of_them.complete(PROMPTS, 1, 16, GREEDY, seed=0)
-    assert one.complete(PROMPTS, 1, 16, GREEDY, seed=5) == found
-    assert all_of_them.complete(PROMPTS, 1, 16, Sampling(top_p=1e-6), seed=0) == found  # nothing else is left
+    found = all_of_them.complete(ids_of(tokenizer), 1, 16, GREEDY, seed=0)
+    assert one.complete(ids_of(tokenizer), 1, 16, GREEDY, seed=5) == found
+    assert all_of_them.complete(ids_of(tokenizer), 1, 16, Sampling(top_p=1e-6), seed=0) == found  # nothing else is left
 
 
 def test_a_generator_remembers_what_fits(policy, monkeypatch):
@@ -124,12 +132,12 @@ def test_a_generator_remembers_what_fits(policy, monkeypatch):
 
     monkeypatch.setattr(type(model), "generate", short_of_memory)
     generator = TransformersGenerator(model, tokenizer, batch_size=8)
-    sampled = generator.complete(PROMPTS, 4, 16, Sampling(), seed=0)
-    generator.complete(PROMPTS, 1, 16, GREEDY, seed=0)
+    sampled = generator.complete(ids_of(tokenizer), 4, 16, Sampling(), seed=0)
+    generator.complete(ids_of(tokenizer), 1, 16, GREEDY, seed=0)
     assert asked == [8, 4, 4, 4, 3]
     assert generator.batch_sizes == [8, 4]
     monkeypatch.undo()
-    assert TransformersGenerator(model, tokenizer, 4).complete(PROMPTS, 4, 16, Sampling(), seed=0) == sampled
+    assert TransformersGenerator(model, tokenizer, 4).complete(ids_of(tokenizer), 4, 16, Sampling(), seed=0) == sampled
 
 
 def test_top_p_of_episodes_leaves_the_likeliest_tokens():
@@ -177,18 +185,19 @@ def fake_vllm(monkeypatch):
 
 
 def test_vllm_is_asked_with_the_same_ids_and_a_seed_for_every_prompt(fake_vllm, embedded, policy):
-    generator = VllmGenerator(embedded)
-    texts = generator.complete(PROMPTS, 3, 16, Sampling(0.7, 0.9), seed=5)
+    generator, (_, tokenizer) = VllmGenerator(embedded), policy
+    made = generator.complete(ids_of(tokenizer), 3, 16, Sampling(0.7, 0.9), seed=5)
     (engine,) = FakeEngine.made
     assert engine.settings == {"model": embedded, "trust_remote_code": False}
-    _, tokenizer = policy
     assert [asked["prompt_token_ids"] for asked, _ in engine.requests] == [tokenizer(p)["input_ids"] for p in PROMPTS]
     seeds = [parameters.seed for _, parameters in engine.requests]
     assert seeds == [prompt_seed(5, number) for number in range(3)]
     assert vars(engine.requests[0][1]) == {
         "n": 3, "temperature": 0.7, "top_p": 0.9, "max_tokens": 16, "seed": seeds[0], "detokenize": False,
     }  # fmt: skip
-    assert texts == [[str((seed + i) % 1000) for i in range(3)] for seed in seeds]  # without <eos>
+    texts = [tokenizer.batch_decode(row, skip_special_tokens=True) for row in made]
+    assert texts == [[str((seed + i) % 1000) for i in range(3)] for seed in seeds]
+    assert all(completion[-1] == tokenizer.eos_token_id for row in made for completion in row)
     assert len({prompt_seed(seed, number) for seed in range(5) for number in range(500)}) == 2500
 
 

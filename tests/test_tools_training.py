@@ -13,11 +13,14 @@ from trl.chat_template_utils import llama3_chat_template, qwen3_chat_template
 
 from entropy_polarity.experiments import train as training
 from entropy_polarity.experiments.train import prompts_of, quiet_trainer, trainer_config
+from entropy_polarity.generation import Sampling
+from entropy_polarity.generation.sampling import TransformersGenerator
+from entropy_polarity.generation.tools import check_tool_support, converse
 from entropy_polarity.recipe import load_recipe
 from entropy_polarity.record import Run
 from entropy_polarity.tasks import make_task
+from entropy_polarity.tasks.tools import calculator, tools_of
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
-from entropy_polarity.trainers.trl_tools import check_tool_support
 
 END = "<|im_end|>"
 
@@ -110,6 +113,45 @@ def test_what_a_tool_said_enters_no_statistic_and_no_gradient(method, tmp_path):
     assert logged["tools/failure_frequency"] == 0.25
     assert logged["verdict/correct"] == 0.5
 
+    # An evaluation converses as training does: the same policy, asked the same, says and hears the same, id by id.
+    model = scripted(tokenizer, with_tools)
+    prompts = [row["prompt"] for row in dataset.select(range(1)) for _ in range(4)]
+    made = converse(TransformersGenerator(model, tokenizer), tools_of(task), prompts, 1, 400, Sampling(), 0)
+    for row, (conversation,) in enumerate(made):
+        trained = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()].tolist()
+        assert conversation.written == trained
+        assert conversation.calls == 1
+        assert conversation.failures == (row % 4 == 3)
+
+
+def test_a_conversation_ends_where_there_is_no_room_and_whatever_the_policy_calls(tmp_path):
+    tokenizer = qwen_like()
+    said = [
+        call("calculator", expression="1+1"),  # and what the tool says does not fit any more
+        call("calculator", wrong="1+1"),
+        f'<tool_call>\n{{"name": 3, "arguments": [7]}}\n</tool_call>{END}',
+        "<tool_call>\nnot json\n</tool_call>" + END,
+        "no end in sight",
+        "",
+    ]
+    model = scripted(tokenizer, lambda row, read: said[row] if "<tool_response>" not in read else "so be it" + END)
+    prompts = [[{"role": "user", "content": "What is 1+1?"}] for _ in said]
+
+    def converse_within(length):
+        return [one for (one,) in converse(
+            TransformersGenerator(model, tokenizer), [calculator], prompts, 1, length, Sampling(), 0)]  # fmt: skip
+
+    for conversation in converse_within(len(tokenizer(said[0])["input_ids"]) + 20):
+        assert [message["role"] for message in conversation.messages] == ["assistant"]
+    roomy = converse_within(800)
+    assert [one.calls for one in roomy] == [1, 1, *[one.calls for one in roomy[2:]]]
+    assert [one.failures for one in roomy[:2]] == [0, 1]
+    assert roomy[0].messages[1]["content"] == "2"
+    assert "unexpected keyword argument" in roomy[1].messages[1]["content"]
+    for one in roomy:
+        assert one.messages[-1]["role"] == "assistant"
+        assert one.failures <= one.calls <= 1
+
 
 @pytest.mark.slow
 def test_a_run_with_a_tool_from_its_recipe(tmp_path, monkeypatch):
@@ -120,7 +162,9 @@ def test_a_run_with_a_tool_from_its_recipe(tmp_path, monkeypatch):
     task = f"{{name='math', data='{sums(tmp_path)}', tools=['calculator', 'python'], max_completion_tokens=400}}"
     summary = few_steps(folder, task, tmp_path / "run", "trainer.max_completion_length=400", "record.completions=4")
     assert summary["status"] == "finished"
-    assert summary["before"]["pass_at"]["1"]["value"] == 0, "it is evaluated without its tools"
+    assert summary["before"]["verdicts"]["correct"] == 0.5, "it is evaluated with its tools"
+    assert summary["before"]["facts"]["tool_calls"]["value"] == 1
+    assert summary["before"]["facts"]["failed_tool_calls"]["value"] == 0.25
     run = Run.read(tmp_path / "run")
     assert run.config["task"]["tools"] == ["calculator", "python"]
     assert run.series("tools/call_frequency")[1] == [1, 1]

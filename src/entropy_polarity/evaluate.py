@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -15,7 +15,8 @@ from entropy_polarity.statistics.intervals import Estimate
 from entropy_polarity.statistics.success import maj_at_k, pass_at_k
 from entropy_polarity.tasks import Problem, Score, Task, distinct_problems
 from entropy_polarity.tasks.games import Game
-from entropy_polarity.tasks.prompts import for_tokenizer
+from entropy_polarity.tasks.prompts import encoded, for_tokenizer, plain
+from entropy_polarity.tasks.tools import tools_of
 
 LARGEST_BATCH_OF_EPISODES = 256
 
@@ -24,9 +25,9 @@ LARGEST_BATCH_OF_EPISODES = 256
 class Attempt:
     """A completion, or an episode, and its verdict.
 
-    Of a completion `text` is all of it, `answer` its final answer, None where there is none or nobody asked for it.
-    Of an episode `text` is what its environment said first, `said` the turns as (action, observation), `facts` what it
-    counted.
+    Of a completion `text` is all that the policy said, `answer` its final answer, None where there is none or nobody
+    asked for it, `messages` what it said and heard where it has tools. Of an episode `text` is what its environment
+    said first, `said` the turns as (action, observation). `facts` is what the environment or the tools counted.
     """
 
     text: str
@@ -34,6 +35,7 @@ class Attempt:
     answer: str | None = None
     said: list[tuple[str, str]] | None = None
     facts: dict[str, float] = field(default_factory=dict)
+    messages: list[dict[str, Any]] | None = None
 
     @property
     def right(self) -> bool:
@@ -43,7 +45,8 @@ class Attempt:
         judged = {"verdict": self.score.reason, "reward": self.score.reward}
         if self.said is not None:
             return {"observation": self.text, "turns": self.said, **judged, "facts": self.facts}
-        return {"completion": self.text, "answer": self.answer, **judged}
+        heard = {} if self.messages is None else {"messages": self.messages, "facts": self.facts}
+        return {"completion": self.text, "answer": self.answer, **judged, **heard}
 
 
 @dataclass(frozen=True)
@@ -200,13 +203,43 @@ def _attempts(
             for e in _played(generator, task, repeated, seed, sampling)
         ]
     else:
-        prompts = [for_tokenizer(problem, generator.tokenizer) for problem in problems]
-        texts = generator.complete(prompts, samples, task.max_completion_tokens, sampling, seed)
-        asked = [(problem, text) for problem, row in zip(problems, texts, strict=True) for text in row]
+        said = _said(generator, task, problems, samples, seed, sampling)
+        asked = [(problem, text) for problem, row in zip(problems, said, strict=True) for text, _, _ in row]
         finals = task.final_answers(asked) if final_answers else [None] * len(asked)
-        scored = zip(asked, task.scores(asked), finals, strict=True)
-        made = [Attempt(text, score, answer) for (_, text), score, answer in scored]
+        heard = [(facts, messages) for row in said for _, facts, messages in row]
+        judged = zip(asked, task.scores(asked), finals, heard, strict=True)
+        made = [
+            Attempt(text, score, answer, facts=facts, messages=messages)
+            for (_, text), score, answer, (facts, messages) in judged
+        ]
     return [made[i * samples : (i + 1) * samples] for i in range(len(problems))]
+
+
+class _Said(NamedTuple):
+    """What a policy said to a problem; with tools also what was counted, and all that was said and heard."""
+
+    text: str
+    facts: dict[str, float]
+    messages: list[dict[str, Any]] | None
+
+
+def _said(
+    generator: Generator, task: Task, problems: list[Problem], samples: int, seed: int, sampling: Sampling
+) -> list[list[_Said]]:
+    tokenizer, longest, tools = generator.tokenizer, task.max_completion_tokens, tools_of(task)
+    if not tools:
+        prompts = [encoded(for_tokenizer(problem, tokenizer), tokenizer) for problem in problems]
+        made = generator.complete(prompts, samples, longest, sampling, seed)
+        texts = [tokenizer.batch_decode(row, skip_special_tokens=True) for row in made]
+        return [[_Said(text, {}, None) for text in row] for row in texts]
+    from entropy_polarity.generation.tools import Conversation, converse  # needs TRL
+
+    def said(conversation: Conversation) -> _Said:
+        facts = {"tool_calls": float(conversation.calls), "failed_tool_calls": float(conversation.failures)}
+        return _Said(plain(conversation.messages), facts, conversation.messages)
+
+    asked = [problem.messages or [{"role": "user", "content": problem.prompt}] for problem in problems]
+    return [[said(c) for c in row] for row in converse(generator, tools, asked, samples, longest, sampling, seed)]
 
 
 def _played(generator: Generator, game: Game, problems: list[Problem], seed: int, sampling: Sampling) -> list[Episode]:

@@ -31,7 +31,7 @@ from entropy_polarity.record import CONFIG
 from entropy_polarity.report.audit import render_audit
 from entropy_polarity.tasks import Task, distinct_problems
 from entropy_polarity.tasks.games import Game
-from entropy_polarity.tasks.prompts import for_tokenizer
+from entropy_polarity.tasks.prompts import encoded, for_tokenizer
 from entropy_polarity.trainers.auditing import UpdateAuditor
 
 AUDIT, PAGE = "audit.json", "audit.html"
@@ -173,7 +173,7 @@ def _run(recipe: Recipe, seed: int, task: Task, output: Path, watch: Watch) -> d
     output.mkdir(parents=True, exist_ok=True)
     trainer = quiet_trainer(model, tokenizer, config, *prompts_of(task, tokenizer, config, seed))
     prompts = [
-        for_tokenizer(problem, tokenizer)
+        encoded(for_tokenizer(problem, tokenizer), tokenizer)
         for problem in distinct_problems(task, seed, "test", recipe.evaluation.problems)
     ]
     updates: list[dict[str, Any]] = []
@@ -210,7 +210,7 @@ def _run(recipe: Recipe, seed: int, task: Task, output: Path, watch: Watch) -> d
 
 
 def held_out_states(
-    model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_tokens: int, temperature: float, seed: int
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float, seed: int
 ) -> Sequences:
     """New completions of `prompts` by the policy as it is; its modes, and the random state of the run, stay."""
     devices = [model.device] if model.device.type == "cuda" else []

@@ -22,6 +22,7 @@ from transformers import (
 
 from entropy_polarity._errors import check_settings, unknown_name
 from entropy_polarity.evaluate import evaluate
+from entropy_polarity.generation.tools import check_tool_support
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.recipe import Recipe
 from entropy_polarity.record import CHECKPOINTS, Run, RunWriter, checkpoint_step, refuse_occupied
@@ -33,7 +34,6 @@ from entropy_polarity.tasks.tools import tools_of
 from entropy_polarity.trainers.episodes import Episodes
 from entropy_polarity.trainers.recording import Judged, RunRecorder
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
-from entropy_polarity.trainers.trl_tools import check_tool_support
 
 # Set by the run itself: a recipe that names one would be overruled silently.
 _OWNED = {"output_dir", "seed", "method", "method_settings", "logging_steps", "disable_tqdm"}
@@ -215,8 +215,7 @@ def train(
         writer, checkpoint = RunWriter.create(output, recipe.to_dict(), recipe.seed), None
 
     def held_out(policy: Any) -> dict[str, Any]:
-        size = f"{recipe.evaluation.problems} held-out problems x {recipe.evaluation.samples} samples"
-        say(f"evaluating on {size}{', without its tools' if tools_of(task) else ''}")
+        say(f"evaluating on {recipe.evaluation.problems} held-out problems x {recipe.evaluation.samples} samples")
         return evaluate(policy, tokenizer, task, **asdict(recipe.evaluation)).to_json()
 
     try:

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from entropy_polarity.tasks import Messages
-
 
 class Sampling(NamedTuple):
     """How tokens are drawn: from softmax(logits / temperature), cut to the smallest set of tokens whose probabilities
@@ -19,13 +17,14 @@ GREEDY = Sampling(temperature=0.0)
 
 @runtime_checkable
 class Generator(Protocol):
-    """A policy that completes prompts. `batch_sizes` are those it used so far, in order, a change an entry."""
+    """A policy that completes prompts, from token ids to token ids. `batch_sizes` are those it used so far, in order, a
+    change an entry."""
 
     tokenizer: Any
     batch_sizes: list[int]
 
     def complete(
-        self, prompts: Sequence[str | Messages], samples: int, max_new_tokens: int, sampling: Sampling, seed: int
-    ) -> list[list[str]]:
-        """The texts of `samples` completions of every prompt."""
+        self, prompts: Sequence[list[int]], samples: int, max_new_tokens: int, sampling: Sampling, seed: int
+    ) -> list[list[list[int]]]:
+        """`samples` completions of every prompt, each up to and with the token that ends it, if it came to one."""
         ...

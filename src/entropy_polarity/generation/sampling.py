@@ -10,8 +10,6 @@ from torch import Tensor
 from entropy_polarity._modes import evaluating
 from entropy_polarity.generation import Sampling
 from entropy_polarity.generation.memory import Item, Made, first_size, in_batches
-from entropy_polarity.tasks import Messages
-from entropy_polarity.tasks.prompts import encoded
 
 LARGEST_BATCH = 512
 
@@ -26,11 +24,10 @@ class Sampled(NamedTuple):
 
 @torch.no_grad()
 def sample_tokens(
-    model: Any, tokenizer: Any, prompts: Sequence[str | Messages], max_new_tokens: int, sampling: Sampling
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, sampling: Sampling
 ) -> Sampled:
     """One completion of every prompt. What a model's own generation settings would add (penalties, top-k) is off."""
-    batch = encoded(prompts, tokenizer)
-    ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+    ids, mask = _left_padded(prompts, tokenizer.pad_token_id, model.device)
     drawn = sampling.temperature > 0
     settings = (
         {"temperature": sampling.temperature, "top_k": 0, "top_p": sampling.top_p, "min_p": None} if drawn else {}
@@ -47,6 +44,14 @@ def sample_tokens(
     return Sampled(ids, mask, output[:, ids.shape[1] :])
 
 
+def _left_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids, mask)"""
+    width = max(map(len, rows))
+    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
 class TransformersGenerator:
     """A `Generator` of a transformers model, whose mode and the caller's random state are left as they were.
 
@@ -60,18 +65,22 @@ class TransformersGenerator:
         self.batch_sizes: list[int] = []
 
     def complete(
-        self, prompts: Sequence[str | Messages], samples: int, max_new_tokens: int, sampling: Sampling, seed: int
-    ) -> list[list[str]]:
-        """The texts of `samples` completions of every prompt."""
-
-        def texts_of(batch: Sequence[str | Messages]) -> list[str]:
+        self, prompts: Sequence[list[int]], samples: int, max_new_tokens: int, sampling: Sampling, seed: int
+    ) -> list[list[list[int]]]:
+        def completions_of(batch: Sequence[list[int]]) -> list[list[int]]:
             sampled = sample_tokens(self.model, self.tokenizer, batch, max_new_tokens, sampling)
-            return self.tokenizer.batch_decode(sampled.completion_ids, skip_special_tokens=True)
+            return [_ended(row, self._ends) for row in sampled.completion_ids.tolist()]
 
-        longest = max(map(characters, prompts), default=0)
+        longest = max(map(len, prompts), default=0)
         repeated = [prompt for prompt in prompts for _ in range(samples)]
-        texts = self.draw(repeated, texts_of, seed, longest + max_new_tokens, LARGEST_BATCH)
-        return [texts[i * samples : (i + 1) * samples] for i in range(len(prompts))]
+        made = self.draw(repeated, completions_of, seed, longest + max_new_tokens, LARGEST_BATCH)
+        return [made[i * samples : (i + 1) * samples] for i in range(len(prompts))]
+
+    @property
+    def _ends(self) -> set[int]:
+        """The tokens after which `generate` writes padding."""
+        ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        return {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
     def draw(
         self,
@@ -96,6 +105,7 @@ class TransformersGenerator:
         return made
 
 
-def characters(prompt: str | Messages) -> int:
-    """The length of a prompt: at least as many as its tokens, in most languages."""
-    return len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
+def _ended(completion: list[int], ends: set[int]) -> list[int]:
+    """The completion up to and with the first token that ends it."""
+    length = next((i + 1 for i, token in enumerate(completion) if token in ends), len(completion))
+    return completion[:length]

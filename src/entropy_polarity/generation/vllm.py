@@ -1,4 +1,4 @@
-"""Completions by vLLM, where it is installed: the same prompts, as token ids, and the same decoding of answers.
+"""Completions by vLLM, where it is installed: token ids in and token ids out, as everywhere.
 
 vLLM batches on its own. Every completion has a seed of its own, so what else is in a batch changes no draw; its kernels
 may round otherwise in another batch, and its draws are not those of transformers.
@@ -9,8 +9,6 @@ import importlib
 from collections.abc import Sequence
 
 from entropy_polarity.generation import Sampling
-from entropy_polarity.tasks import Messages
-from entropy_polarity.tasks.prompts import encoded
 
 
 class VllmGenerator:
@@ -34,26 +32,22 @@ class VllmGenerator:
         self.batch_sizes: list[int] = []  # it has none to tell
 
     def complete(
-        self, prompts: Sequence[str | Messages], samples: int, max_new_tokens: int, sampling: Sampling, seed: int
-    ) -> list[list[str]]:
-        asked, parameters = [], []
-        for number, prompt in enumerate(prompts):
-            asked.append({"prompt_token_ids": encoded([prompt], self.tokenizer)["input_ids"][0].tolist()})
-            parameters.append(
-                self._parameters(
-                    n=samples,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    max_tokens=max_new_tokens,
-                    seed=prompt_seed(seed, number),
-                    detokenize=False,
-                )
+        self, prompts: Sequence[list[int]], samples: int, max_new_tokens: int, sampling: Sampling, seed: int
+    ) -> list[list[list[int]]]:
+        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+        parameters = [
+            self._parameters(
+                n=samples,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=max_new_tokens,
+                seed=prompt_seed(seed, number),
+                detokenize=False,
             )
-        answered = self.engine.generate(asked, parameters, use_tqdm=False)
-        return [
-            self.tokenizer.batch_decode([list(one.token_ids) for one in request.outputs], skip_special_tokens=True)
-            for request in answered
+            for number in range(len(prompts))
         ]
+        answered = self.engine.generate(asked, parameters, use_tqdm=False)
+        return [[list(one.token_ids) for one in request.outputs] for request in answered]
 
 
 def prompt_seed(seed: int, number: int) -> int:

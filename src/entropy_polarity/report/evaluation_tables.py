@@ -58,7 +58,12 @@ def meaning_of(name: str, document: Document) -> str:
         return "The share of problems that the likeliest tokens, one after the other, solve."
     if name == "reward":
         return f"The mean {'return of an episode' if game else 'reward of a sampled answer'}."
-    return "Mean turns of an episode." if name == "turns" else f"What the environment counts as {name!r}, on average."
+    known = {
+        "turns": "Mean turns of an episode.",
+        "tool_calls": "Calls of a tool in an answer, on average.",
+        "failed_tool_calls": "Calls that reached no tool: an unknown name, wrong arguments; on average.",
+    }
+    return known.get(name, f"What the environment counts as {name!r}, on average.")
 
 
 def _score_table(document: Document) -> TextTable:

@@ -45,8 +45,8 @@ def _cards(run: Run) -> list[dict[str, str]]:
             {
                 "name": f"{name.replace('_', ' ')}, held out",
                 "value": _arrow(fact, after and after["facts"].get(name)),
-                "text": "Mean over held-out episodes (before → after, with 95 % bootstrap intervals): "
-                "what the environment counts, and the turns that were played.",
+                "text": "Mean over held-out samples (before → after, with 95 % bootstrap intervals): "
+                "turns that were played and what the environment counts, or calls of tools.",
             }
         )
     steps, entropy = run.series("polarity/entropy")

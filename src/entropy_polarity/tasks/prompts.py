@@ -13,21 +13,11 @@ def for_tokenizer(problem: Problem, tokenizer: Any) -> str | Messages:
     return problem.messages
 
 
-def encoded(prompts: Sequence[str | Messages], tokenizer: Any) -> Any:
-    """The token ids that the policy continues, and their mask, padded on the left; all prompts are of one kind.
-
-    After messages stands the template's start of an answer.
-    """
-    padding = {"padding": True, "return_tensors": "pt"}
-    if isinstance(prompts[0], str):
-        return tokenizer(list(prompts), padding_side="left", **padding)
-    return tokenizer.apply_chat_template(
-        list(prompts),
-        add_generation_prompt=True,
-        return_dict=True,
-        tokenizer_kwargs={"padding_side": "left"},
-        **padding,
-    )
+def encoded(prompt: str | Messages, tokenizer: Any) -> list[int]:
+    """The token ids that the policy continues. After messages stands the template's start of an answer."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
 
 
 def plain(completion: str | Sequence[dict[str, Any]]) -> str:
