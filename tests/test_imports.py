@@ -24,6 +24,7 @@ TRAINERS = {
     "episodes",
     "tasks",
     "record",
+    "method_state",
 }
 ALLOWED = {
     "__init__": ROOMS,  # lazily
@@ -50,7 +51,8 @@ ALLOWED = {
     "phase": set(),
     "tasks": set(),
     "recipe": set(),
-    "record": set(),
+    "record": {"method_state"},
+    "method_state": {"phase"},
     "_errors": set(),
     "_modes": set(),
 }

@@ -27,9 +27,9 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from entropy_polarity import token_stats
+from entropy_polarity.method_state import STATE_FILE
 from entropy_polarity.policy.tokenizer import character_tokenizer
 from entropy_polarity.tasks.countdown import Countdown
-from entropy_polarity.trainers.method_state import STATE_FILE
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
 from entropy_polarity.trainers.trl_seam import StatisticsHead, check_trl
 from entropy_polarity.transforms import token_polarity

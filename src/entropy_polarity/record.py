@@ -29,9 +29,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tomli_w
 
+from entropy_polarity.method_state import STATE_FILE
+
 CONFIG, ENVIRONMENT, METRICS, ROLLOUTS = "config.toml", "environment.json", "metrics.jsonl", "rollouts.jsonl"
 TOKENS, CHECKPOINTS, SUMMARY, REPORT = "tokens", "checkpoints", "summary.json", "report.html"
-CHECKPOINT_PREFIX, CHECKPOINT_IS_WHOLE = "checkpoint-", "polarity_state.json"
+CHECKPOINT_PREFIX = "checkpoint-"
 
 TOKEN_COLUMNS = pa.schema(
     [
@@ -89,7 +91,7 @@ class RunWriter:
                 path.unlink()
         # Only checkpoints: a logger of the user's may write beside them.
         for path in _checkpoints(self.directory):
-            if not (path / CHECKPOINT_IS_WHOLE).is_file() or checkpoint_step(path) > step:
+            if not (path / STATE_FILE).is_file() or checkpoint_step(path) > step:
                 shutil.rmtree(path)
 
     def metrics(self, row: dict[str, Any]) -> None:
@@ -171,9 +173,9 @@ def last_checkpoint(directory: Path, *, resumable: bool = False) -> Path | None:
     With `resumable` only those that fall between rollouts: a run that ended inside one keeps its last policy, but
     goes on from before.
     """
-    whole = [c for c in _checkpoints(directory) if (c / CHECKPOINT_IS_WHOLE).is_file()]
+    whole = [c for c in _checkpoints(directory) if (c / STATE_FILE).is_file()]
     if resumable:
-        whole = [c for c in whole if json.loads((c / CHECKPOINT_IS_WHOLE).read_text())["resumable"]]
+        whole = [c for c in whole if json.loads((c / STATE_FILE).read_text())["resumable"]]
     return max(whole, key=checkpoint_step, default=None)
 
 

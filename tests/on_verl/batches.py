@@ -25,8 +25,9 @@ def config(**papo) -> DictConfig:
     made = {
         "trainer": {
             "use_v1": True, "resume_mode": "auto", "default_local_dir": "unset", "default_hdfs_dir": None,
-            "del_local_ckpt_after_load": False,
+            "del_local_ckpt_after_load": False, "critic_warmup": 0,
         },
+        "data": {"train_batch_size": 4},
         "algorithm": {
             "use_kl_in_reward": False, "adv_estimator": "grpo", "gamma": 1.0, "lam": 1.0,
             "norm_adv_by_std_in_grpo": True, "rollout_correction": {"bypass_mode": False},
@@ -37,7 +38,8 @@ def config(**papo) -> DictConfig:
             "actor": {
                 "strategy": "fsdp", "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0,
                 "loss_agg_mode": "token-mean", "loss_scale_factor": None, "calculate_entropy": False,
-                "policy_loss": {"loss_mode": "vanilla"},
+                "policy_loss": {"loss_mode": "vanilla"}, "ppo_mini_batch_size": 2, "ppo_epochs": 1,
+                "entropy_coeff": 0.0, "data_loader_seed": 0, "shuffle": False,
             },
         },
     }  # fmt: skip

@@ -39,7 +39,7 @@ def megatron_part(rank: int, port: int, folder: str) -> None:
     made.engine_config = SimpleNamespace(entropy_from_logits_with_chunking=False)
     results = {}
     for asked in (True, False):
-        batch = tu.get_tensordict({"x": torch.zeros(1)}, {"polarity_statistics": asked})
+        batch = tu.get_tensordict({"x": torch.zeros(1)}, {"polarity_statistics": asked, "temperature": 0.7})
         results[asked] = MegatronEngineWithLMHead._lm_head_logits_processor(
             made, mine.clone(), tokens[None], temperature.clone(), calculate_sum_pi_squared=True,
             calculate_entropy=True, distillation_use_topk=False, distillation_only=True, logits_processor_func=None,

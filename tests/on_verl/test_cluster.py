@@ -45,14 +45,27 @@ def workers():
     ray.shutdown()
 
 
+class Workers:
+    """The group, whose update also gives the metrics that verl's own would give; `sent` is what each of the workers
+    was sent beside the columns."""
+
+    def __init__(self, group):
+        self.group, self.compute_log_prob = group, group.compute_log_prob
+
+    def update_actor(self, batch):
+        self.sent = self.group.update_actor(batch).extra_info["metrics"]
+        return {"metrics": {"mfu": [0.0]}}
+
+
 def trainer(group, **papo):
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
     made = config(**papo)
+    made.actor_rollout_ref.rollout.temperature = TEMPERATURE
     prepared = prepare(made)
     it = object.__new__(PPOTrainerSync)
     vars(it).update(
-        config=made, actor_rollout_wg=group, use_critic=False,
+        config=made, actor_rollout_wg=Workers(group), use_critic=False, global_steps=1,
         _polarity=None if prepared is None else Reweighting(*prepared),
     )  # fmt: skip
     return it
@@ -97,15 +110,22 @@ def put(partition: str, ids_up_to: int = VOCABULARY - 1) -> tuple[tq.KVBatchMeta
 def stepped(it, meta) -> tuple[dict[str, torch.Tensor], dict]:
     """verl's own order of a step; what the workers were given for their update, padded."""
     metrics: dict = {}
+    width = golden_rows()["mask"].shape[1]
+    given = tq.kv_batch_get(keys=meta.keys, partition_id=meta.partition_id, select_fields=["response_mask"])
+    critics = padded(given["response_mask"], width)
     meta = it._compute_old_log_prob(meta, metrics)
     assert "polarity_statistics" not in (meta.extra_info or {})
     meta = it._compute_advantage(meta, metrics)
-    it.actor_rollout_wg.update_actor(meta)
+    before = tq.kv_batch_get(keys=meta.keys, partition_id=meta.partition_id, select_fields=["response_mask"])
+    meta = it._update_actor(meta, metrics)
+    assert torch.equal(padded(before["response_mask"], width), critics), "a critic learns from every response"
+    for sent in it.actor_rollout_wg.sent:
+        assert sent["decided"] == (it._polarity is not None)
+        assert not sent["statistics_sent_again"]
     names = ("advantages", "response_mask", "loss_mask", "polarity_entropy_bonus", "polarity_ratio_penalty")
     seen = tq.kv_batch_get(
         keys=meta.keys, partition_id=meta.partition_id, select_fields=[f"seen_{name}" for name in names]
     )
-    width = golden_rows()["mask"].shape[1]
     return {name: padded(seen[f"seen_{name}"], width) for name in names if f"seen_{name}" in seen}, metrics
 
 
@@ -147,6 +167,37 @@ def test_every_method_trains_on_the_advantages_that_it_makes_elsewhere(group):
                 assert (wanted is None) == (f"polarity_{term}" not in seen), name
                 if wanted is not None:
                     torch.testing.assert_close(seen[f"polarity_{term}"][kept], wanted[kept])
+
+
+def test_padding_that_verl_adds_stays_out(group):
+    """A batch filled up to what the ranks can share, as verl fills it."""
+    from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
+
+    plain, expected = stepped(trainer(group, method="dapo"), put("even")[0])
+    meta, _ = put("uneven")
+    meta = upsample_batch_to_divisible_size(meta, 18, 0)
+    assert [tag.get("is_padding", False) for tag in meta.tags] == [False] * 16 + [True] * 2
+    filled, metrics = stepped(trainer(group, method="dapo"), meta)
+    assert metrics.keys() == expected.keys()
+    for name in (name for name in metrics if name.startswith("polarity/")):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-6), name
+    for name, column in plain.items():
+        assert torch.equal(filled[name][:16], column), name
+    assert not filled["response_mask"][16:].any()
+
+
+def test_while_only_the_critic_is_trained_a_method_waits(group):
+    it = trainer(group, method="papo", controller="balance")
+    it.config.trainer.critic_warmup = 2
+    meta, tokens = put("warming")
+    metrics: dict = {}
+    meta = it._compute_advantage(it._compute_old_log_prob(meta, metrics), metrics)
+    stored = tq.kv_batch_get(keys=meta.keys, partition_id="warming", select_fields=["advantages"])
+    torch.testing.assert_close(padded(stored["advantages"], tokens.mask.shape[1]), tokens.advantages)
+    assert it._polarity.state == it._polarity.transform.init()
+    it.global_steps = 2
+    stepped(it, put("warm")[0])
+    assert it._polarity.state != it._polarity.transform.init()
 
 
 def test_a_worker_that_dies_is_verls_own_error(workers):

@@ -264,9 +264,9 @@ def test_a_mini_batch_of_which_nothing_is_left_has_loss_zero():
             "prompts": nested([torch.ones(2, dtype=torch.long)]),
             "responses": nested([torch.ones(3, dtype=torch.long)]),
             "response_mask": nested([torch.zeros(3, dtype=torch.long)]), "old_log_probs": nested([torch.zeros(3)]),
-            "advantages": nested([torch.ones(3)]), "polarity_sensitivity": nested([torch.ones(5)]),
+            "advantages": nested([torch.ones(3)]),
         },
-        {"dp_size": 1, "batch_num_tokens": 0, "global_batch_size": 1},
+        {"dp_size": 1, "batch_num_tokens": 0, "global_batch_size": 1, "polarity_decided": True},
     )  # fmt: skip
     config_ = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
     output = {"log_probs": torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, 5]))}

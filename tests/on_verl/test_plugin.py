@@ -4,10 +4,12 @@ import logging
 import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("verl", reason="verl needs an environment of its own: make verl-test")
 
@@ -16,7 +18,8 @@ from on_verl.batches import config
 from verl.workers.config import ActorConfig
 
 from entropy_polarity.trainers import verl as plugin
-from entropy_polarity.trainers.verl_config import DEFAULTS, prepare
+from entropy_polarity.trainers.verl_config import DEFAULTS, TOKEN_LOSSES, prepare
+from entropy_polarity.trainers.verl_driver import refused_at_once, refused_before_workers
 
 RECIPES = Path(__file__).parents[2] / "examples/cluster"
 LOOK = """
@@ -79,14 +82,46 @@ def test_without_plugins_verl_is_verls_own():
     assert run.stdout.strip() == "False", run.stderr
 
 
-def test_another_version_is_left_alone_and_said_so(monkeypatch, caplog):
+@pytest.mark.parametrize("version", ["0.10.2", "0.10.0.dev0", "0.8.5"])
+def test_another_version_is_left_alone_says_so_and_refuses_the_settings(version, monkeypatch, caplog):
     put = []
-    monkeypatch.setattr(plugin, "version", lambda _: "0.10.2")
+    monkeypatch.setattr(plugin, "version", lambda _: version)
     monkeypatch.setattr(plugin, "put", lambda *hook: put.append(hook))
     with caplog.at_level(logging.ERROR):
         plugin.activate()
-    assert not put
-    assert "verl 0.9, but verl 0.10.2 is installed" in caplog.text
+    assert f"verl 0.9, but verl {version} is installed" in caplog.text
+    assert {hook.wrap for hook, _ in put} <= {refused_at_once, refused_before_workers}
+    trainers = [
+        refused_at_once(lambda self, config: None),
+        lambda self, config: refused_before_workers(lambda self: None)(SimpleNamespace(config=config)),
+    ]
+    for start in trainers:
+        start(None, config())
+        with pytest.raises(ValueError, match=f"papo: .* verl {version} is installed"):
+            start(None, config(method="papo"))
+
+
+def test_the_version_of_a_checkout_is_that_of_its_module(monkeypatch):
+    def missing(_):
+        raise PackageNotFoundError
+
+    monkeypatch.setattr(plugin, "version", missing)
+    monkeypatch.setitem(sys.modules, "verl", SimpleNamespace(__version__="0.9.3.dev"))
+    assert plugin.installed_version() == "0.9.3.dev"
+    assert plugin.untested_version() is None
+
+
+def test_a_run_is_refused_where_a_hook_is_missing(monkeypatch):
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    assert plugin.missing_hook("fsdp") is None
+    monkeypatch.setattr(PPOTrainer, "_compute_advantage", PPOTrainer._compute_advantage.__wrapped__)
+    with pytest.raises(RuntimeError, match=r"papo: .*PPOTrainer\._compute_advantage is not hooked"):
+        PPOTrainerSync(config(method="papo"))
+    monkeypatch.setattr(PPOTrainer, "_compute_advantage", lambda self, data: data)
+    with pytest.raises(RuntimeError, match=r"papo: .*PPOTrainer\._compute_advantage has no parameter batch, metrics"):
+        PPOTrainerSync(config(method="papo"))
 
 
 def test_what_does_not_look_as_tested_is_left_alone_and_said_so(caplog):
@@ -152,7 +187,10 @@ def test_what_a_method_fixes_of_the_loss_goes_into_the_actor():
         ({"algorithm": {"rollout_correction": {"bypass_mode": True}}}, "bypass_mode=true leaves out the pass"),
         ({"actor_rollout_ref": {"model": {"use_fused_kernels": True}}}, "use_fused_kernels=false"),
         ({"actor_rollout_ref": {"actor": {"strategy": "torchtitan"}}}, "no statistics in the engine 'torchtitan'"),
-        ({"actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": "gspo"}}}}, "loss_mode='gspo'"),
+        ({"actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": "geo_mean"}}}}, "loss_mode='geo_mean'"),
+        ({"actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": "sapo"}}}}, "loss_mode='sapo'"),
+        ({"distillation": {"enabled": True}}, "distillation has a loss of its own"),
+        ({"papo": {"method": "qae"}, "algorithm": {"use_kl_in_reward": True}}, "without the KL penalty in them"),
         (
             {"papo": {"method": "dapo"}, "actor_rollout_ref": {"actor": {"loss_agg_mode": "seq-mean-token-mean"}}},
             "loss_agg_mode='seq-mean-token-mean' was given, but method 'dapo' sets it to 'token-mean'",
@@ -173,11 +211,47 @@ def test_what_cannot_work_is_one_line_before_anything_starts(change, said):
     assert "\n" not in str(raised.value)
 
 
-def test_verls_old_trainer_does_not_ignore_the_settings():
+def test_verls_other_trainers_do_not_ignore_the_settings():
+    from verl.experimental.fully_async_policy.fully_async_trainer import FullyAsyncTrainer
+    from verl.experimental.one_step_off_policy.ray_trainer import OneStepOffRayTrainer
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
     with pytest.raises(ValueError, match=r"trainer\.use_v1=true"):
         RayPPOTrainer(config(method="papo"))
+    for trainer in (FullyAsyncTrainer, OneStepOffRayTrainer):
+        started = object.__new__(getattr(trainer, "__ray_actor_class__", trainer))
+        started.config = config(method="papo")
+        with pytest.raises(ValueError, match=r"trainer\.use_v1=true"):
+            started._init_resource_pools()
+
+
+def test_a_method_that_needs_several_updates_says_so_where_there_is_one(caplog):
+    asked = config(method="kl_cov")
+    prepare(asked)
+    assert "single update" not in caplog.text
+    asked.actor_rollout_ref.actor.ppo_mini_batch_size = asked.data.train_batch_size
+    prepare(asked)
+    assert "'kl_cov' does nothing with a single update" in caplog.text
+
+
+@pytest.mark.parametrize("loss", TOKEN_LOSSES)
+def test_each_tokens_advantage_weighs_its_own_gradient(loss):
+    """Of the losses that are let through, at the policy that wrote the tokens: d loss / d log p = -A / N."""
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.workers.config import ActorConfig
+
+    generator = torch.Generator().manual_seed(0)
+    log_prob = -torch.rand(3, 5, generator=generator) - 0.1
+    advantages, mask = torch.randn(3, 5, generator=generator), torch.rand(3, 5, generator=generator) < 0.8
+    actor = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    actor.global_batch_info.update(dp_size=1, batch_num_tokens=int(mask.sum()), global_batch_size=3)
+    moving = log_prob.clone().requires_grad_()
+    value, _ = get_policy_loss_fn(loss)(
+        old_log_prob=log_prob, log_prob=moving, advantages=advantages, response_mask=mask.float(),
+        loss_agg_mode="token-mean", config=actor,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(value, moving)
+    torch.testing.assert_close(gradient, -advantages * mask / mask.sum())
 
 
 @pytest.mark.parametrize("recipe", ["dapo_math", "dapo_math_megatron", "agent"])

@@ -28,7 +28,8 @@ def engine(gathered=lambda column, pad: column):
 
 def micro_batch(packed=True, **flags):
     ids = torch.nested.as_nested_tensor([torch.zeros(n, dtype=torch.long) for n in LENGTHS], layout=torch.jagged)
-    return tu.get_tensordict({"input_ids": ids}, {"use_remove_padding": packed, "calculate_entropy": True, **flags})
+    settings = {"use_remove_padding": packed, "calculate_entropy": True, "temperature": 0.7, **flags}
+    return tu.get_tensordict({"input_ids": ids}, settings)
 
 
 def made(engine, logits, arguments, batch):
@@ -93,9 +94,42 @@ def test_parts_of_a_sequence_go_through_verls_own_gather():
 
 def test_several_temperatures_in_a_batch_are_refused():
     logits, _, arguments = output()
-    arguments["temperature_rmpad"][3] = 1.0
+    batch = micro_batch(**{ASKED: True})
+    del batch["temperature"]
+    batch["temperature"] = torch.tensor([0.7, 1.0, 0.7])
     with pytest.raises(ValueError, match="one temperature for a batch"):
-        made(engine(), logits[None], arguments, micro_batch(**{ASKED: True}))
+        made(engine(), logits[None], arguments, batch)
+    batch["temperature"] = torch.full((3,), 0.7)
+    columns = made(engine(), logits[None], arguments, batch)
+    of_one_number = made(engine(), logits[None], arguments, micro_batch(**{ASKED: True}))
+    assert torch.equal(columns[SENSITIVITY].values(), of_one_number[SENSITIVITY].values())
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_inputs_are_those_verl_prepares(packed):
+    """verl's own preparation, with its padding to a length: there it puts a temperature of 1."""
+    logits, tokens, _ = output()
+    its = engine(lambda column, pad: column[: len(column) - pad] if pad else column)
+    its.pad_to_length, its.use_ulysses_sp = None, False
+    its._get_packed_pad_size = lambda length: 2
+    batch = micro_batch(packed, **{ASKED: True})
+    offsets = batch["input_ids"].offsets()
+    # the token that a state foretells is the next in its row: verl rolls all rows together
+    batch["input_ids"] = torch.nested.nested_tensor_from_jagged(tokens.roll(1), offsets)
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])
+    batch["position_ids"] = torch.nested.nested_tensor_from_jagged(positions, offsets)
+    _, arguments = FSDPEngineWithLMHead.prepare_model_inputs(its, batch)
+    if packed:
+        assert arguments["temperature_rmpad"].unique().tolist() == pytest.approx([0.7, 1.0])
+        given = torch.cat([logits, torch.randn(2, VOCABULARY)])[None]
+    else:
+        given = torch.zeros(len(LENGTHS), max(LENGTHS), VOCABULARY)
+        for row, part in enumerate(logits.split(LENGTHS)):
+            given[row, : len(part)] = part
+    columns = made(its, given, arguments, batch)
+    expected = reference_token_stats(logits.double() / 0.7, tokens)
+    for name, value in ((ENTROPY, expected.entropy), (SENSITIVITY, expected.sensitivity)):
+        torch.testing.assert_close(columns[name].values().double(), value, rtol=1e-5, atol=1e-6)
 
 
 def test_megatrons_vocabulary_in_two_parts_has_the_statistics_of_the_whole(tmp_path):

@@ -38,7 +38,7 @@ class Actor(Worker):
         ids = data["input_ids"].values()
         tu.assign_non_tensor(data, use_remove_padding=True)
         arguments = {
-            "input_ids_rmpad_rolled": ids.roll(-1), "temperature_rmpad": torch.full(ids.shape, TEMPERATURE),
+            "input_ids_rmpad_rolled": ids.roll(-1), "temperature_rmpad": torch.full(ids.shape, data["temperature"]),
             "pad_size": 0,
         }  # fmt: skip
         output = SimpleNamespace(logits=logits_of(ids)[None])
@@ -48,6 +48,9 @@ class Actor(Worker):
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def update_actor(self, data):
         names = ("advantages", "response_mask", "loss_mask", "polarity_entropy_bonus", "polarity_ratio_penalty")
-        return tu.get_tensordict(
-            {f"seen_{name}": data[name] for name in names if name in data}, {"metrics": {"mfu": 0}}
-        )
+        metrics = {
+            "mfu": 0.0,
+            "statistics_sent_again": float("polarity_sensitivity" in data),
+            "decided": float(tu.get_non_tensor_data(data, "polarity_decided", default=False)),
+        }
+        return tu.get_tensordict({f"seen_{name}": data[name] for name in names if name in data}, {"metrics": metrics})

@@ -27,9 +27,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
+from entropy_polarity.method_state import load_state, save_state
 from entropy_polarity.methods import make_transform
 from entropy_polarity.tokens import Tokens, concatenate
-from entropy_polarity.trainers.method_state import load_state, save_state
 from entropy_polarity.trainers.trl_config import PolarityConfig
 from entropy_polarity.trainers.trl_exact import exact_sensitivity_of
 from entropy_polarity.trainers.trl_loss import averaged, importance, restrict

@@ -7,7 +7,7 @@ VERL_USE_EXTERNAL_MODULES=entropy_polarity.trainers.verl. Nothing changes until 
 
 `papo.method` is a name of `papo methods`, all other keys are the method's settings. What is hooked, and what each hook
 does, is the table HOOKS; each is put in place right after verl imports the module it is in, and only if that looks as
-it did when it was tested. `papo doctor` says whether it does.
+it did when it was tested. A run that asks for a method where something does not is refused; `papo doctor` says what.
 
 verl_config.py   the settings of a run        verl_driver.py   advantages, on the driver
 verl_engine.py   statistics and loss terms, in the workers
@@ -17,8 +17,9 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.abc import MetaPathFinder
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from entropy_polarity.trainers import verl_driver, verl_engine
 
 logger = logging.getLogger("entropy_polarity")
 
-TESTED_VERL = ("0.9", "0.10")
+TESTED_VERL = (0, 9)
 
 
 class Hook(NamedTuple):
@@ -49,13 +50,23 @@ class Hook(NamedTuple):
 _TRAINER = "verl.trainer.ppo.v1.trainer_base"
 _FSDP = "verl.workers.engine.fsdp.transformer_impl"
 _MEGATRON = "verl.workers.engine.megatron.transformer_impl"
+_OLD = Hook("verl.trainer.ppo.ray_trainer", "RayPPOTrainer.__init__", ("self", "config"), verl_driver.refused_at_once)
+_SEPARATE = Hook(
+    "verl.experimental.separation.ray_trainer",
+    "SeparateRayPPOTrainer._init_resource_pools",
+    ("self",),
+    verl_driver.refused_before_workers,
+    optional=True,
+)
 HOOKS = (
     Hook(_TRAINER, "PPOTrainer.__init__", ("self", "config"), verl_driver.trainer_init),
     Hook(_TRAINER, "PPOTrainer._compute_old_log_prob", ("self", "batch", "metrics"), verl_driver.old_log_prob),
     Hook(_TRAINER, "PPOTrainer._compute_advantage", ("self", "batch", "metrics"), verl_driver.advantage),
+    Hook(_TRAINER, "PPOTrainer._update_actor", ("self", "batch", "metrics"), verl_driver.update_actor),
     Hook(_TRAINER, "PPOTrainer._save_checkpoint", ("self",), verl_driver.save_checkpoint),
     Hook(_TRAINER, "PPOTrainer._load_checkpoint", ("self",), verl_driver.load_checkpoint),
-    Hook("verl.trainer.ppo.ray_trainer", "RayPPOTrainer.__init__", ("self", "config"), verl_driver.old_trainer_init),
+    _OLD,
+    _SEPARATE,
     Hook("verl.workers.engine_workers", "ppo_loss", ("config", "model_output", "data"), verl_engine.policy_loss),
     Hook(
         _FSDP,
@@ -71,27 +82,70 @@ HOOKS = (
         optional=True,
     ),
 )
+# All that is hooked of a verl that was not tested: what says no to a run that asks for a method.
+REFUSALS = (
+    Hook(_TRAINER, "PPOTrainer.__init__", ("self", "config"), verl_driver.refused_at_once),
+    _OLD,
+    _SEPARATE,
+)
+
+
+def installed_version() -> str:
+    """That of the package, or of a checkout of verl that is being imported."""
+    try:
+        return version("verl")
+    except PackageNotFoundError:
+        return getattr(sys.modules.get("verl"), "__version__", "0")
 
 
 def untested_version() -> str | None:
-    """Why nothing is hooked in the verl that is installed, or None."""
-    found, (low, high) = version("verl"), TESTED_VERL
-    if Version(low) <= Version(found) < Version(high):
+    """Why nothing works in the verl that is installed, or None."""
+    found = installed_version()
+    if Version(found).release[:2] == TESTED_VERL:
         return None
+    tested, following = (f"{TESTED_VERL[0]}.{TESTED_VERL[1] + more}" for more in (0, 1))
     return (
-        f"entropy-polarity hooks private methods of verl {low}, but verl {found} is installed: use "
-        f"'verl>={low},<{high}'"
+        f"entropy-polarity hooks private methods of verl {tested}, but verl {found} is installed: use "
+        f"'verl>={tested},<{following}'"
     )
 
 
 def problem_of(hook: Hook, module: ModuleType) -> str | None:
     """Why a hook cannot be put into `module`, or None."""
-    owner, _, name = hook.target.rpartition(".")
-    found = getattr(getattr(module, owner, None) if owner else module, name, None)
+    found = _target(hook, module)
     if found is None:
         return f"verl has no {hook.name}"
     missing = set(hook.parameters) - inspect.signature(found).parameters.keys()
     return f"{hook.name} has no parameter {', '.join(sorted(missing))}" if missing else None
+
+
+def missing_hook(strategy: str) -> str | None:
+    """Why a run with this engine would not be trained as it asks, as far as this process can tell; or None."""
+    reason = untested_version()
+    if reason is not None:
+        return reason
+    for hook in HOOKS:
+        if hook.optional and strategy not in hook.module:
+            continue
+        try:
+            module = import_module(hook.module)
+        except Exception:  # an engine need not be installed where the driver runs
+            continue
+        problem = problem_of(hook, module)
+        if problem is None and not is_in_place(hook, module):
+            problem = f"{hook.name} is not hooked"
+        if problem is not None:
+            return problem
+    return None
+
+
+def is_in_place(hook: Hook, module: ModuleType) -> bool:
+    return getattr(_target(hook, module), "of_entropy_polarity", False)
+
+
+def _target(hook: Hook, module: ModuleType) -> Any:
+    owner, _, name = hook.target.rpartition(".")
+    return getattr(getattr(module, owner, None) if owner else module, name, None)
 
 
 def put(hook: Hook, module: ModuleType) -> None:
@@ -102,18 +156,20 @@ def put(hook: Hook, module: ModuleType) -> None:
         return
     owner, _, name = hook.target.rpartition(".")
     place = getattr(module, owner) if owner else module
-    original = getattr(place, name)
-    if not getattr(original, "of_entropy_polarity", False):
-        wrapped = hook.wrap(original)
+    if not is_in_place(hook, module):
+        wrapped = hook.wrap(getattr(place, name))
         wrapped.of_entropy_polarity = True  # type: ignore[attr-defined]
         setattr(place, name, wrapped)
 
 
 class _AfterImport(MetaPathFinder):
-    """Calls `put` for the hooks of a module right after the module was imported."""
+    """Calls `put` for those of `hooks` that are of a module, right after the module was imported."""
+
+    def __init__(self, hooks: tuple[Hook, ...]) -> None:
+        self.hooks = hooks
 
     def find_spec(self, name, path, target=None):
-        hooks = [hook for hook in HOOKS if hook.module == name]
+        hooks = [hook for hook in self.hooks if hook.module == name]
         if not hooks:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
@@ -132,14 +188,15 @@ class _AfterImport(MetaPathFinder):
 
 
 def activate() -> None:
-    """Put every hook in place, now or when its module is imported. Idempotent; an untested verl is left alone."""
+    """Put every hook in place, now or when its module is imported. Idempotent; a verl that was not tested is left
+    alone, but refuses a run that asks for a method."""
     reason = untested_version()
     if reason is not None:
         logger.error("%s; nothing of it is changed", reason)
-        return
+    hooks = HOOKS if reason is None else REFUSALS
     if not any(type(finder).__name__ == _AfterImport.__name__ for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
-    for hook in HOOKS:
+        sys.meta_path.insert(0, _AfterImport(hooks))
+    for hook in hooks:
         if hook.module in sys.modules:
             put(hook, sys.modules[hook.module])
 

@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropy_polarity.method_state import load_state, save_state
 from entropy_polarity.tokens import Tokens
-from entropy_polarity.trainers.method_state import load_state, save_state
 from entropy_polarity.trainers.verl_config import KEY, method_of, prepare
-from entropy_polarity.trainers.verl_engine import ASKED, BONUS, ENTROPY, PENALTY, SENSITIVITY
+from entropy_polarity.trainers.verl_engine import ASKED, BONUS, DECIDED, ENTROPY, PENALTY, SENSITIVITY
 from entropy_polarity.transforms import Transform
 
 logger = logging.getLogger("entropy_polarity")
 
 THREADS = 8  # the work is bound by memory, not by arithmetic: more would gain little
+MASKS = ("response_mask", "loss_mask")
 _READ = ("uid", "response_mask", "rm_scores", "advantages", "old_log_probs", "rollout_is_weights", ENTROPY, SENSITIVITY)
 
 
@@ -33,24 +34,49 @@ def trainer_init(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def __init__(self, config, *arguments, **named):  # noqa: N807
         prepared = prepare(config)  # before anything is started
-        self._polarity = None if prepared is None else Reweighting(*prepared)
-        if self._polarity is not None:
-            logger.warning(
-                "entropy-polarity is on: method %s, settings %s", self._polarity.method, self._polarity.settings
-            )
+        self._polarity = None
+        if prepared is not None:
+            from entropy_polarity.trainers.verl import missing_hook
+
+            missing = missing_hook(config.actor_rollout_ref.actor.strategy)
+            if missing is not None:
+                raise RuntimeError(f"{KEY}: {missing}")
+            self._polarity = method = Reweighting(*prepared)
+            logger.warning("entropy-polarity is on: method %s, settings %s", method.method, method.settings)
         original(self, config, *arguments, **named)
 
     return __init__
 
 
-def old_trainer_init(original: Callable[..., Any]) -> Callable[..., Any]:
+def refused_at_once(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For the constructor of a trainer that has no place for a method."""
+
     @functools.wraps(original)
     def __init__(self, config, *arguments, **named):  # noqa: N807
-        if method_of(config) is not None:
-            raise ValueError(f"{KEY}: verl's old trainer has no place for it: set trainer.use_v1=true")
+        _refuse(config)
         original(self, config, *arguments, **named)
 
     return __init__
+
+
+def refused_before_workers(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For what such a trainer does first when it starts its workers, where its constructor calls no other."""
+
+    @functools.wraps(original)
+    def _init_resource_pools(self):
+        _refuse(self.config)
+        return original(self)
+
+    return _init_resource_pools
+
+
+def _refuse(config: Any) -> None:
+    if method_of(config) is None:
+        return
+    from entropy_polarity.trainers.verl import untested_version
+
+    reason = untested_version() or "this trainer of verl's has no place for it: use its own, trainer.use_v1=true"
+    raise ValueError(f"{KEY}: {reason}")
 
 
 def old_log_prob(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,9 +100,24 @@ def advantage(original: Callable[..., Any]) -> Callable[..., Any]:
     def _compute_advantage(self, batch, metrics):
         batch = original(self, batch, metrics)
         method = _method_of(self)
-        return batch if method is None else method.rewrite(batch, metrics)
+        if method is None or self.global_steps < self.config.trainer.critic_warmup:  # the policy is not updated yet
+            return batch
+        return method.rewrite(batch, metrics)
 
     return _compute_advantage
+
+
+def update_actor(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Where a method dropped responses: a critic, updated before, has learnt from all of them."""
+
+    @functools.wraps(original)
+    def _update_actor(self, batch, metrics):
+        method = _method_of(self)
+        if method is not None:
+            batch = method.restrict(batch)
+        return original(self, batch, metrics)
+
+    return _update_actor
 
 
 def save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,22 +167,24 @@ class Reweighting:
     def __init__(self, method: str, settings: dict[str, Any], transform: Transform) -> None:
         self.method, self.settings, self.transform = method, settings, transform
         self.state = transform.init()
+        self._masks: dict[str, Tensor] = {}  # of the last batch, until the actor is updated on it
 
     def rewrite(self, batch: Any, metrics: dict[str, Any]) -> Any:
         """Rewrite the advantages of a batch in TransferQueue; `batch` are its keys and tags, `metrics` verl's."""
         import transfer_queue as tq
 
-        where = {"keys": batch.keys, "partition_id": batch.partition_id}
-        data = tq.kv_batch_get(**where, select_fields=list(_READ))
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(_READ))
         padding = [tag.get("is_padding", False) for tag in batch.tags]
         with _idle_cores():
             written, made = self.rewritten(data, batch.keys, padding)
         metrics.update(made)
-        if not written:
-            return batch
-        from tensordict import TensorDict
+        self._masks = {name: written.pop(name) for name in MASKS if name in written}
+        return _put(batch, written)
 
-        return tq.kv_batch_put(**where, fields=TensorDict(written, batch_size=len(batch)))
+    def restrict(self, batch: Any) -> Any:
+        """Put the masks of the last batch there, where the method dropped responses of it."""
+        masks, self._masks = self._masks, {}
+        return _put(batch, masks)
 
     def rewritten(self, data: Any, keys: list[str], padding: list[bool]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """(columns that changed, nested as they came; metrics), and the state moves on."""
@@ -180,6 +223,21 @@ class Reweighting:
 
     def load(self, folder: Path) -> None:
         self.state = load_state(folder, self.method, self.settings)
+
+
+def _put(batch: Any, columns: dict[str, Tensor]) -> Any:
+    """Put columns into TransferQueue. The keys and tags that come back leave the statistics out of what follows: the
+    engines would be sent them with every batch."""
+    if columns:
+        import transfer_queue as tq
+        from tensordict import TensorDict
+
+        fields = TensorDict(columns, batch_size=len(batch))
+        batch = tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+    if batch.fields is not None:
+        batch.fields = [name for name in batch.fields if name not in (ENTROPY, SENSITIVITY)]
+    batch.extra_info = {**(batch.extra_info or {}), DECIDED: True}
+    return batch
 
 
 def inside(lengths: Tensor, width: int) -> Tensor:

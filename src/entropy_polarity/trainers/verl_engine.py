@@ -19,17 +19,18 @@ from entropy_polarity.kernels.sharded import sharded_token_stats
 from entropy_polarity.tokens import Tokens, TokenStats
 from entropy_polarity.transforms import loss_terms
 
-ASKED = "polarity_statistics"
+ASKED, DECIDED = "polarity_statistics", "polarity_decided"
 ENTROPY, SENSITIVITY = "polarity_entropy", "polarity_sensitivity"
 BONUS, PENALTY = "polarity_entropy_bonus", "polarity_ratio_penalty"
 
 
-def one_temperature(temperature: Tensor) -> float:
-    """The temperature of all tokens of a batch; padding may have 0."""
-    highest = temperature.max()
-    if not ((temperature == highest) | (temperature <= 0)).all():
+def one_temperature(batch: Any) -> float:
+    """The temperature of all samples of a micro-batch of verl's, which has one number or one a sample. What the engines
+    make of it, a value a token, says less: padding has one of its own."""
+    given = torch.as_tensor(batch["temperature"]).flatten()
+    if (given != given[0]).any():
         raise ValueError("polarity statistics need one temperature for a batch, as rollout.temperature gives")
-    return float(highest)
+    return float(given[0])
 
 
 def _columns(stats: TokenStats) -> dict[str, Tensor]:
@@ -47,7 +48,7 @@ def fsdp_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, output, output_args, micro_batch, logits_processor_func)
         # Before verl's own work, which may overwrite the logits.
         packed = tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True)
-        made = _packed(self, output, output_args) if packed else _padded(output, output_args, micro_batch)
+        made = (_packed if packed else _padded)(self, output, output_args, micro_batch)
         offsets = micro_batch["input_ids"].offsets()
         columns = {name: torch.nested.nested_tensor_from_jagged(column, offsets) for name, column in made.items()}
         return original(self, output, output_args, micro_batch, logits_processor_func) | columns
@@ -56,22 +57,21 @@ def fsdp_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-def _packed(engine: Any, output: Any, output_args: dict[str, Any]) -> dict[str, Tensor]:
+def _packed(engine: Any, output: Any, output_args: dict[str, Any], micro_batch: Any) -> dict[str, Tensor]:
     """All tokens of the batch in one row, without padding; this process may have a part of the row."""
     tokens = output_args["input_ids_rmpad_rolled"]
-    temperature = one_temperature(output_args["temperature_rmpad"])
-    stats = _of(output.logits.squeeze(0), tokens, temperature)
+    stats = _of(output.logits.squeeze(0), tokens, one_temperature(micro_batch))
     pad = output_args["pad_size"]
     return {name: engine._gather_and_unpad_packed(column, pad) for name, column in _columns(stats).items()}
 
 
 @torch.no_grad()
-def _padded(output: Any, output_args: dict[str, Any], micro_batch: Any) -> dict[str, Tensor]:
+def _padded(engine: Any, output: Any, output_args: dict[str, Any], micro_batch: Any) -> dict[str, Tensor]:
     lengths = micro_batch["input_ids"].offsets().diff()
     logits = output.logits
     mask = torch.arange(logits.shape[1], device=logits.device) < lengths[:, None]
     tokens = torch.zeros_like(mask, dtype=torch.long).masked_scatter(mask, output_args["input_ids_rmpad_rolled"])
-    stats = _of(logits, tokens, one_temperature(output_args["temperature"]), mask)
+    stats = _of(logits, tokens, one_temperature(micro_batch), mask)
     return {name: column[mask] for name, column in _columns(stats).items()}
 
 
@@ -94,7 +94,7 @@ def megatron_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
         columns = {}
         if tu.get_non_tensor_data(batch, ASKED, default=False):  # before verl overwrites the logits
             group = parallel_state.get_tensor_model_parallel_group()
-            stats = sharded_token_stats(logits, label, group, temperature=one_temperature(temperature))
+            stats = sharded_token_stats(logits, label, group, temperature=one_temperature(batch))
             columns = _columns(stats)
         return original(self, logits, label, temperature, batch=batch, **arguments) | columns
 
@@ -108,7 +108,8 @@ def policy_loss(original: Callable[..., Any]) -> Callable[..., Any]:
     def ppo_loss(config, model_output, data, dp_group=None):
         from verl.utils import tensordict_utils as tu
 
-        if SENSITIVITY in data and tu.get_non_tensor_data(data, "batch_num_tokens", default=None) == 0:
+        decided = tu.get_non_tensor_data(data, DECIDED, default=False)
+        if decided and tu.get_non_tensor_data(data, "batch_num_tokens", default=None) == 0:
             tu.assign_non_tensor(data, batch_num_tokens=1)  # a method dropped all of it: the loss is 0, not 0 / 0
         loss, metrics = original(config=config, model_output=model_output, data=data, dp_group=dp_group)
         given = [name for name in (BONUS, PENALTY) if name in data]

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from entropy_polarity.phase import State
-from entropy_polarity.record import CHECKPOINT_IS_WHOLE as STATE_FILE
+
+STATE_FILE = "polarity_state.json"  # a checkpoint of TRL's that has it is whole: it is written last
 
 
 def save_state(folder: Path, method: str, settings: dict[str, Any], state: State, resumable: bool = True) -> None:
@@ -25,7 +26,7 @@ def load_state(folder: Path, method: str, settings: dict[str, Any]) -> State:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {STATE_FILE}: no run of entropy-polarity saved it, or not to the end")
     saved = json.loads(path.read_text())
-    if not saved["resumable"]:
+    if not saved.get("resumable", True):
         raise ValueError(f"{folder} was saved inside a rollout: resume from an earlier checkpoint")
     for name, now in (("method", method), ("settings", settings)):
         if saved[name] != now:
