@@ -103,6 +103,32 @@ def test_each_framework_brings_its_own_requirements(monkeypatch):
     assert "entropy-polarity[trl]' or pip install 'entropy-polarity[verl]" in missing.detail
 
 
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({}, None),
+        ({"VERL_USE_EXTERNAL_PLUGINS": "none"}, "VERL_USE_EXTERNAL_PLUGINS=none leaves 'entropy_polarity' out"),
+        ({"VERL_USE_EXTERNAL_PLUGINS": "other, entropy_polarity"}, None),
+        (
+            {
+                "VERL_USE_EXTERNAL_PLUGINS": "none",
+                "VERL_USE_EXTERNAL_MODULES": "other,entropy_polarity.trainers.verl",
+            },
+            None,
+        ),
+    ],
+)
+def test_whether_verl_would_load_the_plug_in(environment, reason, monkeypatch):
+    for name in ("VERL_USE_EXTERNAL_PLUGINS", "VERL_USE_EXTERNAL_MODULES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert doctor._why_verl_leaves_it_out() == reason
+    monkeypatch.setattr(doctor, "entry_points", lambda group: [])
+    without = doctor._why_verl_leaves_it_out()
+    assert (without is None) == ("VERL_USE_EXTERNAL_MODULES" in environment)
+
+
 def test_without_trl_the_commands_that_need_it_say_so():
     code = "import sys; sys.modules['trl'] = None; sys.argv = ['papo', 'train']; "
     code += "from entropy_polarity.cli import main; main()"

@@ -5,7 +5,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ OLDEST = {"entropy-polarity": "0", "torch": "2.10", "triton": "3.6", "peft": "0.
 OPTIONAL = ("triton", "peft")
 # The frameworks, and what each needs of what the other needs otherwise.
 FRAMEWORKS = {"trl": {"trl": "1.16", "transformers": "5.20"}, "verl": {"verl": "0.9", "TransferQueue": "0.1.10"}}
+PLUGIN = "entropy_polarity.trainers.verl"
 # Of statistics and float32 gradients, against float64.
 TOLERANCE = 1e-5
 
@@ -158,15 +159,31 @@ def _trl(frameworks: list[str]) -> Iterator[Finding]:
 def _verl(frameworks: list[str]) -> Iterator[Finding]:
     if "verl" not in frameworks:
         return
-    from entropy_polarity.trainers.verl import HOOKS, problem_of, untested_version
+    from entropy_polarity.trainers.verl import HOOKS, is_in_place, problem_of, untested_version
 
     reason = untested_version()
     yield Finding("verl's plug-in", "problem" if reason else "ok", reason or "this verl is one of those tested")
+    unloaded = _why_verl_leaves_it_out()
+    yield Finding("how verl loads it", "problem" if unloaded else "ok", unloaded or "by itself, in every process")
     for hook in HOOKS if reason is None else ():
         try:
-            problem = problem_of(hook, import_module(hook.module))
+            module = import_module(hook.module)
         except Exception as failure:  # whatever a missing engine or driver raises
             status = "note" if hook.optional else "problem"
             yield Finding(hook.target, status, f"{hook.module} cannot be imported: {type(failure).__name__}: {failure}")
             continue
+        problem = problem_of(hook, module) or (None if is_in_place(hook, module) else f"{hook.name} is not hooked")
         yield Finding(hook.target, "problem" if problem else "ok", problem or "hooked, and as tested")
+
+
+def _why_verl_leaves_it_out() -> str | None:
+    """Why verl would not load the plug-in in a process that starts with this environment, or None."""
+    if PLUGIN in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","):
+        return None
+    names = [entry.name for entry in entry_points(group="verl.plugins") if entry.value == PLUGIN]
+    if not names:
+        return f"its entry point is not installed: pip install it anew, or set VERL_USE_EXTERNAL_MODULES={PLUGIN}"
+    allowed = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
+    if allowed == "auto" or names[0] in {name.strip() for name in allowed.split(",")}:
+        return None
+    return f"VERL_USE_EXTERNAL_PLUGINS={allowed} leaves {names[0]!r} out"

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from on_verl.batches import config
 from verl.workers.config import ActorConfig
 
+from entropy_polarity.methods import METHODS
 from entropy_polarity.trainers import verl as plugin
 from entropy_polarity.trainers.verl_config import DEFAULTS, TOKEN_LOSSES, prepare
 from entropy_polarity.trainers.verl_driver import refused_at_once, refused_before_workers
@@ -260,6 +261,8 @@ def test_the_recipes_are_configurations_of_verl_that_can_be_prepared(recipe):
     from verl.utils.config import omega_conf_to_dataclass
 
     here = ["data.train_files=x.parquet", "data.val_files=y.parquet", "actor_rollout_ref.model.path=Qwen/Qwen3-8B"]
+    if recipe == "agent":
+        here.append(f"actor_rollout_ref.rollout.multi_turn.function_tool_path={RECIPES / 'tools.py'}")
     with initialize_config_dir(str(RECIPES), version_base=None):
         composed = compose(recipe, overrides=here)
     prepared = prepare(composed)
@@ -269,6 +272,19 @@ def test_the_recipes_are_configurations_of_verl_that_can_be_prepared(recipe):
     assert actor.strategy == ("megatron" if "megatron" in recipe else "fsdp")
     assert actor.clip_ratio_high == 0.28
     assert composed.trainer.nnodes == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_recipe_takes_every_method_as_its_head_says(method):
+    from hydra import compose, initialize_config_dir
+
+    # Of two methods the recipe's clip is not theirs.
+    clip = ["actor_rollout_ref.actor.clip_ratio_high=0.2"] if method in ("clip_cov", "kl_cov") else []
+    plain = ["~papo.controller", "~papo.path", "~papo.level"]
+    with initialize_config_dir(str(RECIPES), version_base=None):
+        composed = compose("dapo_math", overrides=[f"papo.method={method}", *plain, *clip])
+    OmegaConf.update(composed, "papo", {"method": method, **METHODS[method].example}, merge=False, force_add=True)
+    assert prepare(composed) is not None
 
 
 def test_the_agents_tool_is_one_of_verls():
@@ -284,6 +300,7 @@ def test_the_doctor_sees_every_hook():
 
     found = {finding.part: finding.status for finding in _verl(["verl"])}
     assert found.pop("verl's plug-in") == "ok"
+    assert found.pop("how verl loads it") == "ok"
     assert found.keys() == {hook.target for hook in plugin.HOOKS}
     optional = {hook.target for hook in plugin.HOOKS if hook.optional}
     assert {target for target, status in found.items() if status != "ok"} <= optional

@@ -53,7 +53,8 @@ def _one_line(error: BaseException | None) -> str | None:
         if any(sign in str(chain) for sign in full):
             return "no space left on the device: free some, then go on with papo train --resume"
         chain = chain.__cause__ or chain.__context__
-    if isinstance(error, ModuleNotFoundError) and error.name in ("trl", "transformers", "datasets", "accelerate"):
+    package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else None
+    if package in ("trl", "transformers", "datasets", "accelerate"):
         return f"this needs TRL ({error}): pip install 'entropy-polarity[trl]'"
     if isinstance(error, ValueError | OSError | ImportError):
         return " ".join(str(error).split()) or type(error).__name__
