@@ -13,7 +13,8 @@ from on_verl.batches import GOLDEN, config, golden_rows, lengths, nested, of_ver
 from entropy_polarity.methods import METHODS, make_transform
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.trainers.verl_config import prepare
-from entropy_polarity.trainers.verl_driver import Reweighting, tokens_of
+from entropy_polarity.trainers.verl_driver import Reweighting
+from entropy_polarity.trainers.verl_tokens import tokens_of
 
 
 def reweighting(name: str, settings: dict) -> Reweighting:

@@ -9,8 +9,8 @@ VERL_USE_EXTERNAL_MODULES=entropy_polarity.trainers.verl. Nothing changes until 
 does, is the table HOOKS; each is put in place right after verl imports the module it is in, and only if that looks as
 it did when it was tested. A run that asks for a method where something does not is refused; `papo doctor` says what.
 
-verl_config.py   the settings of a run        verl_driver.py   advantages, on the driver
-verl_engine.py   statistics and loss terms, in the workers
+verl_config.py   the settings of a run                       verl_driver.py   advantages, on the driver
+verl_engine.py   statistics and loss terms, in the workers   verl_tokens.py   verl's columns as Tokens, and back
 """
 
 import inspect

@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,15 @@ import torch
 from torch import Tensor
 
 from entropy_polarity.method_state import load_state, save_state
-from entropy_polarity.tokens import Tokens
 from entropy_polarity.trainers.verl_config import KEY, method_of, prepare
 from entropy_polarity.trainers.verl_engine import ASKED, BONUS, DECIDED, ENTROPY, PENALTY, SENSITIVITY
+from entropy_polarity.trainers.verl_tokens import READ, column_of, tokens_of
 from entropy_polarity.transforms import Transform
 
 logger = logging.getLogger("entropy_polarity")
 
 THREADS = 8  # the work is bound by memory, not by arithmetic: more would gain little
 MASKS = ("response_mask", "loss_mask")
-_READ = ("uid", "response_mask", "rm_scores", "advantages", "old_log_probs", "rollout_is_weights", ENTROPY, SENSITIVITY)
 
 
 def trainer_init(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,7 +171,7 @@ class Reweighting:
         """Rewrite the advantages of a batch in TransferQueue; `batch` are its keys and tags, `metrics` verl's."""
         import transfer_queue as tq
 
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(_READ))
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(READ))
         padding = [tag.get("is_padding", False) for tag in batch.tags]
         with _idle_cores():
             written, made = self.rewritten(data, batch.keys, padding)
@@ -202,21 +200,10 @@ class Reweighting:
         changed = {name: new for name, (old, new) in made.items() if not torch.equal(old, new)}
         terms = {BONUS: after.entropy_bonus, PENALTY: after.ratio_penalty}
         changed |= {name: term for name, term in terms.items() if term is not None}
-        written = {name: self._column(data, name, new, real) for name, new in changed.items()}
+        written = {name: column_of(data, name, new, real) for name, new in changed.items()}
         if "response_mask" in written:
             written["loss_mask"] = written["response_mask"].clone()  # what verl counts a mini-batch's tokens by
         return written, metrics
-
-    @staticmethod
-    def _column(data: Any, name: str, new: Tensor, real: Tensor) -> Tensor:
-        """The values (b, T) of the rows `real` as a nested column; the other rows keep theirs, or have 0."""
-        mask = data["response_mask"]
-        lengths = mask.offsets().diff()
-        old = data[name].values() if name in data else torch.zeros(mask.values().shape, dtype=new.dtype)
-        values = new.to(old.dtype)[inside(lengths[real], new.shape[1])]
-        if not real.all():
-            values = old.masked_scatter(real.repeat_interleave(lengths), values)
-        return torch.nested.nested_tensor_from_jagged(values, mask.offsets())
 
     def save(self, folder: Path) -> None:
         save_state(folder, self.method, self.settings, self.state)
@@ -238,54 +225,3 @@ def _put(batch: Any, columns: dict[str, Tensor]) -> Any:
         batch.fields = [name for name in batch.fields if name not in (ENTROPY, SENSITIVITY)]
     batch.extra_info = {**(batch.extra_info or {}), DECIDED: True}
     return batch
-
-
-def inside(lengths: Tensor, width: int) -> Tensor:
-    """Where a padded (B, T) holds a response."""
-    return torch.arange(width) < lengths[:, None]
-
-
-def tokens_of(data: Any, keys: list[str]) -> Tokens:
-    """A batch of verl's as Tokens (B, T). What the model computed at a token stands one place before it, for prompt and
-    response; everything else is as long as the response."""
-    lengths = data["response_mask"].offsets().diff()
-    held = inside(lengths, int(lengths.max()))
-    ends = data[SENSITIVITY].offsets()[1:]
-    of_response = torch.zeros(len(data[SENSITIVITY].values()) + 1, dtype=torch.int8)
-    of_response[ends - lengths - 1] += 1  # from one place before the response's first token,
-    of_response[ends - 1] -= 1  # to before its last
-    of_response = of_response[:-1].cumsum(0, dtype=torch.int8).nonzero()[:, 0]
-
-    def padded(values: Tensor) -> Tensor:
-        return torch.zeros(held.shape, dtype=values.dtype).masked_scatter_(held, values)
-
-    def response(name: str) -> Tensor:
-        return padded(data[name].values())
-
-    def model(name: str) -> Tensor:
-        return padded(data[name].values()[of_response])
-
-    prompts = [str(uid) for uid in list(data["uid"])]
-    number = {prompt: i for i, prompt in enumerate(sorted(set(prompts)))}
-    order = {key: rank for rank, key in enumerate(sorted(keys, key=_by_parts))}
-    logp = response("old_log_probs")
-    tokens = Tokens(
-        mask=response("response_mask").bool(),
-        advantages=response("advantages"),
-        logp=logp,
-        old_logp=logp,
-        entropy=model(ENTROPY),
-        sensitivity=model(SENSITIVITY),
-        reward=response("rm_scores").sum(1),
-        group=torch.tensor([number[prompt] for prompt in prompts]),
-        sample_id=torch.tensor([order[key] for key in keys]),
-    )
-    if "rollout_is_weights" in data:
-        tokens = replace(tokens, importance=response("rollout_is_weights"))
-    return tokens
-
-
-def _by_parts(key: str) -> tuple[str, int, int]:
-    """Keys are {prompt}_{session}_{output}."""
-    prompt, session, output = key.rsplit("_", 2)
-    return prompt, int(session), int(output)
