@@ -25,8 +25,9 @@ LARGEST_BATCH_OF_EPISODES = 256
 class Attempt:
     """A completion, or an episode, and its verdict.
 
-    Of a completion `text` is all that the policy said, `answer` its final answer, None where there is none or nobody
-    asked for it, `messages` what it said and heard where it has tools. Of an episode `text` is what its environment
+    Of a completion `text` is all that the policy said (with tools the content of its messages, without calls and
+    reasoning), `answer` its final answer, None where there is none or nobody asked for it, `messages` what it said and
+    heard where it has tools. Of an episode `text` is what its environment
     said first, `said` the turns as (action, observation). `facts` is what the environment or the tools counted.
     """
 

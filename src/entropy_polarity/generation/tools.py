@@ -134,6 +134,8 @@ class _Form:
         whole = self.rendered([*before, *answers], add_generation_prompt=True)
         if (end := self.tokenizer.eos_token_id) in prefix:  # the policy's own words end there, before a line feed
             prefix = prefix[: len(prefix) - prefix[::-1].index(end)]
+        if whole[: len(prefix)] != prefix:
+            raise ValueError("the tokenizer's chat template writes a call anew when a tool has answered: change it")
         return whole[len(prefix) :]
 
     def answer(self, call: dict[str, Any]) -> tuple[dict[str, str], bool]:

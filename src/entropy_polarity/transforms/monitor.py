@@ -48,9 +48,11 @@ def by_turn(before: Tokens, after: Tokens) -> Metrics:
     begins = before.mask & ~torch.nn.functional.pad(before.mask, (1, 0))[:, :-1]
     turn = begins.cumsum(1).where(before.mask, 0)
     turns = int(turn.max()) if turn.numel() else 0
+    if turns < 2:
+        return {}
     p = token_polarity(before)
     metrics: Metrics = {}
-    for number in range(1, turns + 1) if turns > 1 else ():
+    for number in range(1, turns + 1):
         mask = turn == number
         (entropy, _), (positive, negative) = mean_entropy(replace(before, mask=mask)), branch_flows(p, mask)
         given, made = (t.advantages.abs()[mask & t.mask].sum().item() for t in (before, after))
