@@ -144,13 +144,11 @@ def test_a_conversation_ends_where_there_is_no_room_and_whatever_the_policy_call
     for conversation in converse_within(len(tokenizer(said[0])["input_ids"]) + 20):
         assert [message["role"] for message in conversation.messages] == ["assistant"]
     roomy = converse_within(800)
-    assert [one.calls for one in roomy] == [1, 1, *[one.calls for one in roomy[2:]]]
-    assert [one.failures for one in roomy[:2]] == [0, 1]
+    assert [one.calls for one in roomy] == [1, 1, 0, 0, 0, 0], "what cannot be read is no call"
+    assert [one.failures for one in roomy] == [0, 1, 0, 0, 0, 0]
     assert roomy[0].messages[1]["content"] == "2"
     assert "unexpected keyword argument" in roomy[1].messages[1]["content"]
-    for one in roomy:
-        assert one.messages[-1]["role"] == "assistant"
-        assert one.failures <= one.calls <= 1
+    assert all(one.messages[-1]["role"] == "assistant" for one in roomy)
 
 
 @pytest.mark.slow

@@ -159,7 +159,7 @@ def _trl(frameworks: list[str]) -> Iterator[Finding]:
 def _verl(frameworks: list[str]) -> Iterator[Finding]:
     if "verl" not in frameworks:
         return
-    from entropy_polarity.trainers.verl import HOOKS, is_in_place, problem_of, untested_version
+    from entropy_polarity.trainers.verl import HOOKS, fault_of, untested_version
 
     reason = untested_version()
     yield Finding("verl's plug-in", "problem" if reason else "ok", reason or "this verl is one of those tested")
@@ -172,8 +172,8 @@ def _verl(frameworks: list[str]) -> Iterator[Finding]:
             status = "note" if hook.optional else "problem"
             yield Finding(hook.target, status, f"{hook.module} cannot be imported: {type(failure).__name__}: {failure}")
             continue
-        problem = problem_of(hook, module) or (None if is_in_place(hook, module) else f"{hook.name} is not hooked")
-        yield Finding(hook.target, "problem" if problem else "ok", problem or "hooked, and as tested")
+        fault = fault_of(hook, module)
+        yield Finding(hook.target, "problem" if fault else "ok", fault or "hooked, and as tested")
 
 
 def _why_verl_leaves_it_out() -> str | None:

@@ -27,8 +27,8 @@ class Attempt:
 
     Of a completion `text` is all that the policy said (with tools the content of its messages, without calls and
     reasoning), `answer` its final answer, None where there is none or nobody asked for it, `messages` what it said and
-    heard where it has tools. Of an episode `text` is what its environment
-    said first, `said` the turns as (action, observation). `facts` is what the environment or the tools counted.
+    heard where it has tools. Of an episode `text` is what its environment said first, `said` the turns as (action,
+    observation). `facts` is what the environment or the tools counted.
     """
 
     text: str
@@ -197,21 +197,19 @@ def _attempts(
     sampling: Sampling,
     final_answers: bool,
 ) -> list[list[Attempt]]:
+    repeated = [problem for problem in problems for _ in range(samples)]
     if isinstance(task, Game):
-        repeated = [problem for problem in problems for _ in range(samples)]
         made = [
             Attempt(e.observation, Score(e.reward, e.reason), said=e.said, facts=e.facts)
             for e in _played(generator, task, repeated, seed, sampling)
         ]
     else:
-        said = _said(generator, task, problems, samples, seed, sampling)
-        asked = [(problem, text) for problem, row in zip(problems, said, strict=True) for text, _, _ in row]
+        said = [one for row in _said(generator, task, problems, samples, seed, sampling) for one in row]
+        asked = [(problem, one.text) for problem, one in zip(repeated, said, strict=True)]
         finals = task.final_answers(asked) if final_answers else [None] * len(asked)
-        heard = [(facts, messages) for row in said for _, facts, messages in row]
-        judged = zip(asked, task.scores(asked), finals, heard, strict=True)
+        judged = zip(said, task.scores(asked), finals, strict=True)
         made = [
-            Attempt(text, score, answer, facts=facts, messages=messages)
-            for (_, text), score, answer, (facts, messages) in judged
+            Attempt(one.text, score, answer, facts=one.facts, messages=one.messages) for one, score, answer in judged
         ]
     return [made[i * samples : (i + 1) * samples] for i in range(len(problems))]
 

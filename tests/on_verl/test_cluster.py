@@ -195,6 +195,7 @@ def test_while_only_the_critic_is_trained_a_method_waits(group):
     stored = tq.kv_batch_get(keys=meta.keys, partition_id="warming", select_fields=["advantages"])
     torch.testing.assert_close(padded(stored["advantages"], tokens.mask.shape[1]), tokens.advantages)
     assert it._polarity.state == it._polarity.transform.init()
+    assert "polarity_sensitivity" not in tq.kv_batch_get(keys=meta.keys, partition_id="warming"), "nothing is made"
     it.global_steps = 2
     stepped(it, put("warm")[0])
     assert it._polarity.state != it._polarity.transform.init()

@@ -27,7 +27,8 @@ def sample_tokens(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, sampling: Sampling
 ) -> Sampled:
     """One completion of every prompt. What a model's own generation settings would add (penalties, top-k) is off."""
-    ids, mask = _left_padded(prompts, tokenizer.pad_token_id, model.device)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids, mask = _left_padded(prompts, pad, model.device)
     drawn = sampling.temperature > 0
     settings = (
         {"temperature": sampling.temperature, "top_k": 0, "top_p": sampling.top_p, "min_p": None} if drawn else {}
@@ -37,7 +38,7 @@ def sample_tokens(
         attention_mask=mask,
         do_sample=drawn,
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad,
         repetition_penalty=1.0,
         **settings,
     )

@@ -112,7 +112,8 @@ def untested_version() -> str | None:
 
 def problem_of(hook: Hook, module: ModuleType) -> str | None:
     """Why a hook cannot be put into `module`, or None."""
-    found = _target(hook, module)
+    place, name = _place(hook, module)
+    found = getattr(place, name, None)
     if found is None:
         return f"verl has no {hook.name}"
     missing = set(hook.parameters) - inspect.signature(found).parameters.keys()
@@ -131,21 +132,26 @@ def missing_hook(strategy: str) -> str | None:
             module = import_module(hook.module)
         except Exception:  # an engine need not be installed where the driver runs
             continue
-        problem = problem_of(hook, module)
-        if problem is None and not is_in_place(hook, module):
-            problem = f"{hook.name} is not hooked"
-        if problem is not None:
-            return problem
+        fault = fault_of(hook, module)
+        if fault is not None:
+            return fault
     return None
 
 
-def is_in_place(hook: Hook, module: ModuleType) -> bool:
-    return getattr(_target(hook, module), "of_entropy_polarity", False)
+def fault_of(hook: Hook, module: ModuleType) -> str | None:
+    """Why a hook does not work in `module`, or None."""
+    return problem_of(hook, module) or (None if _is_in_place(hook, module) else f"{hook.name} is not hooked")
 
 
-def _target(hook: Hook, module: ModuleType) -> Any:
+def _is_in_place(hook: Hook, module: ModuleType) -> bool:
+    place, name = _place(hook, module)
+    return getattr(getattr(place, name, None), "of_entropy_polarity", False)
+
+
+def _place(hook: Hook, module: ModuleType) -> tuple[Any, str]:
+    """(the module or class, None where there is none; the name in it)"""
     owner, _, name = hook.target.rpartition(".")
-    return getattr(getattr(module, owner, None) if owner else module, name, None)
+    return (getattr(module, owner, None) if owner else module), name
 
 
 def put(hook: Hook, module: ModuleType) -> None:
@@ -154,9 +160,8 @@ def put(hook: Hook, module: ModuleType) -> None:
     if problem is not None:
         logger.error("entropy-polarity cannot be used with this verl: %s", problem)
         return
-    owner, _, name = hook.target.rpartition(".")
-    place = getattr(module, owner) if owner else module
-    if not is_in_place(hook, module):
+    place, name = _place(hook, module)
+    if not _is_in_place(hook, module):
         wrapped = hook.wrap(getattr(place, name))
         wrapped.of_entropy_polarity = True  # type: ignore[attr-defined]
         setattr(place, name, wrapped)

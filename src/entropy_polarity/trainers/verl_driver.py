@@ -82,7 +82,7 @@ def old_log_prob(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def _compute_old_log_prob(self, batch, metrics):
-        if _method_of(self) is None:
+        if _at_work(self) is None:
             return original(self, batch, metrics)
         batch.extra_info[ASKED] = True
         after = original(self, batch, metrics)
@@ -97,10 +97,8 @@ def advantage(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _compute_advantage(self, batch, metrics):
         batch = original(self, batch, metrics)
-        method = _method_of(self)
-        if method is None or self.global_steps < self.config.trainer.critic_warmup:  # the policy is not updated yet
-            return batch
-        return method.rewrite(batch, metrics)
+        method = _at_work(self)
+        return batch if method is None else method.rewrite(batch, metrics)
 
     return _compute_advantage
 
@@ -110,7 +108,7 @@ def update_actor(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def _update_actor(self, batch, metrics):
-        method = _method_of(self)
+        method = _at_work(self)
         if method is not None:
             batch = method.restrict(batch)
         return original(self, batch, metrics)
@@ -157,6 +155,11 @@ def _idle_cores() -> Iterator[None]:
 
 def _method_of(trainer: Any) -> "Reweighting | None":
     return getattr(trainer, "_polarity", None)
+
+
+def _at_work(trainer: Any) -> "Reweighting | None":
+    """The method, unless only the critic is trained as yet: a policy that stands still needs no steering."""
+    return None if trainer.global_steps < trainer.config.trainer.critic_warmup else _method_of(trainer)
 
 
 class Reweighting:
