@@ -3,32 +3,39 @@
     make verl-test   # makes the environment
     .venv-verl/bin/python benchmarks/verl_driver.py --output benchmarks/results/verl_driver.json
 
-Timed are verl's own GRPO advantages of the batch, and what the plug-in adds after them: columns read, the method, the
-advantages written again. The memory is the driver's peak over what it had before; the storage is one process beside it.
+Timed is the driver's step for advantages as verl makes it, with its own GRPO, and with the plug-in, which reads columns
+after that, runs the method and writes the advantages again; both in turns. The memory is the driver's peak over that of
+verl's own; the storage is one process beside it.
 """
 
 import argparse
 import json
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from blocks import markdown
 
-LENGTH, PROMPT, GROUP = 2000, 200, 16  # tokens of a response, of a prompt; responses of a prompt
+LENGTH, PROMPT, GROUP = 2000, 200, 16  # mean tokens of a response, of a prompt; responses of a prompt
+ROUNDS = 5
+LENGTHS = {
+    "even": lambda rows, generator: torch.randint(LENGTH // 2, LENGTH * 3 // 2, (rows,), generator=generator),
+    "long-tailed": lambda rows, generator: 1 + torch.empty(rows).exponential_(1 / LENGTH, generator=generator).long(),
+}
 
 
-def put(tokens: int) -> tuple[Any, int]:
-    """A batch of about so many response tokens in TransferQueue: (its keys and tags, the exact number)."""
+def put(tokens: int, spread: str) -> tuple[Any, int, int]:
+    """A batch of about so many response tokens in TransferQueue: (its keys and tags, the exact number, the longest)."""
     import numpy as np
     import transfer_queue as tq
     from verl.utils import tensordict_utils as tu
 
     rows = max(GROUP, tokens // LENGTH // GROUP * GROUP)
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(LENGTH // 2, LENGTH * 3 // 2, (rows,), generator=generator)
+    lengths = LENGTHS[spread](rows, generator)
     total = int(lengths.sum())
     ends = lengths.cumsum(0)
 
@@ -50,20 +57,22 @@ def put(tokens: int) -> tuple[Any, int]:
     }
     tags = [{"seq_len": int(n) + PROMPT} for n in lengths]
     meta = tq.kv_batch_put(keys=keys, partition_id=f"of-{rows}", fields=tu.get_tensordict(columns), tags=tags)
-    return meta, total
+    return meta, total, int(lengths.max())
 
 
 def trainer_and_method() -> tuple[Any, Any]:
-    """verl's own trainer without its workers, and the plug-in's part."""
+    """verl's own trainer without its workers, hooked, and the plug-in's part, not put in yet."""
     from omegaconf import OmegaConf
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
+    from entropy_polarity.trainers.verl import activate
     from entropy_polarity.trainers.verl_config import prepare
     from entropy_polarity.trainers.verl_driver import Reweighting
 
     config = OmegaConf.create(
         {
             "papo": {"method": "papo", "controller": "thermostat", "level": 0.3, "conserve": True},
+            "trainer": {"critic_warmup": 0},
             "algorithm": {
                 "use_kl_in_reward": False, "adv_estimator": "grpo", "gamma": 1.0, "lam": 1.0,
                 "norm_adv_by_std_in_grpo": True,
@@ -71,60 +80,74 @@ def trainer_and_method() -> tuple[Any, Any]:
             "actor_rollout_ref": {"rollout": {"n": GROUP}, "model": {}, "actor": {"strategy": "fsdp"}},
         }
     )  # fmt: skip
+    activate()
     trainer = object.__new__(PPOTrainerSync)
-    trainer.config = config
+    trainer.config, trainer.global_steps = config, 1
     prepared = prepare(config)
     assert prepared is not None
     return trainer, Reweighting(*prepared)
 
 
-def fastest(work: Any) -> float:
-    """Seconds, of three."""
-    taken = []
-    for _ in range(3):
-        start = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
-def measure(tokens: int) -> dict[str, Any]:
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(tokens: int, spread: str) -> dict[str, Any]:
     import transfer_queue as tq
 
-    meta, total = put(tokens)
+    from entropy_polarity.trainers.verl_machine import idle_cores, kept_memory
+    from entropy_polarity.trainers.verl_tokens import columns_for
+
+    meta, total, longest = put(tokens, spread)
     trainer, method = trainer_and_method()
-    own = fastest(lambda: trainer._compute_advantage(meta, {}))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ours = fastest(lambda: method.rewrite(meta, {}))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def step(part: Any) -> float:
+        trainer._polarity = part
+        return seconds(lambda: trainer._compute_advantage(meta, {}))
+
+    step(None)
+    before = peak_mib()
+    step(method)
+    more = peak_mib() - before
+    rounds = [(step(None), step(method)) for _ in range(ROUNDS)]
+    own, both = (min(times) for times in zip(*rounds, strict=True))
     where = {"keys": meta.keys, "partition_id": meta.partition_id}
-    data = tq.kv_batch_get(**where)
-    alone = fastest(lambda: method.rewritten(data, meta.keys, [False] * len(meta)))
+    data = tq.kv_batch_get(**where, select_fields=columns_for(method.transform.needs))
+    with kept_memory(), idle_cores():
+        alone = min(seconds(lambda: method.rewritten(data, meta.keys, [False] * len(meta))) for _ in range(ROUNDS))
     tq.kv_clear(**where)
     return {
         "tokens": total,
         "responses": len(meta),
+        "lengths": spread,
+        "longest": longest,
         "verls_advantages_seconds": own,
-        "added_seconds": ours,
+        "with_the_plugin_seconds": both,
         "without_transfer_seconds": alone,
-        "added_peak_mib": (peak - before) / 1024,
-        # H and T of every token in; mask, rewards, log-probs and advantages of the response in, advantages out.
-        "added_bytes": 8 * (total + PROMPT * len(meta)) + (8 + 3 * 4 + 4) * total,
+        "added_peak_mib": more,
+        # H and T of every token in; mask and advantages of the response in, advantages out.
+        "added_bytes": 8 * (total + PROMPT * len(meta)) + (8 + 4 + 4) * total,
     }
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    head = ["tokens a rollout", "responses", "verl's own advantages, s", "added, s", "of it the method, s", "added, µs a token", "traffic, MB", "more memory than verl's own, MiB"]  # fmt: skip  # noqa: E501
+    head = ["tokens a rollout", "responses, longest", "verl's own advantages, s", "with the plug-in, s", "the method alone, s", "added, µs a token", "traffic, MB", "more memory than verl's own, MiB"]  # fmt: skip  # noqa: E501
     return markdown(
         head,
         [
             [
                 f"{r['tokens']:,}",
-                f"{r['responses']:,}",
+                f"{r['responses']:,}, {r['longest']:,}",
                 f"{r['verls_advantages_seconds']:.2f}",
-                f"{r['added_seconds']:.2f}",
+                f"{r['with_the_plugin_seconds']:.2f}",
                 f"{r['without_transfer_seconds']:.2f}",
-                f"{1e6 * r['added_seconds'] / r['tokens']:.2f}",
+                f"{1e6 * (r['with_the_plugin_seconds'] - r['verls_advantages_seconds']) / r['tokens']:.2f}",
                 f"{r['added_bytes'] / 1e6:.0f}",
                 f"{r['added_peak_mib']:.0f}",
             ]
@@ -147,7 +170,7 @@ def main() -> None:
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     storage = {"total_storage_size": 100_000, "num_data_storage_units": 1}
     tq.init(OmegaConf.create({"backend": {"storage_backend": "SimpleStorage", "SimpleStorage": storage}}))
-    results = [measure(tokens) for tokens in sorted(arguments.tokens)]
+    results = [measure(tokens, spread) for spread in LENGTHS for tokens in sorted(arguments.tokens)]
     tq.close()
     ray.shutdown()
     document = {"benchmark": "verl_driver", "environment": environment(0), "results": results}

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from entropy_polarity.tokens import TokenStats, finite, masked_mean
+from entropy_polarity.tokens import TokenStats, finite
 
 # exp(-10000) is 0 in every float format, so clamping there changes no sum; it turns 0 * (-inf) into 0.
 LOWEST = -1e4
@@ -127,8 +127,8 @@ def branch_flows(
             f"branch_flows: polarity has shape {tuple(polarity.shape)} and the mask {tuple(mask.shape)}; "
             "expected one value of each a token"
         )
-    flow = finite(polarity)
-    return masked_mean(flow.clamp(min=0), mask), masked_mean((-flow).clamp(min=0), mask)
+    flow, count = torch.where(mask, finite(polarity), 0.0), mask.count_nonzero().clamp(min=1)
+    return flow.clamp(min=0).sum() / count, (-flow).clamp(min=0).sum() / count
 
 
 def predicted_entropy_change(

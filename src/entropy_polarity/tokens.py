@@ -127,6 +127,11 @@ def masked_mean(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Tens
     return torch.where(mask, values, 0.0).sum() / mask.count_nonzero().clamp(min=1)
 
 
+def masked_fraction(holds: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
+    """The share of the places where `mask` is True at which `holds` is; 0 for an empty mask."""
+    return ((holds & mask).count_nonzero() / mask.count_nonzero().clamp(min=1)).item()
+
+
 def finite(values: Tensor) -> Tensor:
     """The values, with 0 where they are NaN or infinite."""
     return values.nan_to_num(0.0, 0.0, 0.0)

@@ -7,9 +7,7 @@ collective, the same for every engine and any number of nodes. Padding rows and 
 
 import functools
 import logging
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,12 @@ from torch import Tensor
 from entropy_polarity.method_state import load_state, save_state
 from entropy_polarity.trainers.verl_config import KEY, method_of, prepare
 from entropy_polarity.trainers.verl_engine import ASKED, BONUS, DECIDED, ENTROPY, PENALTY, SENSITIVITY
-from entropy_polarity.trainers.verl_tokens import READ, column_of, tokens_of
+from entropy_polarity.trainers.verl_machine import idle_cores, kept_memory
+from entropy_polarity.trainers.verl_tokens import column_of, columns_for, tokens_of
 from entropy_polarity.transforms import Transform
 
 logger = logging.getLogger("entropy_polarity")
 
-THREADS = 8  # the work is bound by memory, not by arithmetic: more would gain little
 MASKS = ("response_mask", "loss_mask")
 
 
@@ -96,9 +94,11 @@ def old_log_prob(original: Callable[..., Any]) -> Callable[..., Any]:
 def advantage(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _compute_advantage(self, batch, metrics):
-        batch = original(self, batch, metrics)
         method = _at_work(self)
-        return batch if method is None else method.rewrite(batch, metrics)
+        if method is None:
+            return original(self, batch, metrics)
+        with kept_memory():
+            return method.rewrite(original(self, batch, metrics), metrics)
 
     return _compute_advantage
 
@@ -142,17 +142,6 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     return _load_checkpoint
 
 
-@contextmanager
-def _idle_cores() -> Iterator[None]:
-    """Ray gives its driver one thread; while everything waits for the driver, its node's cores are free."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(before, min(THREADS, os.cpu_count() or 1)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _method_of(trainer: Any) -> "Reweighting | None":
     return getattr(trainer, "_polarity", None)
 
@@ -174,9 +163,10 @@ class Reweighting:
         """Rewrite the advantages of a batch in TransferQueue; `batch` are its keys and tags, `metrics` verl's."""
         import transfer_queue as tq
 
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(READ))
+        columns = columns_for(self.transform.needs)
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=columns)
         padding = [tag.get("is_padding", False) for tag in batch.tags]
-        with _idle_cores():
+        with idle_cores():
             written, made = self.rewritten(data, batch.keys, padding)
         metrics.update(made)
         self._masks = {name: written.pop(name) for name in MASKS if name in written}

@@ -39,12 +39,13 @@ def mean_entropy(tokens: Tokens) -> tuple[float, float]:
     """
     entropy = tokens.known("entropy")
     usable = tokens.mask & entropy.isfinite()
-    if not usable.any():
+    responses = usable.count_nonzero(1)
+    if not responses.any():
         return math.nan, 0.0
     rows = torch.arange(len(usable), device=usable.device)
     _, group = torch.unique(rows if tokens.group is None else tokens.group, return_inverse=True)
     sums = group_sums(precise(torch.where(usable, entropy, 0.0)).sum(1), group)
-    counts = group_sums(usable.count_nonzero(1), group)
+    counts = group_sums(responses, group)
     sums, counts = sums[counts > 0], counts[counts > 0]
     mean, groups = sums.sum() / counts.sum(), len(counts)
     if groups < 2:

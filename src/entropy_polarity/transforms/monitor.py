@@ -7,7 +7,7 @@ import torch
 
 from entropy_polarity.phase import Metrics, State
 from entropy_polarity.polarity import branch_flows, predicted_entropy_change
-from entropy_polarity.tokens import Tokens, masked_mean
+from entropy_polarity.tokens import Tokens, masked_fraction
 from entropy_polarity.transforms.batch import mean_entropy
 from entropy_polarity.transforms.core import Transform
 from entropy_polarity.transforms.weights import token_polarity
@@ -26,10 +26,10 @@ def measure(before: Tokens, after: Tokens, state: State) -> tuple[State, Metrics
         "polarity/entropy": entropy,
         "polarity/positive_flow": positive.item(),
         "polarity/negative_flow": negative.item(),
-        "polarity/positive_fraction": masked_mean((p > 0).to(p.dtype), before.mask).item(),
-        "polarity/changed_fraction": masked_mean(changed.to(p.dtype), before.mask).item(),
+        "polarity/positive_fraction": masked_fraction(p > 0, before.mask),
+        "polarity/changed_fraction": masked_fraction(changed, before.mask),
         "polarity/predicted_entropy_change": predicted_entropy_change(token_polarity(after), after.mask).item(),
-        "polarity/nonfinite_tokens": float((~p.isfinite() & before.mask).sum()),
+        "polarity/nonfinite_tokens": float((~p.isfinite() & before.mask).count_nonzero()),
     }
     metrics |= by_turn(before, after)
     if state["entropy"] is not None:
@@ -46,11 +46,10 @@ def by_turn(before: Tokens, after: Tokens) -> Metrics:
     rollout; the pressure says which turns it reaches. It is 1 where a turn has no advantage.
     """
     begins = before.mask & ~torch.nn.functional.pad(before.mask, (1, 0))[:, :-1]
-    turn = begins.cumsum(1).where(before.mask, 0)
-    turns = int(turn.max()) if turn.numel() else 0
+    turns = int(begins.count_nonzero(1).max()) if begins.numel() else 0
     if turns < 2:
         return {}
-    p = token_polarity(before)
+    p, turn = token_polarity(before), begins.cumsum(1).where(before.mask, 0)
     metrics: Metrics = {}
     for number in range(1, turns + 1):
         mask = turn == number
