@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 from entropy_polarity.evaluate import Attempt, Attempts, attempt, evaluate
 from entropy_polarity.experiments import evaluate as experiment
@@ -32,6 +33,7 @@ class Scripted:
     """
 
     pad_token_id, eos_token_id = 0, None
+    config = PretrainedConfig()
     device = torch.device("cpu")
 
     def __init__(self, task: Countdown, problems: int, script: list[str]) -> None:
@@ -119,7 +121,7 @@ class Answering:
     """
 
     def __init__(self, says):
-        self.says, self.tokenizer, self.batch_sizes, self.asked = says, self, [7], []
+        self.says, self.tokenizer, self.batch_sizes, self.context, self.asked = says, self, [7], None, []
 
     def __call__(self, text):
         return {"input_ids": list(map(ord, text))}

@@ -161,6 +161,7 @@ class FakeEngine:
 
     def __init__(self, **settings):
         self.settings, self.requests = settings, []
+        self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=64))
         FakeEngine.made.append(self)
 
     def get_tokenizer(self):
@@ -187,6 +188,7 @@ def fake_vllm(monkeypatch):
 def test_vllm_is_asked_with_the_same_ids_and_a_seed_for_every_prompt(fake_vllm, embedded, policy):
     generator, (_, tokenizer) = VllmGenerator(embedded), policy
     made = generator.complete(ids_of(tokenizer), 3, 16, Sampling(0.7, 0.9), seed=5)
+    assert generator.context == 64
     (engine,) = FakeEngine.made
     assert engine.settings == {"model": embedded, "trust_remote_code": False}
     assert [asked["prompt_token_ids"] for asked, _ in engine.requests] == [tokenizer(p)["input_ids"] for p in PROMPTS]

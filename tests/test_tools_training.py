@@ -137,13 +137,21 @@ def test_a_conversation_ends_where_there_is_no_room_and_whatever_the_policy_call
     model = scripted(tokenizer, lambda row, read: said[row] if "<tool_response>" not in read else "so be it" + END)
     prompts = [[{"role": "user", "content": "What is 1+1?"}] for _ in said]
 
-    def converse_within(length):
-        return [one for (one,) in converse(
-            TransformersGenerator(model, tokenizer), [calculator], prompts, 1, length, Sampling(), 0)]  # fmt: skip
+    def converse_within(length, context):
+        generator = TransformersGenerator(model, tokenizer)
+        assert generator.context == 8192
+        generator.context = context
+        return [one for (one,) in converse(generator, [calculator], prompts, 1, length, Sampling(), 0)]
 
-    for conversation in converse_within(len(tokenizer(said[0])["input_ids"]) + 20):
+    for conversation in converse_within(len(tokenizer(said[0])["input_ids"]) + 20, None):
         assert [message["role"] for message in conversation.messages] == ["assistant"]
-    roomy = converse_within(800)
+    roomy = converse_within(800, None)
+    longest = len(roomy[1].prompt + roomy[1].written)
+    last = len(tokenizer("so be it" + END)["input_ids"])
+    assert [one.written for one in converse_within(800, longest - last + 1)] == [one.written for one in roomy]
+    cut = converse_within(800, longest - last)
+    assert [one.messages[-1]["content"] == "so be it" for one in roomy[:2]] == [True, True]
+    assert [message["role"] for message in cut[1].messages] == ["assistant"], "a model reads no further than it can"
     assert [one.calls for one in roomy] == [1, 1, 0, 0, 0, 0], "what cannot be read is no call"
     assert [one.failures for one in roomy] == [0, 1, 0, 0, 0, 0]
     assert roomy[0].messages[1]["content"] == "2"

@@ -18,10 +18,11 @@ GREEDY = Sampling(temperature=0.0)
 @runtime_checkable
 class Generator(Protocol):
     """A policy that completes prompts, from token ids to token ids. `batch_sizes` are those it used so far, in order, a
-    change an entry."""
+    change an entry; `context` how many tokens it can read, where that is known."""
 
     tokenizer: Any
     batch_sizes: list[int]
+    context: int | None
 
     def complete(
         self, prompts: Sequence[list[int]], samples: int, max_new_tokens: int, sampling: Sampling, seed: int

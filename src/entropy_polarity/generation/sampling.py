@@ -64,6 +64,7 @@ class TransformersGenerator:
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None = None) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.batch_sizes: list[int] = []
+        self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def complete(
         self, prompts: Sequence[list[int]], samples: int, max_new_tokens: int, sampling: Sampling, seed: int

@@ -72,7 +72,7 @@ def converse(
         said = generator.complete(context, 1, max(room), sampling, seed + (turn << 32))
         for conversation, (ids,), longest in zip(going, said, room, strict=True):
             conversation.say(form, ids[:longest])
-        going = [conversation for conversation in going if conversation.hear(form, max_new_tokens)]
+        going = [one for one in going if one.hear(form, max_new_tokens, generator.context)]
         turn += 1
     return made
 
@@ -94,8 +94,9 @@ class Conversation:
         self.messages.append(form.read(ids, self.prompt + self.written))
         self.written = self.written + ids
 
-    def hear(self, form: "_Form", longest: int) -> bool:
-        """Whether the last message calls tools and what they answer fits: then it is heard."""
+    def hear(self, form: "_Form", longest: int, context: int | None) -> bool:
+        """Whether the last message calls tools and what they answer fits, into the completion and into what the policy
+        can read: then it is heard."""
         calls = self.messages[-1].get("tool_calls")
         if not calls:
             return False
@@ -104,7 +105,8 @@ class Conversation:
         self.failures += sum(failed for _, failed in answers)
         heard = [message for message, _ in answers]
         ids = form.after_a_call(heard)
-        if len(self.written) + len(ids) >= longest:
+        written = len(self.written) + len(ids)
+        if written >= longest or (context is not None and len(self.prompt) + written >= context):
             return False
         self.written = self.written + ids
         self.messages += heard

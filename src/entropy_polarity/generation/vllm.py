@@ -30,6 +30,7 @@ class VllmGenerator:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.batch_sizes: list[int] = []  # it has none to tell
+        self.context: int | None = self.engine.llm_engine.model_config.max_model_len
 
     def complete(
         self, prompts: Sequence[list[int]], samples: int, max_new_tokens: int, sampling: Sampling, seed: int
