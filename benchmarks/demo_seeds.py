@@ -65,8 +65,10 @@ def collect(
     parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--add", action="store_true", help="to the runs that the result file holds")
     arguments = parser.parse_args()
-    results = [setting(run) | summarise(run) for run in map(Run.read, arguments.runs)]
+    held = json.loads(arguments.output.read_text())["runs"] if arguments.add else []
+    results = held + [setting(run) | summarise(run) for run in map(Run.read, arguments.runs)]
     arguments.output.write_text(json.dumps({"benchmark": benchmark, "runs": results}, indent=1) + "\n")
     print(table(results))
 

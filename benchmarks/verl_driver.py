@@ -101,7 +101,7 @@ def peak_mib() -> float:
 def measure(tokens: int, spread: str) -> dict[str, Any]:
     import transfer_queue as tq
 
-    from entropy_polarity.trainers.verl_machine import idle_cores, kept_memory
+    from entropy_polarity._machine import idle_cores, kept_memory
     from entropy_polarity.trainers.verl_tokens import columns_for
 
     meta, total, longest = put(tokens, spread)

@@ -1,8 +1,6 @@
 """The driver's part: verl's nested columns to Tokens and back, state, checkpoints, loss terms."""
 
 import json
-import resource
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +14,6 @@ from entropy_polarity.methods import METHODS, make_transform
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.trainers.verl_config import prepare
 from entropy_polarity.trainers.verl_driver import Reweighting
-from entropy_polarity.trainers.verl_machine import kept_memory
 from entropy_polarity.trainers.verl_tokens import columns_for, tokens_of
 
 
@@ -127,27 +124,6 @@ def test_what_a_method_does_not_need_is_not_read():
         every, same = reweighting(method, settings).rewritten(tensordict(columns), keys, [False] * 16)
         assert metrics == same, name
         assert all(torch.equal(written[column].values(), every[column].values()) for column in every), name
-
-
-def test_memory_is_kept_between_passes_and_then_given_back():
-    def pages() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-    def passes() -> int:
-        before = pages()
-        for _ in range(20):
-            torch.ones(2**24)  # 64 MiB
-        return pages() - before
-
-    def resident() -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-
-    outside, at_rest = passes(), resident()
-    with kept_memory():
-        passes()
-        assert passes() < outside / 10
-    assert resident() < at_rest + 32
-    assert passes() > outside / 2
 
 
 def test_missing_statistics_are_said_so():

@@ -20,7 +20,7 @@ from verl.workers.config import ActorConfig
 from entropy_polarity.methods import METHODS
 from entropy_polarity.trainers import verl as plugin
 from entropy_polarity.trainers.verl_config import DEFAULTS, TOKEN_LOSSES, prepare
-from entropy_polarity.trainers.verl_driver import refused_at_once, refused_before_workers
+from entropy_polarity.trainers.verl_driver import refused
 
 RECIPES = Path(__file__).parents[2] / "examples/cluster"
 LOOK = """
@@ -91,10 +91,10 @@ def test_another_version_is_left_alone_says_so_and_refuses_the_settings(version,
     with caplog.at_level(logging.ERROR):
         plugin.activate()
     assert f"verl 0.9, but verl {version} is installed" in caplog.text
-    assert {hook.wrap for hook, _ in put} <= {refused_at_once, refused_before_workers}
+    assert {hook.wrap for hook, _ in put} <= {refused}
     trainers = [
-        refused_at_once(lambda self, config: None),
-        lambda self, config: refused_before_workers(lambda self: None)(SimpleNamespace(config=config)),
+        refused(lambda self, config: None),
+        lambda self, config: refused(lambda self: None)(SimpleNamespace(config=config)),
     ]
     for start in trainers:
         start(None, config())

@@ -5,6 +5,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from entropy_polarity._errors import check_settings, unknown_name
+from entropy_polarity._machine import kept_memory
 from entropy_polarity.evaluate import evaluate
 from entropy_polarity.generation.tools import check_tool_support
 from entropy_polarity.policy import resolve_model
@@ -228,7 +230,7 @@ def train(
             say(f"training from step {reached} to {config.max_steps} with {config.method}, seed {recipe.seed}")
             stop = _StopOnSignal(trainer, say)
             trainer.add_callback(stop)
-            with stop:
+            with stop, kept_memory() if config.device.type == "cpu" else nullcontext():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             reached = trainer.state.global_step
         else:

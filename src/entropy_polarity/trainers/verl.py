@@ -50,12 +50,12 @@ class Hook(NamedTuple):
 _TRAINER = "verl.trainer.ppo.v1.trainer_base"
 _FSDP = "verl.workers.engine.fsdp.transformer_impl"
 _MEGATRON = "verl.workers.engine.megatron.transformer_impl"
-_OLD = Hook("verl.trainer.ppo.ray_trainer", "RayPPOTrainer.__init__", ("self", "config"), verl_driver.refused_at_once)
+_OLD = Hook("verl.trainer.ppo.ray_trainer", "RayPPOTrainer.__init__", ("self", "config"), verl_driver.refused)
 _SEPARATE = Hook(
     "verl.experimental.separation.ray_trainer",
     "SeparateRayPPOTrainer._init_resource_pools",
     ("self",),
-    verl_driver.refused_before_workers,
+    verl_driver.refused,
     optional=True,
 )
 HOOKS = (
@@ -84,7 +84,7 @@ HOOKS = (
 )
 # All that is hooked of a verl that was not tested: what says no to a run that asks for a method.
 REFUSALS = (
-    Hook(_TRAINER, "PPOTrainer.__init__", ("self", "config"), verl_driver.refused_at_once),
+    Hook(_TRAINER, "PPOTrainer.__init__", ("self", "config"), verl_driver.refused),
     _OLD,
     _SEPARATE,
 )

@@ -6,6 +6,7 @@ collective, the same for every engine and any number of nodes. Padding rows and 
 """
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropy_polarity._machine import idle_cores, kept_memory
 from entropy_polarity.method_state import load_state, save_state
 from entropy_polarity.trainers.verl_config import KEY, method_of, prepare
 from entropy_polarity.trainers.verl_engine import ASKED, BONUS, DECIDED, ENTROPY, PENALTY, SENSITIVITY
-from entropy_polarity.trainers.verl_machine import idle_cores, kept_memory
 from entropy_polarity.trainers.verl_tokens import column_of, columns_for, tokens_of
 from entropy_polarity.transforms import Transform
 
@@ -44,35 +45,24 @@ def trainer_init(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
-def refused_at_once(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For the constructor of a trainer that has no place for a method."""
+def refused(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For what a trainer that has no place for a method does first: its constructor or, where that calls no other, the
+    start of its workers."""
+    parameters = inspect.signature(original)
 
     @functools.wraps(original)
-    def __init__(self, config, *arguments, **named):  # noqa: N807
-        _refuse(config)
-        original(self, config, *arguments, **named)
+    def first(self, *arguments, **named):
+        given = parameters.bind(self, *arguments, **named).arguments
+        config = given["config"] if "config" in given else self.config  # noqa: SIM401 (a constructor has none yet)
+        if method_of(config) is not None:
+            from entropy_polarity.trainers.verl import untested_version
 
-    return __init__
+            reason = untested_version()
+            reason = reason or "this trainer of verl's has no place for it: use its own, trainer.use_v1=true"
+            raise ValueError(f"{KEY}: {reason}")
+        return original(self, *arguments, **named)
 
-
-def refused_before_workers(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For what such a trainer does first when it starts its workers, where its constructor calls no other."""
-
-    @functools.wraps(original)
-    def _init_resource_pools(self):
-        _refuse(self.config)
-        return original(self)
-
-    return _init_resource_pools
-
-
-def _refuse(config: Any) -> None:
-    if method_of(config) is None:
-        return
-    from entropy_polarity.trainers.verl import untested_version
-
-    reason = untested_version() or "this trainer of verl's has no place for it: use its own, trainer.use_v1=true"
-    raise ValueError(f"{KEY}: {reason}")
+    return first
 
 
 def old_log_prob(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""The driver's machine while everything waits for it: cores that are idle, and memory that is kept between passes."""
+"""The machine a process runs on: cores that are idle, and memory that is kept from one pass to the next."""
 
 import ctypes
 import os
@@ -17,7 +17,7 @@ _AFTER = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 64 << 20, _MMAP_THRESHOLD: 32 << 20
 
 @contextmanager
 def idle_cores() -> Iterator[None]:
-    """Ray gives its driver one thread; while everything waits for the driver, its node's cores are free."""
+    """For verl's driver: Ray gives it one thread, but while everything waits for it, its node's cores are free."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(before, min(THREADS, os.cpu_count() or 1)))
     try:
@@ -30,8 +30,9 @@ def idle_cores() -> Iterator[None]:
 def kept_memory() -> Iterator[None]:
     """Freed memory stays with the process until the end, and then goes back.
 
-    glibc maps every tensor of more than 32 MB anew: each pass over 10^7 tokens would have the system clear thousands of
-    pages, which takes longer than the arithmetic. Where the allocator is another, nothing is changed.
+    glibc maps every tensor of more than 32 MB anew, and each time the system clears its pages: a third of the time of a
+    training step on a CPU, and more than the arithmetic of a pass over 10^7 tokens. The price is memory in pieces that
+    fit nothing (benchmarks/kept_memory.py). Where the allocator is another, nothing is changed.
     """
     libc = ctypes.CDLL(None)
     if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):

@@ -1,0 +1,105 @@
+"""What it brings and costs to keep freed memory while training on a CPU, as `papo train` does.
+
+    OMP_NUM_THREADS=1 python benchmarks/kept_memory.py --output benchmarks/results/kept_memory.json
+
+Of each recipe the same few steps are trained in processes of their own, by turns with and without: ratios of the mean
+seconds of a step after the first, and of the peak memory of the process. Both make the same weights, bit for bit.
+"""
+
+import argparse
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blocks import markdown
+
+RECIPES = {"countdown": 7, "guess": 5, "keydoor": 3}  # and how many steps
+
+
+def part(recipe: str, keep: bool) -> dict[str, Any]:
+    """A few steps in this process."""
+    from entropy_polarity._machine import kept_memory
+    from entropy_polarity.experiments.train import checked, load_policy, prompts_of, quiet, quiet_trainer
+    from entropy_polarity.recipe import load_recipe
+
+    quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [f"trainer.max_steps={RECIPES[recipe]}", "trainer.use_cpu=true"]
+        loaded = load_recipe(recipe, settings)
+        task, config = checked(loaded, Path(folder))
+        model, tokenizer = load_policy(loaded.policy.model)
+        dataset, reward = prompts_of(task, tokenizer, config, loaded.seed)
+        trainer = quiet_trainer(model, tokenizer, config, dataset, reward)
+        with kept_memory() if keep else nullcontext():
+            trainer.train()
+    weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
+    steps = [row["step_time"] for row in trainer.state.log_history if "step_time" in row]
+    return {
+        "seconds": float(np.mean(steps[1:])),
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "weights": weights.hexdigest(),
+    }
+
+
+def measure(recipe: str, rounds: int) -> dict[str, Any]:
+    made: dict[str, list[dict[str, Any]]] = {"plain": [], "kept": []}
+    for _ in range(rounds):
+        for kind, rows in made.items():
+            command = [sys.executable, __file__, "--part", recipe, kind]
+            rows.append(json.loads(subprocess.check_output(command, text=True).splitlines()[-1]))
+    if len({row["weights"] for rows in made.values() for row in rows}) > 1:
+        raise SystemExit(f"{recipe}: the weights differ")
+    return {"recipe": recipe, **{kind: [without(row, "weights") for row in rows] for kind, rows in made.items()}}
+
+
+def without(row: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != name}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    def ratio(result: dict[str, Any], name: str) -> str:
+        kept, plain = (np.median([row[name] for row in result[kind]]) for kind in ("kept", "plain"))
+        each = [k[name] / p[name] for k, p in zip(result["kept"], result["plain"], strict=True)]
+        return f"{kept / plain:.2f} ({min(each):.2f} to {max(each):.2f})"
+
+    return markdown(
+        ["recipe", "seconds of a step, kept / not kept (pair by pair)", "peak memory", "peak memory when kept, GiB"],
+        [
+            [
+                r["recipe"],
+                ratio(r, "seconds"),
+                ratio(r, "peak_gib"),
+                f"{np.median([row['peak_gib'] for row in r['kept']]):.1f}",
+            ]
+            for r in results
+        ],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--part", nargs=2, metavar=("RECIPE", "KIND"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        print(json.dumps(part(arguments.part[0], arguments.part[1] == "kept")))
+        return
+    from entropy_polarity.record import environment
+
+    results = [measure(recipe, arguments.rounds) for recipe in RECIPES]
+    print(table(results))
+    if arguments.output:
+        document = {"benchmark": "kept_memory", "environment": environment(0), "results": results}
+        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
