@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kept_memory
 from blocks import filled
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,12 +34,13 @@ def write(files: list[Path]) -> None:
 def page(text: str, results: list[Result]) -> str:
     """The page with every marked block written anew."""
     cpu, cuda = (_find(results, "kernels", device) for device in ("cpu", "cuda"))
-    code = _find(results, "kernel_code")
+    code, kept = _find(results, "kernel_code"), _find(results, "kept_memory")
     blocks = {
         "kernels:budgets": budgets(cpu, cuda, _find(results, "trainer_step")),
         "kernels:cpu": tables(cpu),
         "kernels:growth": growth(cpu),
         "kernels:cuda": "\n\n".join(filter(None, [tables(cuda), growth(cuda) if cuda else "", tuned(cuda)])),
+        "kept_memory": kept_memory.table(kept["results"]) if kept else MISSING,
         "kernel_code": instructions(code),
     }
     return filled(text, blocks, PAGE.name)

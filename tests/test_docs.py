@@ -88,7 +88,8 @@ def test_the_page_of_results_is_the_result_files():
 
 def test_the_levels_of_the_plans_are_measured():
     measured = {r["task"]: r for r in json.loads((ROOT / "benchmarks/results/levels.json").read_text())["runs"]}
-    for plan, task in (("gym", "gym:countdown"), ("guess", "guess"), ("guess-collapse", "guess")):
+    tasks = {"gym": "gym:countdown", "guess": "guess", "guess-collapse": "guess", "keydoor": "keydoor"}
+    for plan, task in tasks.items():
         methods = tomllib.loads((ROOT / f"benchmarks/comparisons/{plan}.toml").read_text())["methods"]
         assert methods["papo"]["level"] == levels.level(measured[task])
 
