@@ -65,12 +65,21 @@ def collect(
     parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--add", action="store_true", help="to the runs that the result file holds")
+    parser.add_argument("--add", action="store_true", help="keep the other runs that the result file holds")
     arguments = parser.parse_args()
-    held = json.loads(arguments.output.read_text())["runs"] if arguments.add else []
-    results = held + [setting(run) | summarise(run) for run in map(Run.read, arguments.runs)]
+    results = [setting(run) | summarise(run) for run in map(Run.read, arguments.runs)]
+    if arguments.add:
+        held = json.loads(arguments.output.read_text())
+        if held["benchmark"] != benchmark:
+            raise SystemExit(f"{arguments.output} holds {held['benchmark']}, not {benchmark}: give another --output")
+        of = [_which(result) for result in results]
+        results = [result for result in held["runs"] if _which(result) not in of] + results
     arguments.output.write_text(json.dumps({"benchmark": benchmark, "runs": results}, indent=1) + "\n")
     print(table(results))
+
+
+def _which(result: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(result.get(name) for name in ("task", "learning_rate", "method", "seed", "steps"))
 
 
 def main() -> None:

@@ -83,6 +83,14 @@ def table(results: list[dict[str, Any]]) -> str:
     )
 
 
+def block(document: dict[str, Any]) -> str:
+    """The table, and where it was made."""
+    environment = document["environment"]
+    machine, torch = environment["machine"], environment["packages"]["torch"]
+    where = f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores; torch {torch}"
+    return f"{where}; {environment['date'][:10]}.\n\n{table(document['results'])}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)

@@ -40,7 +40,7 @@ def page(text: str, results: list[Result]) -> str:
         "kernels:cpu": tables(cpu),
         "kernels:growth": growth(cpu),
         "kernels:cuda": "\n\n".join(filter(None, [tables(cuda), growth(cuda) if cuda else "", tuned(cuda)])),
-        "kept_memory": kept_memory.table(kept["results"]) if kept else MISSING,
+        "kept_memory": kept_memory.block(kept) if kept else MISSING,
         "kernel_code": instructions(code),
     }
     return filled(text, blocks, PAGE.name)

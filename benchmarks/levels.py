@@ -7,6 +7,8 @@ same share of the entropy over GRPO's last ten rollouts is the level elsewhere:
       OMP_NUM_THREADS=1 papo train $task --method grpo --seed 100 --set trainer.use_cpu=true --output runs/level-$task
     done
     python benchmarks/levels.py runs/level-* --output benchmarks/results/levels.json
+
+With --add the file's other runs stay in it.
 """
 
 from typing import Any

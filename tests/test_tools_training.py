@@ -151,7 +151,7 @@ def test_a_conversation_ends_where_there_is_no_room_and_whatever_the_policy_call
     assert [one.written for one in converse_within(800, longest - last + 1)] == [one.written for one in roomy]
     cut = converse_within(800, longest - last)
     assert [one.messages[-1]["content"] == "so be it" for one in roomy[:2]] == [True, True]
-    assert [message["role"] for message in cut[1].messages] == ["assistant"], "a model reads no further than it can"
+    assert [message["role"] for message in cut[1].messages] == ["assistant"], "no room to answer"
     assert [one.calls for one in roomy] == [1, 1, 0, 0, 0, 0], "what cannot be read is no call"
     assert [one.failures for one in roomy] == [0, 1, 0, 0, 0, 0]
     assert roomy[0].messages[1]["content"] == "2"

@@ -9,10 +9,12 @@ import torch
 
 THREADS = 8  # the work is bound by memory, not by arithmetic: more would gain little
 
-# Of glibc's mallopt(3). The values after are where its own adjustment ends once a large tensor was freed.
+# Of glibc's mallopt(3). After stands what its own adjustment comes to at most, as tensors of up to 32 MB are freed.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _WITHIN = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
 _AFTER = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 64 << 20, _MMAP_THRESHOLD: 32 << 20}
+# Who sets one of these has a policy of their own, be it to switch ours off.
+_OVERRULING = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 @contextmanager
@@ -28,14 +30,15 @@ def idle_cores() -> Iterator[None]:
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Freed memory stays with the process until the end, and then goes back.
+    """What the main thread frees stays with the process until the end, and then goes back.
 
-    glibc maps every tensor of more than 32 MB anew, and each time the system clears its pages: a third of the time of a
-    training step on a CPU, and more than the arithmetic of a pass over 10^7 tokens. The price is memory in pieces that
-    fit nothing (benchmarks/kept_memory.py). Where the allocator is another, nothing is changed.
+    glibc maps every tensor of more than 32 MB anew, and each time the system has to clear its pages. The price is
+    memory in pieces that fit nothing; benchmarks/kept_memory.py has both. Does not nest. Nothing is changed where the
+    allocator is another, or was told what to do by its environment variables (MALLOC_TRIM_THRESHOLD_ and the like).
     """
     libc = ctypes.CDLL(None)
-    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+    ours = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
+    if not ours or any(name in os.environ for name in _OVERRULING):
         yield
         return
     for option, value in _WITHIN.items():

@@ -230,7 +230,8 @@ def train(
             say(f"training from step {reached} to {config.max_steps} with {config.method}, seed {recipe.seed}")
             stop = _StopOnSignal(trainer, say)
             trainer.add_callback(stop)
-            with stop, kept_memory() if config.device.type == "cpu" else nullcontext():
+            memory = kept_memory() if config.device.type == "cpu" else nullcontext()
+            with stop, memory:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             reached = trainer.state.global_step
         else:

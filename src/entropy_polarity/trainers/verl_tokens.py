@@ -24,8 +24,11 @@ def tokens_of(data: Any, keys: list[str]) -> Tokens:
     place before it, for prompt and response; everything else is as long as the response."""
     lengths = data["response_mask"].offsets().diff().tolist()
 
-    def response(name: str) -> Tensor | None:
-        return pad_sequence(data[name].values().split(lengths), batch_first=True) if name in data else None
+    def padded(values: Tensor) -> Tensor:
+        return pad_sequence(values.split(lengths), batch_first=True)
+
+    def read(name: str) -> Tensor | None:
+        return padded(data[name].values()) if name in data else None
 
     def model(name: str) -> Tensor:
         values, ends = data[name].values(), data[name].offsets()[1:].tolist()
@@ -35,15 +38,15 @@ def tokens_of(data: Any, keys: list[str]) -> Tokens:
     parts = [_parts(key) for key in keys]
     number = {prompt: i for i, prompt in enumerate(sorted({prompt for prompt, _, _ in parts}))}
     rank = {part: i for i, part in enumerate(sorted(parts))}
-    logp, scores = response("old_log_probs"), response("rm_scores")
+    logp, scores = read("old_log_probs"), read("rm_scores")
     return Tokens(
-        mask=pad_sequence(data["response_mask"].values().bool().split(lengths), batch_first=True),
-        advantages=pad_sequence(data["advantages"].values().split(lengths), batch_first=True),
+        mask=padded(data["response_mask"].values().bool()),
+        advantages=padded(data["advantages"].values()),
         logp=logp,
         old_logp=logp,
         entropy=model(ENTROPY),
         sensitivity=model(SENSITIVITY),
-        importance=response("rollout_is_weights"),
+        importance=read("rollout_is_weights"),
         reward=None if scores is None else scores.sum(1),
         group=torch.tensor([number[prompt] for prompt, _, _ in parts]),
         sample_id=torch.tensor([rank[part] for part in parts]),
