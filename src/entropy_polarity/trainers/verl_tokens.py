@@ -25,7 +25,7 @@ def tokens_of(data: Any, keys: list[str]) -> Tokens:
     lengths = data["response_mask"].offsets().diff().tolist()
 
     def padded(values: Tensor) -> Tensor:
-        return pad_sequence(values.split(lengths), batch_first=True)
+        return pad_sequence(list(values.split(lengths)), batch_first=True)
 
     def read(name: str) -> Tensor | None:
         return padded(data[name].values()) if name in data else None
