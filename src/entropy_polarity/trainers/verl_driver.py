@@ -52,7 +52,7 @@ def refused(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def first(self, *arguments, **named):
-        given = parameters.bind(self, *arguments, **named).arguments
+        given = parameters.bind_partial(self, *arguments, **named).arguments
         config = given["config"] if "config" in given else self.config  # noqa: SIM401 (a constructor has none yet)
         if method_of(config) is not None:
             from entropy_polarity.trainers.verl import untested_version
