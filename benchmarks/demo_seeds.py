@@ -67,19 +67,16 @@ def collect(
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--add", action="store_true", help="keep the other runs that the result file holds")
     arguments = parser.parse_args()
-    results = [setting(run) | summarise(run) for run in map(Run.read, arguments.runs)]
+    runs = [Run.read(folder) for folder in arguments.runs]
+    results = [setting(run) | summarise(run) for run in runs]
     if arguments.add:
         held = json.loads(arguments.output.read_text())
         if held["benchmark"] != benchmark:
             raise SystemExit(f"{arguments.output} holds {held['benchmark']}, not {benchmark}: give another --output")
-        of = [_which(result) for result in results]
-        results = [result for result in held["runs"] if _which(result) not in of] + results
+        which = [setting(run) | {name: run.config[name] for name in ("method", "seed")} for run in runs]
+        results = [other for other in held["runs"] if not any(new.items() <= other.items() for new in which)] + results
     arguments.output.write_text(json.dumps({"benchmark": benchmark, "runs": results}, indent=1) + "\n")
     print(table(results))
-
-
-def _which(result: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(result.get(name) for name in ("task", "learning_rate", "method", "seed", "steps"))
 
 
 def main() -> None:

@@ -54,13 +54,9 @@ def measure(recipe: str, rounds: int) -> dict[str, Any]:
         for kind, rows in made.items():
             command = [sys.executable, __file__, "--part", recipe, kind]
             rows.append(json.loads(subprocess.check_output(command, text=True).splitlines()[-1]))
-    if len({row["weights"] for rows in made.values() for row in rows}) > 1:
+    if len({row.pop("weights") for rows in made.values() for row in rows}) > 1:
         raise SystemExit(f"{recipe}: the weights differ")
-    return {"recipe": recipe, **{kind: [without(row, "weights") for row in rows] for kind, rows in made.items()}}
-
-
-def without(row: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != name}
+    return {"recipe": recipe, **made}
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -105,7 +101,8 @@ def main() -> None:
     results = [measure(recipe, arguments.rounds) for recipe in RECIPES]
     print(table(results))
     if arguments.output:
-        document = {"benchmark": "kept_memory", "environment": environment(0), "results": results}
+        where = environment(0) | {"command": "see the top of benchmarks/kept_memory.py"}
+        document = {"benchmark": "kept_memory", "environment": where, "results": results}
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
 
 

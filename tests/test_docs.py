@@ -18,6 +18,7 @@ import trainer_step
 
 from entropy_polarity.methods import METHODS, make_transform
 from entropy_polarity.phase import CONTROLLERS
+from entropy_polarity.recipe import load_recipe
 from entropy_polarity.tokens import Tokens
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +93,8 @@ def test_the_levels_of_the_plans_are_measured():
     for plan, task in tasks.items():
         methods = tomllib.loads((ROOT / f"benchmarks/comparisons/{plan}.toml").read_text())["methods"]
         assert methods["papo"]["level"] == levels.level(measured[task])
+    for recipe, task in (("gym-countdown", "gym:countdown"), ("guess", "guess"), ("keydoor", "keydoor")):
+        assert load_recipe(recipe).method["level"] == levels.level(measured[task])
 
 
 def test_the_pictures_are_of_the_result_files():
