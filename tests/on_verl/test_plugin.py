@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -86,6 +87,7 @@ def test_without_plugins_verl_is_verls_own():
 @pytest.mark.parametrize("version", ["0.10.2", "0.10.0.dev0", "0.8.5"])
 def test_another_version_is_left_alone_says_so_and_refuses_the_settings(version, monkeypatch, caplog):
     put = []
+    import_module("verl.trainer.ppo.v1.trainer_base")  # what is not imported yet is hooked later
     monkeypatch.setattr(plugin, "version", lambda _: version)
     monkeypatch.setattr(plugin, "put", lambda *hook: put.append(hook))
     with caplog.at_level(logging.ERROR):
