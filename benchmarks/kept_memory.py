@@ -89,7 +89,7 @@ def block(document: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--part", nargs=2, metavar=("RECIPE", "KIND"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
