@@ -3,9 +3,9 @@
     make verl-test   # makes the environment
     .venv-verl/bin/python benchmarks/verl_driver.py --output benchmarks/results/verl_driver.json
 
-Timed is the driver's step for advantages as verl makes it, with its own GRPO, and with the plug-in, which reads columns
-after that, runs the method and writes the advantages again; both in turns, the fastest of each. The memory is the peak
-of the driver's process in the step with the plug-in, less that without; the storage is one process beside it.
+Timed is the driver's step for advantages as verl makes it, with its own GRPO, and with the plug-in, which reads two
+more columns and runs the method before the advantages are written; both in turns, the fastest of each. The memory is
+the peak of the driver's process in the step with the plug-in, less that without; the storage is one process beside it.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def put(tokens: int, spread: str) -> tuple[Any, int, int]:
         "polarity_entropy": nested(torch.rand(total + PROMPT * rows, generator=generator), PROMPT),
         "polarity_sensitivity": nested(torch.randn(total + PROMPT * rows, generator=generator), PROMPT),
     }
-    tags = [{"seq_len": int(n) + PROMPT} for n in lengths]
+    tags = [{"response_len": n, "seq_len": n + PROMPT} for n in lengths.tolist()]
     meta = tq.kv_batch_put(keys=keys, partition_id=f"of-{rows}", fields=tu.get_tensordict(columns), tags=tags)
     return meta, total, int(lengths.max())
 
@@ -136,8 +136,7 @@ def measure(tokens: int, spread: str) -> dict[str, Any]:
         "with_the_plugin_seconds": both,
         "method_seconds": min(of_the_method),
         "added_peak_mib": hooked - plain,
-        # H and T of every token in; mask and advantages of the response in, advantages out.
-        "added_bytes": 8 * (total + PROMPT * len(meta)) + (8 + 4 + 4) * total,
+        "added_bytes": 8 * (total + PROMPT * len(meta)),  # H and T of every token; the advantages are verl's to write
     }
 
 

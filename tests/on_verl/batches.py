@@ -88,5 +88,15 @@ def tensordict(columns: dict):
     return tu.get_tensordict(dict(columns))
 
 
+def of_driver(columns: dict, padding: int = 0) -> tuple:
+    """(verl's padded batch, what the workers sent, tags), as its driver has them; the last rows are `padding`."""
+    sent = {name: column for name, column in columns.items() if name.startswith("polarity_")}
+    batch = {name: column for name, column in columns.items() if name != "uid" and name not in sent}
+    long = columns["response_mask"].offsets().diff().tolist()
+    real = len(long) - padding
+    tags = [{"response_len": n} | ({"is_padding": True} if row >= real else {}) for row, n in enumerate(long)]
+    return tensordict(batch).to_padded_tensor(), sent, tags
+
+
 def padded(column: torch.Tensor, width: int) -> torch.Tensor:
     return torch.nested.to_padded_tensor(column, 0, (len(column.offsets()) - 1, width))

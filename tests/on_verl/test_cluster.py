@@ -91,7 +91,10 @@ def put(partition: str, ids_up_to: int = VOCABULARY - 1) -> tuple[tq.KVBatchMeta
         "rm_scores": nested([scores[row, :n] for row, n in enumerate(long)]),
     }
     meta = tq.kv_batch_put(
-        keys=keys, partition_id=partition, fields=tensordict(columns), tags=[{"seq_len": len(x)} for x in ids]
+        keys=keys,
+        partition_id=partition,
+        fields=tensordict(columns),
+        tags=[{"response_len": n, "seq_len": PROMPT + n} for n in long],
     )
     facts = {name: torch.zeros(mask.shape) for name in ("logp", "entropy", "sensitivity")}
     for row, (x, n) in enumerate(zip(ids, long, strict=True)):
@@ -199,6 +202,22 @@ def test_while_only_the_critic_is_trained_a_method_waits(group):
     it.global_steps = 2
     stepped(it, put("warm")[0])
     assert it._polarity.state != it._polarity.transform.init()
+
+
+def test_workers_without_the_package_are_said_so(group):
+    meta = trainer(group)._compute_old_log_prob(put("silent")[0], {})
+    with pytest.raises(RuntimeError, match=r"the workers sent no polarity_sensitivity.*papo doctor"):
+        trainer(group, method="papo")._compute_advantage(meta, {})
+
+
+def test_a_verl_that_makes_its_advantages_elsewhere_is_said_so(group, monkeypatch):
+    from verl.trainer.ppo.v1 import trainer_base
+
+    hooked = trainer_base.compute_advantage_for_multi_trajectories
+    monkeypatch.setattr(trainer_base, "compute_advantage_for_multi_trajectories", hooked.__wrapped__)
+    it = trainer(group, method="papo")
+    with pytest.raises(RuntimeError, match="made its advantages elsewhere"):
+        it._compute_advantage(it._compute_old_log_prob(put("elsewhere")[0], {}), {})
 
 
 def test_a_worker_that_dies_is_verls_own_error(workers):

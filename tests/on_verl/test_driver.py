@@ -8,19 +8,32 @@ import torch
 
 pytest.importorskip("verl", reason="verl needs an environment of its own: make verl-test")
 
-from on_verl.batches import GOLDEN, config, golden_rows, lengths, nested, of_verl, padded, tensordict
+from on_verl.batches import GOLDEN, config, golden_rows, lengths, nested, of_driver, of_verl, padded
 
 from entropy_polarity.methods import METHODS, make_transform
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.trainers.verl_config import prepare
 from entropy_polarity.trainers.verl_driver import Reweighting
-from entropy_polarity.trainers.verl_tokens import columns_for, tokens_of
+from entropy_polarity.trainers.verl_tokens import tokens_of
 
 
 def reweighting(name: str, settings: dict) -> Reweighting:
     prepared = prepare(config(method=name, **settings))
     assert prepared is not None
     return Reweighting(*prepared)
+
+
+def rewritten(method: Reweighting, keys: list[str], columns: dict, padding: int = 0) -> tuple[dict, dict]:
+    """(padded columns as the actor gets them, where a method had a say; metrics)"""
+    batch, sent, tags = of_driver(columns, padding)
+    made, metrics = method.rewritten(batch, sent, keys, tags)
+    width = batch["advantages"].shape[1]
+    return {name: padded(column, width) for name, column in made.items()} | {"advantages": batch["advantages"]}, metrics
+
+
+def tokens_in(keys: list[str], columns: dict) -> Tokens:
+    batch, sent, tags = of_driver(columns)
+    return tokens_of(batch, sent, keys, [tag["response_len"] for tag in tags])
 
 
 def test_the_golden_batch_has_every_method():
@@ -30,7 +43,7 @@ def test_the_golden_batch_has_every_method():
 def test_nested_columns_become_the_same_tokens():
     rows = golden_rows()
     keys, columns = of_verl(rows)
-    tokens = tokens_of(tensordict(columns), keys)
+    tokens = tokens_in(keys, columns)
     mask = rows["mask"].bool()
     assert torch.equal(tokens.mask, mask)
     for name in ("advantages", "logp", "entropy", "sensitivity"):
@@ -45,27 +58,29 @@ def test_every_method_makes_what_it_makes_in_trl(case):
     (name, settings), made = GOLDEN["methods"][case]["method"], GOLDEN["methods"][case]["made"]
     rows = golden_rows()
     keys, columns = of_verl(rows)
-    written, metrics = reweighting(name, settings).rewritten(tensordict(columns), keys, [False] * 16)
-    width, mask = rows["mask"].shape[1], rows["mask"].bool()
+    written, metrics = rewritten(reweighting(name, settings), keys, columns)
+    mask = rows["mask"].bool()
     of_trl = {key: torch.tensor(value) for key, value in made.items()}
-    kept = padded(written["response_mask"], width).bool() if "response_mask" in written else mask
+    kept = written["response_mask"].bool() if "response_mask" in written else mask
     assert torch.equal(kept, of_trl["mask"].bool())
-    advantages = padded(written["advantages"], width) if "advantages" in written else rows["advantages"]
-    torch.testing.assert_close(advantages[kept], of_trl["advantages"][kept], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(written["advantages"][kept], of_trl["advantages"][kept], rtol=1e-5, atol=1e-7)
     for term in ("entropy_bonus", "ratio_penalty"):
         assert (f"polarity_{term}" in written) == (term in of_trl)
         if term in of_trl:
-            torch.testing.assert_close(padded(written[f"polarity_{term}"], width)[mask], of_trl[term][mask])
+            torch.testing.assert_close(written[f"polarity_{term}"][mask], of_trl[term][mask])
     if "response_mask" in written:
-        assert torch.equal(written["loss_mask"].values(), written["response_mask"].values())
+        assert torch.equal(written["loss_mask"], written["response_mask"])
     assert metrics["polarity/entropy"] == pytest.approx(float(rows["entropy"][mask].double().mean()), rel=1e-6)
 
 
 def test_weight_one_touches_nothing():
-    keys, columns = of_verl(golden_rows())
+    rows = golden_rows()
+    keys, columns = of_verl(rows)
     for name, settings in (("grpo", {}), ("papo", {"controller": "constant", "lambda_": 0.0})):
-        written, metrics = reweighting(name, settings).rewritten(tensordict(columns), keys, [False] * 16)
-        assert written == {}
+        written, metrics = rewritten(reweighting(name, settings), keys, columns)
+        assert written.keys() == {"advantages"}
+        bits, mask = (of.view(torch.int32) for of in (written["advantages"], rows["advantages"])), rows["mask"].bool()
+        assert torch.equal(*(of[mask] for of in bits))
         assert metrics["polarity/changed_fraction"] == 0
 
 
@@ -73,18 +88,17 @@ def test_padding_rows_are_neither_read_nor_written():
     rows = golden_rows()
     keys, columns = of_verl(rows)
     method = ("papo", {"controller": "balance", "conserve": True})
-    plain, metrics = reweighting(*method).rewritten(tensordict(columns), keys, [False] * 16)
+    plain, metrics = rewritten(reweighting(*method), keys, columns)
     more = {name: torch.cat([column, column[:2] * 0 + 7.0]) for name, column in rows.items()}
     more["mask"] = torch.cat([rows["mask"], torch.zeros_like(rows["mask"][:2])])
     keys, columns = of_verl(more)
     for row in (16, 17):  # what padding may hold
         columns["advantages"][row][:] = torch.nan
         columns["polarity_sensitivity"][row][:] = torch.nan
-    with_padding, same = reweighting(*method).rewritten(tensordict(columns), keys, [False] * 16 + [True] * 2)
+    with_padding, same = rewritten(reweighting(*method), keys, columns, padding=2)
     assert same == metrics
-    width = rows["mask"].shape[1]
-    assert torch.equal(padded(with_padding["advantages"], width)[:16], padded(plain["advantages"], width))
-    assert with_padding["advantages"].values()[-2:].isnan().all()
+    assert torch.equal(with_padding["advantages"][:16], plain["advantages"])
+    assert with_padding["advantages"][16:, 0].isnan().all()
 
 
 def test_what_an_environment_said_is_no_token_of_the_model():
@@ -96,42 +110,29 @@ def test_what_an_environment_said_is_no_token_of_the_model():
         if lengths(rows["mask"])[row] > 1:
             silent["polarity_sensitivity"].values()[start + 3] = torch.nan
     method = ("papo", {"controller": "balance"})
-    plain, metrics = reweighting(*method).rewritten(tensordict(columns), keys, [False] * 16)
-    same, as_well = reweighting(*method).rewritten(tensordict(silent), keys, [False] * 16)
+    plain, metrics = rewritten(reweighting(*method), keys, columns)
+    same, as_well = rewritten(reweighting(*method), keys, silent)
     assert metrics == as_well
-    assert torch.equal(plain["advantages"].values(), same["advantages"].values())
-    changed = padded(plain["advantages"], rows["mask"].shape[1]) != rows["advantages"]
+    assert torch.equal(plain["advantages"], same["advantages"])
+    changed = (plain["advantages"] != rows["advantages"]) & golden_rows()["mask"].bool()
     assert changed.any()
     assert not changed[:, 1].any()
 
 
 def test_a_rollout_engines_correction_is_part_of_the_polarity():
     keys, columns = of_verl(golden_rows())
-    plain = tokens_of(tensordict(columns), keys)
+    plain = tokens_in(keys, columns)
     columns["rollout_is_weights"] = columns["advantages"] * 0 + 0.5
     assert plain.importance is None
-    corrected = tokens_of(tensordict(columns), keys)
+    corrected = tokens_in(keys, columns)
     assert (corrected.known("importance")[corrected.mask] == 0.5).all()
-
-
-def test_what_a_method_does_not_need_is_not_read():
-    keys, columns = of_verl(golden_rows())
-    assert not {"rm_scores", "old_log_probs"} & {*columns_for(make_transform("papo", {}).needs)}
-    for name, (method, settings) in ((c, case["method"]) for c, case in GOLDEN["methods"].items()):
-        reading = columns_for(make_transform(method, settings).needs)
-        few = tensordict({column: values for column, values in columns.items() if column in reading})
-        written, metrics = reweighting(method, settings).rewritten(few, keys, [False] * 16)
-        every, same = reweighting(method, settings).rewritten(tensordict(columns), keys, [False] * 16)
-        assert metrics == same, name
-        assert written.keys() == every.keys(), name
-        assert all(torch.equal(written[column].values(), every[column].values()) for column in every), name
 
 
 def test_missing_statistics_are_said_so():
     keys, columns = of_verl(golden_rows())
     del columns["polarity_sensitivity"]
     with pytest.raises(RuntimeError, match=r"the workers sent no polarity_sensitivity.*papo doctor"):
-        reweighting("papo", {}).rewritten(tensordict(columns), keys, [False] * 16)
+        rewritten(reweighting("papo", {}), keys, columns)
 
 
 def test_the_state_moves_as_by_the_transform_alone():
@@ -140,11 +141,11 @@ def test_the_state_moves_as_by_the_transform_alone():
     method = reweighting("papo", {"controller": "trend"})
     transform = make_transform("papo", {"controller": "trend"})
     state = transform.init()
-    tokens = tokens_of(tensordict(columns), keys)
+    tokens = tokens_in(keys, columns)
     for factor in (1.0, 0.7, 0.5):
         columns["polarity_entropy"] = columns["polarity_entropy"] * factor
-        _, metrics = method.rewritten(tensordict(columns), keys, [False] * 16)
-        scaled = Tokens(**{**vars(tokens), "entropy": tokens_of(tensordict(columns), keys).entropy})
+        _, metrics = rewritten(method, keys, columns)
+        scaled = Tokens(**{**vars(tokens), "entropy": tokens_in(keys, columns).entropy})
         _, state, expected = transform.update(scaled, state)
         assert metrics == expected
     assert method.state == state
@@ -174,7 +175,7 @@ def test_the_controller_is_in_verls_checkpoints(tmp_path):
     trend = {"method": "papo", "controller": "trend"}
     first = Saving(tmp_path, **trend).trainer
     keys, columns = of_verl(golden_rows())
-    first._polarity.rewritten(tensordict(columns), keys, [False] * 16)
+    rewritten(first._polarity, keys, columns)
     first._save_checkpoint()
     assert json.loads((tmp_path / "global_step_3/polarity_state.json").read_text())["state"] == first._polarity.state
 

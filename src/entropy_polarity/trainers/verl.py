@@ -10,7 +10,7 @@ does, is the table HOOKS; each is put in place right after verl imports the modu
 it did when it was tested. A run that asks for a method where something does not is refused; `papo doctor` says what.
 
 verl_config.py   the settings of a run                       verl_driver.py   advantages, on the driver
-verl_engine.py   statistics and loss terms, in the workers   verl_tokens.py   verl's columns as Tokens, and back
+verl_engine.py   statistics and loss terms, in the workers   verl_tokens.py   verl's batch as Tokens, and back
 """
 
 import inspect
@@ -62,6 +62,7 @@ HOOKS = (
     Hook(_TRAINER, "PPOTrainer.__init__", ("self", "config"), verl_driver.trainer_init),
     Hook(_TRAINER, "PPOTrainer._compute_old_log_prob", ("self", "batch", "metrics"), verl_driver.old_log_prob),
     Hook(_TRAINER, "PPOTrainer._compute_advantage", ("self", "batch", "metrics"), verl_driver.advantage),
+    Hook(_TRAINER, "compute_advantage_for_multi_trajectories", ("data", "batch_keys"), verl_driver.advantages_made),
     Hook(_TRAINER, "PPOTrainer._update_actor", ("self", "batch", "metrics"), verl_driver.update_actor),
     Hook(_TRAINER, "PPOTrainer._save_checkpoint", ("self",), verl_driver.save_checkpoint),
     Hook(_TRAINER, "PPOTrainer._load_checkpoint", ("self",), verl_driver.load_checkpoint),

@@ -1,7 +1,7 @@
 """The driver's part in verl: the advantages of the whole global batch go through a method in one process.
 
-verl's driver holds keys alone; the columns of a batch are in TransferQueue, nested (B, j) tensors. After verl's own
-advantages were written there, those of the model's tokens are read, rewritten and put back: one controller, no
+verl's driver reads what advantages are made of from TransferQueue, makes them for the padded batch and writes them
+back. In between the method has its turn, with the two columns of statistics that the workers sent: one controller, no
 collective, the same for every engine and any number of nodes. Padding rows and what an environment said stay out.
 """
 
@@ -9,6 +9,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from entropy_polarity._machine import idle_cores, kept_memory
 from entropy_polarity.method_state import load_state, save_state
 from entropy_polarity.trainers.verl_config import KEY, method_of, prepare
 from entropy_polarity.trainers.verl_engine import ASKED, BONUS, DECIDED, ENTROPY, PENALTY, SENSITIVITY
-from entropy_polarity.trainers.verl_tokens import column_of, columns_for, tokens_of
+from entropy_polarity.trainers.verl_tokens import nested, tokens_of
 from entropy_polarity.transforms import Transform
 
 logger = logging.getLogger("entropy_polarity")
 
-MASKS = ("response_mask", "loss_mask")
+# While a trainer makes advantages: what is to be done with them before they are written.
+_REWRITE: ContextVar[Callable[[Any], None] | None] = ContextVar("rewrite", default=None)
 
 
 def trainer_init(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,10 +89,30 @@ def advantage(original: Callable[..., Any]) -> Callable[..., Any]:
         method = _at_work(self)
         if method is None:
             return original(self, batch, metrics)
-        with kept_memory():
-            return method.rewrite(original(self, batch, metrics), metrics)
+        columns: list[dict[str, Tensor]] = []
+        token = _REWRITE.set(lambda made: columns.append(method.rewrite(made, batch, metrics)))
+        try:
+            with kept_memory():
+                after = original(self, batch, metrics)
+        finally:
+            _REWRITE.reset(token)
+        if not columns:
+            raise RuntimeError(f"{KEY}: verl made its advantages elsewhere than in the version that was tested")
+        return _put(after, columns[-1])
 
     return _compute_advantage
+
+
+def advantages_made(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def compute_advantage_for_multi_trajectories(*arguments, **named):
+        made = original(*arguments, **named)
+        rewrite = _REWRITE.get()
+        if rewrite is not None:
+            rewrite(made)
+        return made
+
+    return compute_advantage_for_multi_trajectories
 
 
 def update_actor(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,44 +171,55 @@ class Reweighting:
         self.state = transform.init()
         self._masks: dict[str, Tensor] = {}  # of the last batch, until the actor is updated on it
 
-    def rewrite(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        """Rewrite the advantages of a batch in TransferQueue; `batch` are its keys and tags, `metrics` verl's."""
+    def rewrite(self, made: Any, batch: Any, metrics: dict[str, Any]) -> dict[str, Tensor]:
+        """Rewrite the advantages that verl `made`, its padded batch, whose keys and tags `batch` has. Returns the
+        columns that have to be put into TransferQueue beside verl's own."""
         import transfer_queue as tq
 
-        columns = columns_for(self.transform.needs)
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=columns)
-        padding = [tag.get("is_padding", False) for tag in batch.tags]
+        names = [ENTROPY, SENSITIVITY]
+        sent = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
         with idle_cores():
-            written, made = self.rewritten(data, batch.keys, padding)
-        metrics.update(made)
-        self._masks = {name: written.pop(name) for name in MASKS if name in written}
-        return _put(batch, written)
+            columns, measured = self.rewritten(made.batch, sent, batch.keys, batch.tags)
+        metrics.update(measured)
+        self._masks = {name: columns.pop(name) for name in ("response_mask", "loss_mask") if name in columns}
+        return columns
 
     def restrict(self, batch: Any) -> Any:
         """Put the masks of the last batch there, where the method dropped responses of it."""
         masks, self._masks = self._masks, {}
         return _put(batch, masks)
 
-    def rewritten(self, data: Any, keys: list[str], padding: list[bool]) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """(columns that changed, nested as they came; metrics), and the state moves on."""
-        if SENSITIVITY not in data:
+    def rewritten(
+        self, batch: Any, sent: Any, keys: list[str], tags: list[dict[str, Any]]
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """(columns that are new or changed, nested; metrics) for a padded batch, whose advantages are replaced, and the
+        statistics that the workers sent. The state moves on."""
+        if SENSITIVITY not in sent:
             raise RuntimeError(
                 f"{KEY}: the workers sent no {SENSITIVITY}: entropy-polarity is not installed where they run, or could "
                 "not hook their engine (its log says why; so does `papo doctor` there)"
             )
-        before = tokens_of(data, keys)
-        real = torch.tensor([not is_padding for is_padding in padding])
+        lengths = [tag["response_len"] for tag in tags]
+        before = tokens_of(batch, sent, keys, lengths)
+        real = torch.tensor([not tag.get("is_padding", False) for tag in tags])
         if not real.all():
             before = before.rows(real.nonzero()[:, 0])
         after, self.state, metrics = self.transform.update(before, self.state)
-        made = {"advantages": (before.advantages, after.advantages), "response_mask": (before.mask, after.mask)}
-        changed = {name: new for name, (old, new) in made.items() if not torch.equal(old, new)}
-        terms = {BONUS: after.entropy_bonus, PENALTY: after.ratio_penalty}
-        changed |= {name: term for name, term in terms.items() if term is not None}
-        written = {name: column_of(data, name, new, real) for name, new in changed.items()}
-        if "response_mask" in written:
-            written["loss_mask"] = written["response_mask"].clone()  # what verl counts a mini-batch's tokens by
-        return written, metrics
+
+        def whole(rows: Tensor, others: Tensor) -> Tensor:
+            """With the rows that are padding, as they were."""
+            rows = rows.to(others.dtype)
+            return rows if real.all() else others.clone().index_copy(0, real.nonzero()[:, 0], rows)
+
+        batch["advantages"] = whole(after.advantages, batch["advantages"])
+        columns: dict[str, Tensor] = {}
+        if not torch.equal(before.mask, after.mask):
+            columns["response_mask"] = nested(whole(after.mask, batch["response_mask"]), lengths)
+            columns["loss_mask"] = columns["response_mask"].clone()  # what verl counts a mini-batch's tokens by
+        for name, term in ((BONUS, after.entropy_bonus), (PENALTY, after.ratio_penalty)):
+            if term is not None:
+                columns[name] = nested(whole(term, torch.zeros_like(batch["advantages"])), lengths)
+        return columns, metrics
 
     def save(self, folder: Path) -> None:
         save_state(folder, self.method, self.settings, self.state)

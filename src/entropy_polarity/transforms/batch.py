@@ -9,15 +9,21 @@ from torch import Tensor
 from entropy_polarity.tokens import Tokens, masked_mean
 
 
+def precision(device: torch.device) -> torch.dtype:
+    """float64, where the device has it: Apple's has not."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def precise(values: Tensor) -> Tensor:
-    """The values in float64, where the device has it: Apple's has not."""
-    return values.float() if values.device.type == "mps" else values.double()
+    """The values in `precision`."""
+    return values.to(precision(values.device))
 
 
 def group_sums(values: Shaped[Tensor, " B"], index: Int[Tensor, " B"]) -> Float[Tensor, " P"]:
     """The sum of one value a response over each group; `index` as of `group_index`."""
     values = precise(values)
-    return values.new_zeros(int(index.max()) + 1).index_add(0, index, values)
+    groups = int(index.max()) + 1 if len(index) else 0
+    return values.new_zeros(groups).index_add(0, index, values)
 
 
 def mean_and_deviation(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
@@ -26,6 +32,14 @@ def mean_and_deviation(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) 
     values = precise(values)
     mean = masked_mean(values, mask)
     return mean, masked_mean((values - mean).square(), mask).sqrt()
+
+
+def entropy_sums(tokens: Tokens, index: Int[Tensor, " B"]) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
+    """(S_g, N_g): the sum of the finite entropies of each group's model tokens, and their number."""
+    entropy = tokens.known("entropy")
+    usable = tokens.mask & entropy.isfinite()
+    sums = torch.where(usable, entropy, 0.0).sum(1, dtype=precision(entropy.device))  # a float64 copy would be large
+    return group_sums(sums, index), group_sums(usable.count_nonzero(1), index)
 
 
 def mean_entropy(tokens: Tokens) -> tuple[float, float]:
@@ -37,15 +51,11 @@ def mean_entropy(tokens: Tokens) -> tuple[float, float]:
     one prompt are far from independent: counting tokens would call the error several times too small. σ is 0 for a
     single prompt. Source: the ratio estimator for cluster samples (Cochran 1977, chapter 6).
     """
-    entropy = tokens.known("entropy")
-    usable = tokens.mask & entropy.isfinite()
-    responses = usable.count_nonzero(1)
-    if not responses.any():
-        return math.nan, 0.0
-    rows = torch.arange(len(usable), device=usable.device)
+    rows = torch.arange(len(tokens.mask), device=tokens.mask.device)
     _, group = torch.unique(rows if tokens.group is None else tokens.group, return_inverse=True)
-    sums = group_sums(precise(torch.where(usable, entropy, 0.0)).sum(1), group)
-    counts = group_sums(responses, group)
+    sums, counts = entropy_sums(tokens, group)
+    if not counts.any():
+        return math.nan, 0.0
     sums, counts = sums[counts > 0], counts[counts > 0]
     mean, groups = sums.sum() / counts.sum(), len(counts)
     if groups < 2:

@@ -11,12 +11,11 @@ from entropy_polarity.phase import Metrics, State
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.transforms.batch import (
     covariance_terms,
+    entropy_sums,
     group_index,
-    group_sums,
     largest,
     mean_and_deviation,
     mean_entropy,
-    precise,
 )
 from entropy_polarity.transforms.core import Transform, reweighted, rewriting
 
@@ -174,11 +173,9 @@ def gepo(width: float, rate: float, low: float = 0.5, high: float = 0.2) -> Tran
         raise ValueError(f"gepo: width={width} and rate={rate}; expected width >= 0 and a rate above 0, at most 1")
 
     def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
-        entropy = tokens.known("entropy")
-        usable = tokens.mask & entropy.isfinite()
         index, _ = group_index(tokens)
-        counts = group_sums(usable.sum(1), index)
-        means = group_sums(precise(torch.where(usable, entropy, 0.0)).sum(1), index) / counts.clamp(min=1)
+        sums, counts = entropy_sums(tokens, index)
+        means = sums / counts.clamp(min=1)
         if not (counts > 0).any():
             return tokens, state, {}
         mean, deviation = mean_and_deviation(means[None], (counts > 0)[None])
