@@ -6,6 +6,8 @@ same share of the entropy over GRPO's last ten rollouts is the level elsewhere:
     for task in guess keydoor gym-countdown; do
       OMP_NUM_THREADS=1 papo train $task --method grpo --seed 100 --set trainer.use_cpu=true --output runs/level-$task
     done
+    OMP_NUM_THREADS=1 papo train guess --method grpo --seed 100 --set trainer.use_cpu=true \\
+      --set trainer.learning_rate=1e-3 --max-steps 150 --output runs/level-guess-fast
     python benchmarks/levels.py runs/level-* --output benchmarks/results/levels.json
 
 With --add the file's other runs stay in it.

@@ -30,6 +30,7 @@ COMPARISONS = (
     "gym",
     "guess",
     "guess-collapse",
+    "guess-collapse-level",
     "keydoor",
     "ablation",
     "exact-sign",

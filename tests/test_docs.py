@@ -88,13 +88,15 @@ def test_the_page_of_results_is_the_result_files():
 
 
 def test_the_levels_of_the_plans_are_measured():
-    measured = {r["task"]: r for r in json.loads((ROOT / "benchmarks/results/levels.json").read_text())["runs"]}
-    tasks = {"gym": "gym:countdown", "guess": "guess", "guess-collapse": "guess", "keydoor": "keydoor"}
-    for plan, task in tasks.items():
+    runs = json.loads((ROOT / "benchmarks/results/levels.json").read_text())["runs"]
+    measured = {(run["task"], run["learning_rate"]): levels.level(run) for run in runs}
+    gym, guess, keydoor, fast = ("gym:countdown", 1e-4), ("guess", 3e-4), ("keydoor", 3e-4), ("guess", 1e-3)
+    plans = {"gym": gym, "guess": guess, "guess-collapse": guess, "guess-collapse-level": fast, "keydoor": keydoor}
+    for plan, run in plans.items():
         methods = tomllib.loads((ROOT / f"benchmarks/comparisons/{plan}.toml").read_text())["methods"]
-        assert methods["papo"]["level"] == levels.level(measured[task])
-    for recipe, task in (("gym-countdown", "gym:countdown"), ("guess", "guess"), ("keydoor", "keydoor")):
-        assert load_recipe(recipe).method["level"] == levels.level(measured[task])
+        assert methods["papo"]["level"] == measured[run]
+    for recipe, run in {"gym-countdown": gym, "guess": guess, "keydoor": keydoor}.items():
+        assert load_recipe(recipe).method["level"] == measured[run]
 
 
 def test_the_pictures_are_of_the_result_files():
