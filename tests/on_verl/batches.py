@@ -88,13 +88,11 @@ def tensordict(columns: dict):
     return tu.get_tensordict(dict(columns))
 
 
-def of_driver(columns: dict, padding: int = 0) -> tuple:
-    """(verl's padded batch, what the workers sent, tags), as its driver has them; the last rows are `padding`."""
+def of_driver(columns: dict) -> tuple:
+    """(verl's padded batch, what the workers sent, tags), as its driver has them."""
     sent = {name: column for name, column in columns.items() if name.startswith("polarity_")}
     batch = {name: column for name, column in columns.items() if name != "uid" and name not in sent}
-    long = columns["response_mask"].offsets().diff().tolist()
-    real = len(long) - padding
-    tags = [{"response_len": n} | ({"is_padding": True} if row >= real else {}) for row, n in enumerate(long)]
+    tags = [{"response_len": n} for n in columns["response_mask"].offsets().diff().tolist()]
     return tensordict(batch).to_padded_tensor(), sent, tags
 
 

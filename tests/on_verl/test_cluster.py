@@ -1,5 +1,6 @@
 """The whole way of a batch on a real cluster: Ray, two workers, TransferQueue, verl's own trainer methods."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def workers():
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env=here)
     storage = {
         "storage_backend": "SimpleStorage",
-        "SimpleStorage": {"total_storage_size": 1000, "num_data_storage_units": 1},
+        "SimpleStorage": {"total_storage_size": 3000, "num_data_storage_units": 1},
     }
     tq.init(OmegaConf.create({"backend": storage}))
 
@@ -71,15 +72,15 @@ def trainer(group, **papo):
     return it
 
 
-def put(partition: str, ids_up_to: int = VOCABULARY - 1) -> tuple[tq.KVBatchMeta, Tokens]:
-    """A batch in TransferQueue as the rollouts leave it, and its facts, computed here."""
+def put(partition: str, ids_up_to: int = VOCABULARY - 1, outputs: int = 1) -> tuple[tq.KVBatchMeta, Tokens]:
+    """A batch in TransferQueue as the rollouts leave it, `outputs` a session, and its facts, computed here."""
     rows = golden_rows()
     mask = rows["mask"].bool()
     mask[2, 1] = False  # an environment's token
     long = lengths(mask)
     generator = torch.Generator().manual_seed(2)
     ids = [torch.randint(ids_up_to, (PROMPT + n,), generator=generator) for n in long]
-    keys = [f"p{i // 4}_{i % 4}_0" for i in range(16)]
+    keys = [f"p{i // 4}_{i % 4 // outputs}_{i % outputs}" for i in range(16)]
     scores = torch.zeros(mask.shape)
     for row, n in enumerate(long):
         scores[row, n - 1] = rows["reward"].flatten()[row]
@@ -111,7 +112,7 @@ def put(partition: str, ids_up_to: int = VOCABULARY - 1) -> tuple[tq.KVBatchMeta
 
 
 def stepped(it, meta) -> tuple[dict[str, torch.Tensor], dict]:
-    """verl's own order of a step; what the workers were given for their update, padded."""
+    """verl's own order of a step; what the workers were given for their update, and verl's returns, padded."""
     metrics: dict = {}
     width = golden_rows()["mask"].shape[1]
     given = tq.kv_batch_get(keys=meta.keys, partition_id=meta.partition_id, select_fields=["response_mask"])
@@ -127,9 +128,9 @@ def stepped(it, meta) -> tuple[dict[str, torch.Tensor], dict]:
         assert not sent["statistics_sent_again"]
     names = ("advantages", "response_mask", "loss_mask", "polarity_entropy_bonus", "polarity_ratio_penalty")
     seen = tq.kv_batch_get(
-        keys=meta.keys, partition_id=meta.partition_id, select_fields=[f"seen_{name}" for name in names]
+        keys=meta.keys, partition_id=meta.partition_id, select_fields=["returns", *(f"seen_{name}" for name in names)]
     )
-    return {name: padded(seen[f"seen_{name}"], width) for name in names if f"seen_{name}" in seen}, metrics
+    return {name.removeprefix("seen_"): padded(column, width) for name, column in seen.items()}, metrics
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +164,7 @@ def test_every_method_trains_on_the_advantages_that_it_makes_elsewhere(group):
             torch.testing.assert_close(seen["advantages"][kept], after.advantages[kept], rtol=2e-3, atol=1e-5, msg=name)
             for key, value in expected.items():
                 assert metrics[key] == pytest.approx(value, rel=1e-3, abs=1e-5), (name, key)
+            assert torch.equal(seen["returns"], plain["returns"]), name
             if torch.equal(after.advantages, tokens.advantages):
                 assert torch.equal(seen["advantages"], plain["advantages"]), name
             for term in ("entropy_bonus", "ratio_penalty"):
@@ -170,6 +172,42 @@ def test_every_method_trains_on_the_advantages_that_it_makes_elsewhere(group):
                 assert (wanted is None) == (f"polarity_{term}" not in seen), name
                 if wanted is not None:
                     torch.testing.assert_close(seen[f"polarity_{term}"][kept], wanted[kept])
+
+
+CORRECTION = {"rollout_is": "token", "rollout_rs": "token_k1", "rollout_rs_threshold": "0.6_1.5"}
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize(
+    "algorithm",
+    [{"rollout_correction": CORRECTION}, {"adv_estimator": "gae"}, {"adv_estimator": "reinforce_plus_plus"}],
+)
+def test_a_method_goes_on_from_what_verl_makes(group, algorithm, outputs):
+    """Other estimators, weights and rejected tokens of a rollout engine's correction, sessions of several outputs."""
+    kept = ("advantages", "returns", "response_mask", "rollout_is_weights")
+    seen = {}
+    for name, settings in (("plain", {}), ("papo", {"method": "papo", "controller": "balance"})):
+        it = trainer(group, **settings)
+        it.config.merge_with({"algorithm": algorithm})
+        meta, tokens = put(f"{name}-{outputs}-{'-'.join(map(str, algorithm.values()))}", outputs=outputs)
+        noise = 0.3 * torch.randn(tokens.mask.shape, generator=torch.Generator().manual_seed(5))
+        rows = {"values": noise, "rollout_log_probs": tokens.known("logp") + noise}
+        long = [tag["response_len"] for tag in meta.tags]
+        more = {name: nested([row[:n] for row, n in zip(column, long, strict=True)]) for name, column in rows.items()}
+        tq.kv_batch_put(keys=meta.keys, partition_id=meta.partition_id, fields=tensordict(more))
+        meta = it._compute_advantage(it._compute_old_log_prob(meta, {}), {})
+        stored = tq.kv_batch_get(keys=meta.keys, partition_id=meta.partition_id, select_fields=[*kept])
+        seen[name] = {name: padded(column, tokens.mask.shape[1]) for name, column in stored.items()}
+    plain, papo = seen["plain"], seen["papo"]
+    mask = plain["response_mask"].bool()
+    assert ("rollout_is_weights" in plain) == ("rollout_correction" in algorithm) == bool((mask != tokens.mask).any())
+    before = replace(tokens, mask=mask, advantages=plain["advantages"], importance=plain.get("rollout_is_weights"))
+    transform = make_transform("papo", {"controller": "balance"})
+    after, _, _ = transform.update(before, transform.init())
+    assert not torch.equal(after.advantages[mask], before.advantages[mask])
+    torch.testing.assert_close(papo["advantages"][mask], after.advantages[mask], rtol=2e-3, atol=1e-5)
+    for name in plain.keys() - {"advantages"}:
+        assert torch.equal(papo[name], plain[name]), name
 
 
 def test_padding_that_verl_adds_stays_out(group):
@@ -216,7 +254,7 @@ def test_a_verl_that_makes_its_advantages_elsewhere_is_said_so(group, monkeypatc
     hooked = trainer_base.compute_advantage_for_multi_trajectories
     monkeypatch.setattr(trainer_base, "compute_advantage_for_multi_trajectories", hooked.__wrapped__)
     it = trainer(group, method="papo")
-    with pytest.raises(RuntimeError, match="made its advantages elsewhere"):
+    with pytest.raises(RuntimeError, match="did not make its advantages where"):
         it._compute_advantage(it._compute_old_log_prob(put("elsewhere")[0], {}), {})
 
 

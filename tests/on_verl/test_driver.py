@@ -23,11 +23,15 @@ def reweighting(name: str, settings: dict) -> Reweighting:
     return Reweighting(*prepared)
 
 
-def rewritten(method: Reweighting, keys: list[str], columns: dict, padding: int = 0) -> tuple[dict, dict]:
+def rewritten(method: Reweighting, keys: list[str], columns: dict) -> tuple[dict, dict]:
     """(padded columns as the actor gets them, where a method had a say; metrics)"""
-    batch, sent, tags = of_driver(columns, padding)
+    batch, sent, tags = of_driver(columns)
     made, metrics = method.rewritten(batch, sent, keys, tags)
     width = batch["advantages"].shape[1]
+    for name, column in made.items():
+        assert torch.equal(column.offsets(), columns["response_mask"].offsets()), name
+        assert column.dtype == columns.get(name, columns["advantages"]).dtype, name
+    assert batch["advantages"].dtype == columns["advantages"].dtype
     return {name: padded(column, width) for name, column in made.items()} | {"advantages": batch["advantages"]}, metrics
 
 
@@ -84,21 +88,27 @@ def test_weight_one_touches_nothing():
         assert metrics["polarity/changed_fraction"] == 0
 
 
-def test_padding_rows_are_neither_read_nor_written():
+def test_rows_that_verl_fills_a_batch_up_with_change_nothing():
     rows = golden_rows()
-    keys, columns = of_verl(rows)
-    method = ("papo", {"controller": "balance", "conserve": True})
-    plain, metrics = rewritten(reweighting(*method), keys, columns)
     more = {name: torch.cat([column, column[:2] * 0 + 7.0]) for name, column in rows.items()}
     more["mask"] = torch.cat([rows["mask"], torch.zeros_like(rows["mask"][:2])])
-    keys, columns = of_verl(more)
-    for row in (16, 17):  # what padding may hold
-        columns["advantages"][row][:] = torch.nan
-        columns["polarity_sensitivity"][row][:] = torch.nan
-    with_padding, same = rewritten(reweighting(*method), keys, columns, padding=2)
-    assert same == metrics
-    assert torch.equal(with_padding["advantages"][:16], plain["advantages"])
-    assert with_padding["advantages"][16:, 0].isnan().all()
+    for name, settings in (case["method"] for case in GOLDEN["methods"].values()):
+        plain, metrics = rewritten(reweighting(name, settings), *of_verl(rows))
+        filled, same = rewritten(reweighting(name, settings), *of_verl(more))
+        assert same == metrics, name
+        for column, values in plain.items():
+            assert torch.equal(filled[column][:16], values), (name, column)
+
+
+def test_lengths_that_cannot_be_are_said_so():
+    keys, columns = of_verl(golden_rows())
+    batch, sent, tags = of_driver(columns)
+    longest, short = max(tag["response_len"] for tag in tags), [{**tag} for tag in tags]
+    row = next(i for i, tag in enumerate(tags) if 1 < tag["response_len"] < longest)
+    short[row]["response_len"] -= 1
+    for wrong in ([{}] * 16, short, [{"response_len": longest - 1}] * 16):
+        with pytest.raises(RuntimeError, match="response_len are not the lengths"):
+            reweighting("papo", {}).rewritten(batch, sent, keys, wrong)
 
 
 def test_what_an_environment_said_is_no_token_of_the_model():

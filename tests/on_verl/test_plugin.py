@@ -192,6 +192,7 @@ def test_what_a_method_fixes_of_the_loss_goes_into_the_actor():
         ({"actor_rollout_ref": {"actor": {"strategy": "torchtitan"}}}, "no statistics in the engine 'torchtitan'"),
         ({"actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": "geo_mean"}}}}, "loss_mode='geo_mean'"),
         ({"actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": "sapo"}}}}, "loss_mode='sapo'"),
+        ({"algorithm": {"use_pf_ppo": True}}, "use_pf_ppo=true draws other responses"),
         ({"distillation": {"enabled": True}}, "distillation has a loss of its own"),
         ({"papo": {"method": "qae"}, "algorithm": {"use_kl_in_reward": True}}, "without the KL penalty in them"),
         (

@@ -92,6 +92,10 @@ def _refuse_what_cannot_work(config: DictConfig, method: str, transform: Transfo
             f"method {method!r} makes advantages from the rewards, without the KL penalty in them: set "
             "algorithm.use_kl_in_reward=false (and actor.use_kl_loss=true for a penalty)",
         ),
+        (
+            algorithm.get("use_pf_ppo", False),
+            "algorithm.use_pf_ppo=true draws other responses than the statistics are of: set it to false",
+        ),
         (transform.exact_every > 0, "sign_from='exact' needs whole parameters in one process: not in verl"),
     )
     for holds, reason in refused:

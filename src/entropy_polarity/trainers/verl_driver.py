@@ -2,7 +2,7 @@
 
 verl's driver reads what advantages are made of from TransferQueue, makes them for the padded batch and writes them
 back. In between the method has its turn, with the two columns of statistics that the workers sent: one controller, no
-collective, the same for every engine and any number of nodes. Padding rows and what an environment said stay out.
+collective, the same for every engine and any number of nodes. What an environment said and verl's padding have mask 0.
 """
 
 import functools
@@ -96,9 +96,9 @@ def advantage(original: Callable[..., Any]) -> Callable[..., Any]:
                 after = original(self, batch, metrics)
         finally:
             _REWRITE.reset(token)
-        if not columns:
-            raise RuntimeError(f"{KEY}: verl made its advantages elsewhere than in the version that was tested")
-        return _put(after, columns[-1])
+        if len(columns) != 1:
+            raise RuntimeError(f"{KEY}: verl did not make its advantages where the version does that was tested")
+        return _put(after, columns[0])
 
     return _compute_advantage
 
@@ -199,26 +199,17 @@ class Reweighting:
                 f"{KEY}: the workers sent no {SENSITIVITY}: entropy-polarity is not installed where they run, or could "
                 "not hook their engine (its log says why; so does `papo doctor` there)"
             )
-        lengths = [tag["response_len"] for tag in tags]
+        lengths = [tag.get("response_len", -1) for tag in tags]
         before = tokens_of(batch, sent, keys, lengths)
-        real = torch.tensor([not tag.get("is_padding", False) for tag in tags])
-        if not real.all():
-            before = before.rows(real.nonzero()[:, 0])
         after, self.state, metrics = self.transform.update(before, self.state)
-
-        def whole(rows: Tensor, others: Tensor) -> Tensor:
-            """With the rows that are padding, as they were."""
-            rows = rows.to(others.dtype)
-            return rows if real.all() else others.clone().index_copy(0, real.nonzero()[:, 0], rows)
-
-        batch["advantages"] = whole(after.advantages, batch["advantages"])
+        # verl has the same tensor as its returns: it must not be written into.
+        batch["advantages"] = after.advantages
         columns: dict[str, Tensor] = {}
         if not torch.equal(before.mask, after.mask):
-            columns["response_mask"] = nested(whole(after.mask, batch["response_mask"]), lengths)
+            columns["response_mask"] = nested(after.mask.to(batch["response_mask"].dtype), lengths)
             columns["loss_mask"] = columns["response_mask"].clone()  # what verl counts a mini-batch's tokens by
-        for name, term in ((BONUS, after.entropy_bonus), (PENALTY, after.ratio_penalty)):
-            if term is not None:
-                columns[name] = nested(whole(term, torch.zeros_like(batch["advantages"])), lengths)
+        terms = {BONUS: after.entropy_bonus, PENALTY: after.ratio_penalty}
+        columns |= {name: nested(term, lengths) for name, term in terms.items() if term is not None}
         return columns, metrics
 
     def save(self, folder: Path) -> None:

@@ -12,7 +12,15 @@ from entropy_polarity.trainers.verl_engine import ENTROPY, SENSITIVITY
 
 def tokens_of(batch: Any, sent: Any, keys: list[str], lengths: list[int]) -> Tokens:
     """A batch of verl's as Tokens (B, T). `batch` is padded; what the workers `sent` is nested (B, j), prompt and
-    response long, each value one place before its token. `lengths` are those of the responses."""
+    response long, each value one place before its token. `lengths` are those of the responses. Raises RuntimeError
+    where they cannot be."""
+    mask = batch["response_mask"].bool()
+    width = mask.shape[1]
+    if min(lengths) < 0 or max(lengths) != width or (mask & ~_within(lengths, width)).any():
+        raise RuntimeError(
+            "entropy-polarity: the tags response_len are not the lengths of the responses: whatever puts rollouts into "
+            "TransferQueue has to write them, as verl's own agent loop does"
+        )
 
     def model(name: str) -> Tensor:
         values, ends = sent[name].values(), sent[name].offsets()[1:].tolist()
@@ -23,7 +31,7 @@ def tokens_of(batch: Any, sent: Any, keys: list[str], lengths: list[int]) -> Tok
     number = {prompt: i for i, prompt in enumerate(sorted({prompt for prompt, _, _ in parts}))}
     rank = {part: i for i, part in enumerate(sorted(parts))}
     return Tokens(
-        mask=batch["response_mask"].bool(),
+        mask=mask,
         advantages=batch["advantages"],
         logp=batch["old_log_probs"],
         old_logp=batch["old_log_probs"],
@@ -39,6 +47,10 @@ def tokens_of(batch: Any, sent: Any, keys: list[str], lengths: list[int]) -> Tok
 def nested(values: Tensor, lengths: list[int]) -> Tensor:
     """Padded values (B, T) as a nested (B, j) column of rows so long."""
     return torch.nested.as_nested_tensor([r[:n] for r, n in zip(values, lengths, strict=True)], layout=torch.jagged)
+
+
+def _within(lengths: list[int], width: int) -> Tensor:
+    return torch.arange(width) < torch.tensor(lengths)[:, None]
 
 
 def _parts(key: str) -> tuple[str, int, int]:

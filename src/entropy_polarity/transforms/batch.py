@@ -9,14 +9,9 @@ from torch import Tensor
 from entropy_polarity.tokens import Tokens, masked_mean
 
 
-def precision(device: torch.device) -> torch.dtype:
-    """float64, where the device has it: Apple's has not."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def precise(values: Tensor) -> Tensor:
-    """The values in `precision`."""
-    return values.to(precision(values.device))
+    """The values in float64, where the device has it: Apple's has not."""
+    return values.float() if values.device.type == "mps" else values.double()
 
 
 def group_sums(values: Shaped[Tensor, " B"], index: Int[Tensor, " B"]) -> Float[Tensor, " P"]:
@@ -38,7 +33,7 @@ def entropy_sums(tokens: Tokens, index: Int[Tensor, " B"]) -> tuple[Float[Tensor
     """(S_g, N_g): the sum of the finite entropies of each group's model tokens, and their number."""
     entropy = tokens.known("entropy")
     usable = tokens.mask & entropy.isfinite()
-    sums = torch.where(usable, entropy, 0.0).sum(1, dtype=precision(entropy.device))  # a float64 copy would be large
+    sums = precise(torch.where(usable, entropy, 0.0)).sum(1)
     return group_sums(sums, index), group_sums(usable.count_nonzero(1), index)
 
 
