@@ -144,28 +144,42 @@ ROWS = {
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("form", ["jsonl", "json", "parquet", "folder"])
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet", "folder", "splits"])
 def test_every_preset_reads_a_table_of_its_form(preset, form, tmp_path):
     kind = PRESETS[preset]
-    table = datasets.Dataset.from_list([ROWS[preset]])
+    asked = next(column for column in ("problem", "question", "prompt") if column in ROWS[preset])
+
+    def numbered_rows(first):
+        for number in range(first, first + 40):
+            text = f"{number}: find it."
+            yield ROWS[preset] | {asked: [{"role": "user", "content": text}] if asked == "prompt" else text}
+
+    table = datasets.Dataset.from_list([*numbered_rows(0)])
     path = tmp_path / f"data.{form}"
-    if form == "folder":
-        splits = dict.fromkeys({kind.split, kind.test_split} - {""}, table)
-        datasets.DatasetDict(splits).save_to_disk(str(path))
+    if form == "splits":
+        tables = {kind.split: table, kind.test_split: datasets.Dataset.from_list([*numbered_rows(40)])}
+        datasets.DatasetDict({name: of for name, of in tables.items() if name}).save_to_disk(str(path))
+    elif form == "folder":
+        table.save_to_disk(str(path))
     elif form == "parquet":
         table.to_parquet(str(path))
     else:
         table.to_json(str(path), lines=form == "jsonl")
-    # One row is all of a test split, and of a split that is divided it is on one side or the other.
-    task = make_task(f"math:{preset}", data=str(path), **({} if kind.test_split else {"test_split": "train"}))
+    task = make_task(f"math:{preset}", data=str(path))
     problem = task.problem(0, 0, "test")
     assert problem.messages[-1]["role"] == "user"
     assert (problem.messages[0]["role"] == "system") == (preset != "dapo-math-17k")
     assert problem.prompt.endswith(problem.messages[-1]["content"])
     assert grade(problem.facts["answers"], r"\boxed{72}") == "correct"
+    test = {task.problem(0, i, "test").key for i in range(40)}
     if not kind.split:
+        assert len(test) == 40
         with pytest.raises(ValueError, match="it has no training problems"):
             task.problem(0, 0, "train")
+        return
+    train = {task.problem(0, i, "train").key for i in range(40)}
+    assert train.isdisjoint(test), "a file has no splits, whatever they are called on the hub"
+    assert len(train | test) == (80 if form == "splits" and kind.test_split else 40)
 
 
 def numbered(path, count):
@@ -188,8 +202,22 @@ def test_splits_share_no_problem_and_every_pass_has_a_new_order(tmp_path):
 
 def test_the_test_split_may_be_another_file(tmp_path):
     task = MathTask(data=numbered(tmp_path / "p.jsonl", 20), test_split=numbered(tmp_path / "q.jsonl", 5))
-    assert {task.problem(0, i, "test").facts["answers"][0] for i in range(5)} == set("01234")
-    assert len({task.problem(0, i, "train").key for i in range(20)}) == 20
+    test, train = ({task.problem(0, i, split).facts["answers"][0] for i in range(20)} for split in ("test", "train"))
+    assert test == set("01234")
+    assert train == {str(i) for i in range(5, 20)}, "what is evaluated on is never trained on"
+    same = MathTask(preset="gsm8k", data=str(tmp_path / "p.jsonl"), test_split=str(tmp_path / "p.jsonl"))
+    assert len({same.problem(0, i, "test").key for i in range(20)}) == 20
+    with pytest.raises(ValueError, match="has no train problems in"):
+        same.problem(0, 0, "train")
+
+
+def test_a_system_prompt_may_be_none_at_all(tmp_path):
+    file = numbered(tmp_path / "p.jsonl", 30)
+    assert [m["role"] for m in MathTask(data=file).problem(0, 0).messages] == ["system", "user"]
+    for task in (MathTask(data=file, system=""), MathTask(preset="gsm8k", data=file, system="")):
+        assert [m["role"] for m in task.problem(0, 0).messages] == ["user"]
+    (said, _) = MathTask(preset="gsm8k", data=file, system="Be brief.").problem(0, 0).messages
+    assert said == {"role": "system", "content": "Be brief."}
 
 
 def test_without_a_network_one_line_names_the_local_path(monkeypatch):
@@ -208,7 +236,15 @@ def test_without_a_network_one_line_names_the_local_path(monkeypatch):
         ({"data": "{file}", "prompt_column": "a", "answer_column": "solved"}, "has no column 'solved'; it has a, b"),
         ({"data": "{file}"}, r"has the columns a, b: say which with --set task.prompt_column"),
         ({"data": "{folder}"}, "cannot read"),
-        ({"data": "{broken}"}, "cannot read"),
+        ({"data": "{broken}"}, "cannot read .*: JSON parse error"),
+        ({"data": "{empty}"}, "cannot read .*: there is nothing in it"),
+        ({"data": "{latin}"}, "cannot read .*latin.jsonl: 'utf-8' codec"),
+        ({"data": "{odd}", "prompt_column": "none", "answer_column": "n"}, "row 0 of .* has no problem or no answer"),
+        ({"data": "{odd}", "prompt_column": "n", "answer_column": "n"}, "row 0 of .*: a problem is text, or messages"),
+        ({"data": "{odd}", "prompt_column": "table", "answer_column": "n"}, "a problem is text, or messages"),
+        ({"data": "{odd}", "prompt_column": "said", "answer_column": "n"}, "a problem is text, or messages"),
+        ({"data": "{odd}", "prompt_column": "q", "answer_column": "table"}, "row 0 of .*: an answer is text, a number"),
+        ({"data": "{odd}", "prompt_column": "q", "answer_column": "nan"}, "row 0 of .* has no problem or no answer"),
         ({"data": "{file}", "prompt_column": "a", "answer_column": "b"}, "row 0 of .* has no problem or no answer"),
         ({"data": "{file}", "seconds": 0.0}, "expected positive numbers"),
     ],
@@ -217,7 +253,12 @@ def test_bad_data_is_one_clear_line(settings, message, tmp_path):
     (tmp_path / "file.jsonl").write_text('{"a": "q", "b": null}')
     (tmp_path / "broken.json").write_text('{"a": ')
     (tmp_path / "folder").mkdir()
-    names = {"file": "file.jsonl", "broken": "broken.json", "folder": "folder"}
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "latin.jsonl").write_bytes('{"problem": "é", "answer": "1"}'.encode("latin-1"))
+    odd = {"q": "q", "n": 7, "none": None, "table": {"a": 1}, "said": [{"role": "user"}], "nan": float("nan")}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(odd))
+    names = {name: f"{name}.jsonl" for name in ("file", "empty", "latin", "odd")}
+    names |= {"broken": "broken.json", "folder": "folder"}
     paths = {name: str(tmp_path / file) for name, file in names.items()}
     settings = {k: v.format(**paths) if isinstance(v, str) else v for k, v in settings.items()}
     with pytest.raises((ValueError, OSError), match=message) as failure:

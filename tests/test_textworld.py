@@ -45,7 +45,20 @@ def test_a_game_by_hand():
     game = make_task("textworld:treasure_hunter", processes=1, options={"level": 1})
     env = game.env()
     assert "-= " in env.reset(3)
-    for command in ("", "  ", "save", "QUIT now", "xyzzy", "ü", "look\nlook"):
+    # To the interpreter a backslash and keys beyond the printable ones say what to do, for ever or to its end.
+    hostile = (
+        "\\boxed{go east}",
+        "\\help",
+        "go east\\n",
+        "z\x11",
+        "\x12v",
+        "z\x18\x11",
+        "\x1b[A",
+        "\x7f",
+        "\x85",
+        "z\0",
+    )
+    for command in ("", "  ", "save", "QUIT now", "xyzzy", "ü", "look\nlook", *hostile):
         assert not env.step(command).done
     assert env.facts() == {"score": 0.0, "useless": 1.0}
     assert "carrying nothing" in env.step(" inventory ").observation

@@ -41,7 +41,10 @@ def weights_of(model: str) -> tuple[str, dict[str, Any] | None]:
 
 
 def settle_task(named: dict[str, str], task: str | None, task_settings: Sequence[str]) -> dict[str, Any]:
-    """The settings of the one task for all: `task`, or what the runs among the models were trained on."""
+    """The settings of the one task for all: `task`, or what the runs among the models were trained on.
+
+    A setting is "key=value", or "task.key=value" as in a recipe.
+    """
     trained = {label: found for label, model in named.items() if (found := _trained_on(model)) is not None}
     known = [found for found in trained.values() if task in (None, found["name"])]
     if any(found != known[0] for found in known):
@@ -49,7 +52,7 @@ def settle_task(named: dict[str, str], task: str | None, task_settings: Sequence
         raise ValueError(f"the models were trained on different tasks ({said}): say --task, and --set for its settings")
     settings = dict(known[0]) if known else {"name": task or "countdown"}
     for setting in task_settings:
-        apply_override(settings, setting)
+        apply_override(settings, setting.removeprefix("task."))
     return settings
 
 

@@ -1,7 +1,7 @@
 """Mathematics: problems of a data set, from the hub or from a file, answers graded by math-verify.
 
     papo eval --model MODEL --task math:gsm8k
-    papo eval --model MODEL --task math --set data=problems.jsonl --set prompt_column=question
+    papo eval --model MODEL --task math --set task.data=problems.jsonl --set task.prompt_column=question
 
 Grading happens in worker processes with limits of time and memory (tasks/workers.py), and nothing of an answer is
 evaluated (tasks/careful.py). What cannot be parsed, and what does not end in time, has a verdict of its own.
@@ -11,7 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,8 +63,9 @@ class MathTask:
     data            a hub name, or a path: .jsonl, .json, .parquet, or a folder of `save_to_disk`
     subset          the hub's configuration of it, where it has several
     split           to train on
-    test_split      to evaluate on: a split, or another file; without one, a tenth of the problems of `split`, chosen by
-                    a hash of the problem, is kept for that
+    test_split      to evaluate on: a split, or another file. Without one, and where `data` is one table that has no
+                    splits, a tenth of the problems, chosen by a hash of the problem, is kept for that. What is
+                    evaluated on is never trained on, should both tables have it
     prompt_column, answer_column
                     where they are, "a.b" for nested ones; empty looks for the usual names. A prompt may be messages
     system          the system message, and before the problem where a tokenizer has no chat template
@@ -111,31 +112,15 @@ class MathTask:
 
     def problem(self, seed: int, index: int, split: Split = "train") -> Problem:
         """Every pass over the data is a new order, of the seed."""
-        problems = self._problems(split)
+        problems = _problems(self, split)
         turn, place = divmod(index, len(problems))
         return problems[_order(len(problems), f"math:{seed}:{turn}")[place]]
 
-    def _problems(self, split: Split) -> list[Problem]:
-        source = self._source()
-        if split == "train" and not source.split:
-            raise ValueError(
-                f"task {self.name} is for evaluation: it has no training problems; name a split to train on"
-            )
-        own_test = bool(source.test_split)
-        name = source.test_split if split == "test" and own_test else source.split
-        data, name = (name, "") if Path(name).suffix in _FILES else (source.data, name)
-        problems = _read(data, source.subset, name, self.prompt_column, self.answer_column, source.system)
-        if not own_test:
-            problems = [problem for problem in problems if _is_test(problem.key) == (split == "test")]
-        if not problems:
-            raise ValueError(f"task {self.name} has no {split} problems in {data} {name}".rstrip())
-        return problems
-
-    def _source(self) -> Preset:
+    def source(self) -> Preset:
         """The preset with what was said beside it; without one, the data that was named."""
         known = PRESETS[self.preset] if self.preset else Preset("", split="train")
-        said = {field: value for field in Preset._fields if (value := getattr(self, field)) not in ("", None)}
-        return known._replace(**said)
+        said = {field: value for field in Preset._fields if (value := getattr(self, field))}
+        return known._replace(**said | ({} if self.system is None else {"system": self.system}))
 
     def scores(self, answers: Sequence[tuple[Problem, str]]) -> list[Score]:
         calls = [
@@ -158,6 +143,38 @@ class MathTask:
 
 
 @functools.lru_cache(maxsize=8)
+def _problems(task: MathTask, split: Split) -> list[Problem]:
+    """The problems to train on or to evaluate on; no problem is among both."""
+    source = task.source()
+    if split == "train" and not source.split:
+        raise ValueError(f"task {task.name} is for evaluation: it has no training problems; name a split to train on")
+
+    own_file = Path(source.test_split).suffix in _FILES
+
+    def table(name: str) -> list[Problem]:
+        data, name = (name, "") if own_file and name == source.test_split else (source.data, name)
+        return _read(data, source.subset, name, task.prompt_column, task.answer_column, source.system)
+
+    divided = source.split and _is_one_table(source.data) and not own_file
+    if divided or not source.test_split:
+        problems = [problem for problem in table(source.split) if _is_test(problem.key) == (split == "test")]
+    elif split == "test":
+        problems = table(source.test_split)
+    else:
+        held_out = {problem.key for problem in _problems(task, "test")}
+        problems = [problem for problem in table(source.split) if problem.key not in held_out]
+    if not problems:
+        raise ValueError(f"task {task.name} has no {split} problems in {source.data} {source.test_split}".rstrip())
+    return problems
+
+
+def _is_one_table(data: str) -> bool:
+    """A file, or a folder with one table: the names of splits say nothing there."""
+    path = Path(data).expanduser()
+    return path.is_file() or (path.is_dir() and not (path / "dataset_dict.json").is_file())
+
+
+@functools.lru_cache(maxsize=8)
 def _order(count: int, seed: str) -> list[int]:
     return random.Random(seed).sample(range(count), count)
 
@@ -168,36 +185,55 @@ def _is_test(key: str) -> bool:
 
 @functools.lru_cache(maxsize=4)
 def _read(data: str, subset: str, split: str, prompt: str, answer: str, system: str) -> list[Problem]:
-    """The different problems of a table, in its order."""
+    """The different problems of a table, in its order. Of one that is there twice, the first answer counts."""
     table = load_table(data, subset, split)
     prompt_column = prompt or _usual(table, PROMPT_COLUMNS, "prompt_column", data)
     answer_column = answer or _usual(table, ANSWER_COLUMNS, "answer_column", data)
     problems: dict[str, Problem] = {}
-    for number, row in enumerate(table):
-        asked, answers = _cell(row, prompt_column, data), golds(_cell(row, answer_column, data))
-        messages = _messages(asked, system)
-        text = "\n\n".join(message["content"] for message in messages)
-        if not text.strip() or not answers:
+    for number, row in enumerate(_rows(table, data)):
+        try:
+            messages = _messages(_cell(row, prompt_column, data))
+            answers = golds(_cell(row, answer_column, data))
+        except TypeError as error:
+            raise ValueError(f"row {number} of {data}: {error}") from None
+        if not any(message["content"].strip() for message in messages) or not answers:
             raise ValueError(f"row {number} of {data} has no problem or no answer in {prompt_column}, {answer_column}")
+        if system:
+            messages = [{"role": "system", "content": system}, *messages]
+        text = "\n\n".join(message["content"] for message in messages)
         problems.setdefault(text, Problem(text, {"answers": answers}, text, messages))
     return list(problems.values())
 
 
-def _messages(asked: Any, system: str) -> Messages:
-    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else [dict(message) for message in asked]
-    return [{"role": "system", "content": system}, *messages] if system else messages
+def _rows(table: Any, data: str) -> Iterator[dict[str, Any]]:
+    try:
+        yield from table
+    except UnicodeDecodeError as error:  # text is decoded when it is looked at
+        raise ValueError(f"cannot read {data}: {error}") from None
+
+
+def _messages(asked: Any) -> Messages:
+    """Raises TypeError for what is no text and no messages."""
+    asked = "" if asked is None else asked
+    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    fits = isinstance(messages, list) and all(isinstance(m, dict) and m.keys() >= {"role", "content"} for m in messages)
+    if not (fits and all(isinstance(message["content"], str) for message in messages)):
+        raise TypeError(f"a problem is text, or messages with role and content; it is {str(asked)[:60]!r}")
+    return [dict(message) for message in messages]
 
 
 def golds(answer: Any) -> list[str]:
     """The accepted answers in a cell: a list is taken as it is; of a solution, what stands after #### or in its last
-    \\boxed{}.
+    \\boxed{}. None and NaN are no answer; raises TypeError for a table of values.
 
     >>> golds("6 * 12 = 72 #### 72"), golds("so it is \\\\boxed{1{,}000}"), golds(["1", "2"])
     (['72'], ['1{,}000'], ['1', '2'])
     """
     if isinstance(answer, list | tuple):
         return [text for part in answer for text in golds(part)]
-    text = "" if answer is None else str(answer).strip()
+    if isinstance(answer, dict):
+        raise TypeError(f"an answer is text, a number or a list of them; it is {str(answer)[:60]!r}")
+    text = "" if answer is None or answer != answer else str(answer).strip()  # NaN is not itself
     if "####" in text:
         text = text.rsplit("####", 1)[1].strip().replace(",", "")
     elif "\\boxed{" in text:
@@ -221,25 +257,26 @@ def load_table(data: str, subset: str = "", split: str = "") -> Any:
     Raises ValueError or OSError with a line that says what to do.
     """
     import datasets
-    from datasets.exceptions import DatasetsError
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is in our line
     path = Path(data).expanduser()
     if not path.exists() and (path.suffix in _FILES or data.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"nothing at {data}: expected .jsonl, .json, .parquet, or a folder of save_to_disk")
     try:
         if path.is_file():
             kind = _FILES.get(path.suffix, "json")
-            return datasets.load_dataset(kind, data_files=str(path), split="train")
-        if path.is_dir():
+            loaded = datasets.load_dataset(kind, data_files=str(path), split="train")
+        elif path.is_dir():
             loaded = datasets.load_from_disk(str(path))
         else:
             loaded = datasets.load_dataset(data, subset or None, split=split or None)
-    except (OSError, ValueError, DatasetsError) as error:
+    # A reader of files may raise whatever it likes, StopIteration of an empty one included.
+    except Exception as error:
         if path.exists():
-            raise ValueError(f"cannot read {data}: {_first_line(error)}") from error
+            raise ValueError(f"cannot read {data}: {_reason(error)}") from error
         raise ConnectionError(
-            f"cannot load {data} from the hub ({_first_line(error)}): with a network set HF_HUB_OFFLINE=0; without "
+            f"cannot load {data} from the hub ({_reason(error)}): with a network set HF_HUB_OFFLINE=0; without "
             "one, give a local copy with --set task.data=PATH (.jsonl, .json, .parquet, or a folder of save_to_disk)"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
@@ -249,8 +286,12 @@ def load_table(data: str, subset: str = "", split: str = "") -> Any:
     return loaded
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+def _reason(error: BaseException) -> str:
+    """In a line: what a library wraps in its own error says more than that does."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    said = (str(error).splitlines() or [""])[0].rstrip(".")
+    return said or ("there is nothing in it" if isinstance(error, StopIteration) else type(error).__name__)
 
 
 def _usual(table: Any, names: tuple[str, ...], setting: str, data: str) -> str:

@@ -25,6 +25,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 MAX_LEVEL = {"coin_collector": 300, "treasure_hunter": 30}
 MAX_COMMAND_CHARACTERS = 120  # the interpreter is C
 _ABOUT_THE_GAME = {"quit", "q", "restart", "restore", "save", "script", "transcript", "undo", "verify"}
+_NOT_PRINTABLE = re.compile(r"[^ -~]")  # ASCII: to the interpreter, others are keys of its own
 _PROMPT = re.compile(r"\n>[^\n]*\s*\Z")  # and the status line after it
 _BLANK_LINES = re.compile(r"\n\s*\n\s*")
 
@@ -87,10 +88,11 @@ class WorldEnv:
         return self._shown(f"{self.state.objective}\n\n{self.state.description}")
 
     def step(self, action: str) -> Answer:
-        command = " ".join(action.encode("ascii", "ignore").decode().split())[:MAX_COMMAND_CHARACTERS]
+        command = " ".join(_NOT_PRINTABLE.sub("", " ".join(action.split())).split())[:MAX_COMMAND_CHARACTERS]
         self.moves += 1
         self.useless += command not in self.state.admissible_commands
-        if not command or command.split()[0].lower() in _ABOUT_THE_GAME:
+        # After a backslash stand commands to the interpreter itself.
+        if not command or "\\" in command or command.split()[0].lower() in _ABOUT_THE_GAME:
             return Answer(self._shown("That is not a command of this game."))
         self.state, score, _ = self.env.step(command)
         # All that was paid adds up to exactly 1 where all points were made.
