@@ -9,7 +9,9 @@ import torch
 from test_tasks_training import few_steps, policy
 
 from entropy_polarity.episodes import _Lanes, play
-from entropy_polarity.experiments.train import load_policy
+from entropy_polarity.experiments.evaluate import Settings, evaluate_models
+from entropy_polarity.experiments.train import checked, load_policy
+from entropy_polarity.recipe import load_recipe
 from entropy_polarity.record import Run
 from entropy_polarity.tasks import distinct_problems, make_task
 from entropy_polarity.tasks.environments import Environment, Outcome
@@ -117,6 +119,17 @@ def test_a_start_that_misbehaves(misdeed, reason):
         started(game, 0)
     assert over.value.reason == reason
     game.close()
+
+
+def test_where_no_episode_can_be_started_nothing_is(tmp_path):
+    settings = ["factory=misbehaving:Obedient", "settings={start='raise'}", "processes=1"]
+    said = r"task env: no episode can be started \(KeyError: 'broken"
+    with pytest.raises(ValueError, match=said):
+        evaluate_models(["embedded:guess"], Settings(3, 1), task="env", task_settings=settings, output=tmp_path / "out")
+    recipe = load_recipe("guess", ["task={name='env'}", *(f"task.{setting}" for setting in settings)])
+    with pytest.raises(ValueError, match=said):
+        checked(recipe, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_repeated_is_told_on(obedient):

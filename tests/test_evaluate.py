@@ -314,6 +314,7 @@ def test_models_have_labels_and_one_task(small_runs):
     task = {"name": "countdown", "numbers": [3]}
     assert settle_task({"a": run, "b": "embedded", "c": checkpoint}, None, ()) == task
     assert settle_task({"a": checkpoint}, "countdown", ["max_target=9"]) == task | {"max_target": 9}
+    assert settle_task({"a": checkpoint}, None, ["task.max_target=9"]) == task | {"max_target": 9}, "as in a recipe"
     assert settle_task({"a": run}, "guess", ()) == {"name": "guess"}
     assert settle_task({"a": "embedded"}, None, ()) == {"name": "countdown"}
 

@@ -55,6 +55,22 @@ def test_a_run_without_rollouts_or_evaluation_still_has_a_page(run):
     assert "No rollouts were recorded" in render_page(bare)
 
 
+def test_a_run_without_a_title_is_called_by_its_task_and_model(run):
+    policy = {"model": "/models/Qwen3-0.6B"}
+    named = replace(run, config=run.config | {"title": "", "task": {"name": "math:gsm8k"}, "policy": policy})
+    assert "<h1>math:gsm8k, Qwen3-0.6B</h1>" in render_page(named)
+
+
+def test_a_game_has_a_success_rate(run):
+    assert "pass@1, held out" in render_page(run)
+    turns = {"value": 4.0, "low": 3.5, "high": 4.5}
+    before = run.summary["before"] | {"facts": {"turns": turns}}
+    page = render_page(replace(run, summary=run.summary | {"before": before, "after": before}))
+    assert "success rate, held out" in page
+    assert "one episode is a success" in page
+    assert "pass@1, held out" not in page
+
+
 @pytest.mark.browser
 def test_a_browser_draws_charts_and_tokens(run, chromium, tmp_path):
     """After its scripts have run the page has five drawn charts and coloured tokens, and the picture has colours."""

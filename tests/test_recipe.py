@@ -141,6 +141,25 @@ def test_another_method_takes_no_settings_along():
     assert load_recipe("countdown", ["method.gain=3"], method="papo").method["level"] == 0.35
 
 
+@pytest.mark.parametrize(
+    ("overrides", "method", "title_holds"),
+    [
+        (["trainer.learning_rate=1e-3"], None, True),
+        ([], "grpo", True),
+        (["task={name='guess'}"], None, False),
+        (["policy.model=elsewhere"], None, False),
+    ],
+)
+def test_what_was_measured_is_said_of_nothing_else(overrides, method, title_holds):
+    written = load_recipe("countdown")
+    assert written.cost
+    assert written.expected
+    changed = load_recipe("countdown", overrides, method)
+    assert (changed.cost, changed.expected) == ("", "")
+    assert changed.title == (written.title if title_holds else "")
+    assert load_recipe("countdown", [*overrides, "title=Mine"], method).title == "Mine"
+
+
 def test_flags_change_what_was_said_and_nothing_else():
     recipe = load_recipe("countdown")
     assert with_flags(recipe) == recipe

@@ -30,6 +30,8 @@ from entropy_polarity.tasks.games import (
 )
 from entropy_polarity.tasks.workers import NoWorkerError
 
+STARTS = 3
+
 
 @dataclass
 class Episode:
@@ -129,6 +131,18 @@ class Format:
 
     def text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def check_starts(game: Game, problems: Sequence[Problem]) -> None:
+    """Raise ValueError where none of the first few episodes can be started: no single problem is to blame."""
+    why = None
+    for problem in problems[:STARTS]:
+        try:
+            game.env().reset(problem.facts["seed"])
+            return
+        except Exception as error:
+            why = error
+    raise ValueError(f"task {game.name}: no episode can be started ({why})")
 
 
 def play(

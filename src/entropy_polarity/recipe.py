@@ -10,6 +10,7 @@ seed                     of prompts, sampling and training
 [record]                 completions: how many sampled completions of each rollout are kept
 """
 
+import copy
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -85,16 +86,25 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), method: str | 
     """The recipe of that name or at that path, with `overrides` like "trainer.learning_rate=1e-4" applied.
 
     With `method` it is about that one: settings belong to a method, so only the same name keeps those of the recipe.
+    What it says of its cost and its result holds for nothing else, nor does its title for another task or model.
 
     Raises ValueError for an unknown name, a file that is not TOML, a key that is not known (naming the nearest known
     one) or a value of the wrong type, and FileNotFoundError for a path where there is no file.
     """
     document = read_recipe(name_or_path)
+    written = copy.deepcopy(document)
     if method is not None and document.get("method", {}).get("name") != method:
         document["method"] = {"name": method}  # before the overrides, which may set the method's own settings
     for override in overrides:
         apply_override(document, override)
-    return _recipe(document)
+    return _recipe(_what_holds(document, written))
+
+
+def _what_holds(document: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    stale = set() if document == written else {"cost", "expected"}
+    if any(document.get(table) != written.get(table) for table in ("task", "policy")):
+        stale.add("title")
+    return {key: value for key, value in document.items() if key not in stale or value != written.get(key)}
 
 
 def read_recipe(name_or_path: str) -> dict[str, Any]:
@@ -164,11 +174,11 @@ def with_flags(
     seed: int | None = None,
     model: str | None = None,
 ) -> Recipe:
-    """The recipe with what the command line said; what was not said stays."""
+    """The recipe with what the command line said; what was not said stays, but for words that no longer hold."""
     if max_steps is not None:
-        recipe = replace(recipe, trainer=recipe.trainer | {"max_steps": max_steps})
+        recipe = replace(recipe, trainer=recipe.trainer | {"max_steps": max_steps}, cost="", expected="")
     if seed is not None:
         recipe = replace(recipe, seed=seed)
     if model is not None:
-        recipe = replace(recipe, policy=replace(recipe.policy, model=model))
+        recipe = replace(recipe, policy=replace(recipe.policy, model=model), title="", cost="", expected="")
     return recipe

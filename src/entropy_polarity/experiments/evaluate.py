@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from entropy_polarity._errors import unknown_name
+from entropy_polarity.episodes import check_starts
 from entropy_polarity.evaluate import Attempts, attempt, check_counts
 from entropy_polarity.experiments.models import labelled, settle_task, weights_of
 from entropy_polarity.experiments.results import provenance, rounded, write_document
@@ -90,6 +91,8 @@ def evaluate_models(
     chosen = distinct_problems(judged, settings.seed, "test", settings.problems)
     if output is not None:
         refuse_occupied(output)
+    if isinstance(judged, Game):
+        check_starts(judged, chosen)
     attempts: dict[str, list[Attempts]] = {}
     batch_sizes: dict[str, list[int]] = {}
     for label, place in weights.items():

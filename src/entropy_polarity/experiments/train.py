@@ -23,6 +23,7 @@ from transformers import (
 
 from entropy_polarity._errors import check_settings, unknown_name
 from entropy_polarity._machine import kept_memory
+from entropy_polarity.episodes import check_starts
 from entropy_polarity.evaluate import evaluate
 from entropy_polarity.generation.tools import check_tool_support
 from entropy_polarity.policy import resolve_model
@@ -116,7 +117,9 @@ def checked(recipe: Recipe, output: Path) -> tuple[Task | Game, PolarityConfig]:
     """The task and the TRL configuration of a recipe. All that needs no model is checked: ValueError or OSError."""
     task = make_task(**recipe.task)
     config = trainer_config(recipe, output / CHECKPOINTS, task)
-    distinct_problems(task, recipe.evaluation.seed, "test", recipe.evaluation.problems)  # there may be too few
+    problems = distinct_problems(task, recipe.evaluation.seed, "test", recipe.evaluation.problems)  # may be too few
+    if isinstance(task, Game):
+        check_starts(task, problems)
     resolve_model(recipe.policy.model)
     return task, config
 

@@ -36,13 +36,17 @@ def evaluation_charts(document: dict[str, Any]) -> list[Chart]:
     charts = []
     if against:
         names = _headlines(shown_names(document))
-        rows = {label: {n: found[n] | {"t": None} for n in names} for label, found in against.items()}
+        panels = ["success rate" if name == "pass@1" and document["game"] else name for name in names]
+        rows = {
+            label: {panel: found[name] | {"t": None} for panel, name in zip(panels, names, strict=True)}
+            for label, found in against.items()
+        }
         charts.append(
             Chart(
                 f"Difference to {document['baseline']}",
                 f"Each model minus {document['baseline']} on the same problems, with the 95 % interval of a paired "
                 f"bootstrap over {over}; right of zero is better.",
-                forest(rows, names, looks),
+                forest(rows, panels, looks),
             )
         )
     for kind, text in (

@@ -33,6 +33,15 @@ def shown_names(document: Document) -> list[str]:
     return [name for name in names if name != "reward" or document["game"] or not same]
 
 
+def is_of_game(evaluation: dict[str, Any]) -> bool:
+    """Whether an evaluation of a run is one of episodes, which have turns."""
+    return "turns" in evaluation.get("facts", {})
+
+
+def name_of_pass(k: str, evaluation: dict[str, Any]) -> str:
+    return "success rate" if k == "1" and is_of_game(evaluation) else f"pass@{k}"
+
+
 def title_of(name: str, document: Document) -> str:
     if name == "pass@1":
         return "success rate" if document["game"] else f"pass@1 = avg@{document['settings']['samples']}"

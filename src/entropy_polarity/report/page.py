@@ -1,10 +1,12 @@
 """The page: one self-contained HTML file that tells what happened in a run and opens from disk."""
 
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 
 from entropy_polarity.record import Run
+from entropy_polarity.report.evaluation_tables import is_of_game, name_of_pass
 from entropy_polarity.report.heatmap import coloured_rollouts
 from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render, smoothed
 
@@ -16,7 +18,7 @@ def render_page(run: Run) -> str:
     return render(
         "page.html",
         _charts(run),
-        title=run.config["title"] or "Run",
+        title=run.config["title"] or f"{run.config['task']['name']}, {Path(run.config['policy']['model']).name}",
         environment=run.environment,
         run=run,
         method=run.config["method"],
@@ -31,10 +33,11 @@ def _cards(run: Run) -> list[dict[str, str]]:
     cards = []
     for k in ("1", "16"):
         if before and k in before["pass_at"]:
-            meaning = "one sampled answer is right" if k == "1" else f"at least one of {k} sampled answers is right"
+            one, right = ("episode", "a success") if is_of_game(before) else ("sampled answer", "right")
+            meaning = f"one {one} is {right}" if k == "1" else f"at least one of {k} {one}s is {right}"
             cards.append(
                 {
-                    "name": f"pass@{k}, held out",
+                    "name": f"{name_of_pass(k, before)}, held out",
                     "value": _arrow(before["pass_at"][k], after and after["pass_at"][k]),
                     "text": f"The chance that {meaning}, on {before['problems']} problems that training never draws "
                     "(before → after, with 95 % bootstrap intervals over problems).",
@@ -162,7 +165,8 @@ def _lines(run: Run, series: list[tuple[str, str, str]], smooth: int = 0, zero: 
     for name, label, colour in drawn:
         steps, values = run.series(name)
         line = {"color": colour, "width": 2, "dash": "dot" if colour == _GREY else "solid"}
-        figure.add_scatter(x=steps, y=values, name=label, line=line, opacity=0.35 if smooth else 1, mode="lines")
+        mode = "lines" if len(values) > 1 else "markers"  # one point makes no line
+        figure.add_scatter(x=steps, y=values, name=label, line=line, opacity=0.35 if smooth else 1, mode=mode)
         if smooth and len(values) > 1:
             figure.add_scatter(x=steps, y=smoothed(values, smooth), name=f"mean of {smooth}", line=line, mode="lines")
     if zero:

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from entropy_polarity.report.audit_tables import audit_tables
-from entropy_polarity.report.evaluation_tables import evaluation_tables
+from entropy_polarity.report.evaluation_tables import evaluation_tables, name_of_pass
 from entropy_polarity.report.tables import TextTable, comparison_tables, search_table
 
 
@@ -18,7 +18,7 @@ def print_estimates(evaluations: dict[str, dict[str, Any]]) -> None:
         return
     table = Table("", *map(escape, evaluations))
     estimates = {
-        name: {f"pass@{k}": e for k, e in found["pass_at"].items()}
+        name: {name_of_pass(k, found): e for k, e in found["pass_at"].items()}
         | {"greedy": found.get("greedy_pass")}
         | found.get("facts", {})
         for name, found in evaluations.items()
