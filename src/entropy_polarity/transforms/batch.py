@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from entropy_polarity.tokens import Tokens, masked_mean
+from entropy_polarity.tokens import Tokens, is_finite, masked_mean
 
 
 def precise(values: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def group_sums(values: Shaped[Tensor, " B"], index: Int[Tensor, " B"]) -> Float[
 
 def mean_and_deviation(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (dividing by N) of the finite values where `mask` is True; 0 for none."""
-    mask = mask & values.isfinite()
+    mask = mask & is_finite(values)
     values = precise(values)
     mean = masked_mean(values, mask)
     return mean, masked_mean((values - mean).square(), mask).sqrt()
@@ -32,8 +32,9 @@ def mean_and_deviation(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) 
 def entropy_sums(tokens: Tokens, index: Int[Tensor, " B"]) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
     """(S_g, N_g): the sum of the finite entropies of each group's model tokens, and their number."""
     entropy = tokens.known("entropy")
-    usable = tokens.mask & entropy.isfinite()
-    sums = precise(torch.where(usable, entropy, 0.0)).sum(1)
+    usable = tokens.mask & is_finite(entropy)
+    # In parts: a copy of all of it in float64 would be the largest tensor of a batch.
+    sums = torch.cat([precise(rows).sum(1) for rows in torch.where(usable, entropy, 0.0).split(64)])
     return group_sums(sums, index), group_sums(usable.count_nonzero(1), index)
 
 
@@ -64,7 +65,7 @@ def quantile(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], q: float) 
 
     `torch.quantile` refuses more than 16 million values.
     """
-    chosen = values[mask & values.isfinite()].sort().values
+    chosen = values[mask & is_finite(values)].sort().values
     if not len(chosen):
         return values.new_tensor(torch.nan)
     place = round(q * (len(chosen) - 1), 9)  # 0.7 * 10 is a little more than 7

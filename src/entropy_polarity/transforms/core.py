@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entropy_polarity.phase import Metrics, State
-from entropy_polarity.tokens import Tokens
+from entropy_polarity.tokens import Tokens, is_finite
 
 # Known when a rollout is rewarded, before any forward pass over it.
 REWARD_FACTS = frozenset({"reward", "group", "sample_id"})
@@ -77,7 +77,7 @@ def rewriting(
 
 def reweighted(tokens: Tokens, weight: Float[Tensor, "B T"]) -> Tokens:
     """A' = A times `weight` on model tokens. A weight that is NaN or infinite leaves its token as it is."""
-    usable = tokens.mask & weight.isfinite()
+    usable = tokens.mask & is_finite(weight)
     return replace(tokens, advantages=torch.where(usable, tokens.advantages * weight, tokens.advantages))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from entropy_polarity.phase import Metrics, State
 from entropy_polarity.polarity import branch_flows, predicted_entropy_change
-from entropy_polarity.tokens import Tokens, masked_fraction
+from entropy_polarity.tokens import Tokens, is_finite, masked_fraction
 from entropy_polarity.transforms.batch import mean_entropy
 from entropy_polarity.transforms.core import Transform
 from entropy_polarity.transforms.weights import token_polarity
@@ -29,7 +29,7 @@ def measure(before: Tokens, after: Tokens, state: State) -> tuple[State, Metrics
         "polarity/positive_fraction": masked_fraction(p > 0, before.mask),
         "polarity/changed_fraction": masked_fraction(changed, before.mask),
         "polarity/predicted_entropy_change": predicted_entropy_change(token_polarity(after), after.mask).item(),
-        "polarity/nonfinite_tokens": float((~p.isfinite() & before.mask).count_nonzero()),
+        "polarity/nonfinite_tokens": float((~is_finite(p) & before.mask).count_nonzero()),
     }
     metrics |= by_turn(before, after)
     if state["entropy"] is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from entropy_polarity._errors import check_range
 from entropy_polarity.phase import Metrics, State
-from entropy_polarity.tokens import Tokens
+from entropy_polarity.tokens import Tokens, is_finite
 from entropy_polarity.transforms.batch import (
     covariance_terms,
     largest,
@@ -95,7 +95,7 @@ def kl_cov(fraction: float = 2e-3, coefficient: float = 1.0) -> Transform:
 
     def rewrite(tokens: Tokens) -> Tokens:
         c = covariance_terms(tokens)
-        chosen = largest(c, tokens.mask & c.isfinite(), _share(tokens, fraction), tokens.sample_id)
+        chosen = largest(c, tokens.mask & is_finite(c), _share(tokens, fraction), tokens.sample_id)
         return replace(tokens, ratio_penalty=coefficient * chosen.to(tokens.advantages.dtype))
 
     return rewriting(rewrite, "logp", "reuse", loss=Loss(float("inf"), float("inf")))

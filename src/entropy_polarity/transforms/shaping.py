@@ -8,7 +8,7 @@ import torch
 
 from entropy_polarity._errors import check_range
 from entropy_polarity.phase import Metrics, State
-from entropy_polarity.tokens import Tokens
+from entropy_polarity.tokens import Tokens, is_finite
 from entropy_polarity.transforms.batch import (
     covariance_terms,
     entropy_sums,
@@ -50,7 +50,7 @@ def entropy_advantage(kappa: float, alpha: float = 0.4) -> Transform:
     def rewrite(tokens: Tokens) -> Tokens:
         advantages = tokens.advantages
         bonus = torch.minimum(alpha * tokens.known("entropy"), advantages.abs() / kappa)
-        usable = tokens.mask & bonus.isfinite()
+        usable = tokens.mask & is_finite(bonus)
         return replace(tokens, advantages=torch.where(usable, advantages + bonus, advantages))
 
     return rewriting(rewrite, "entropy", local=True)
@@ -74,7 +74,7 @@ def steer(shape: Literal["linear", "exponential"] = "linear", low: float = 0.8, 
         ratio = (logp - tokens.known("old_logp")).exp()
         surplus = (1 - logp.exp()) * (logp.clamp(min=torch.finfo(logp.dtype).min) + tokens.known("entropy"))
         size = (tokens.advantages * ratio * surplus).abs()
-        known = size[tokens.mask & size.isfinite()]
+        known = size[tokens.mask & is_finite(size)]
         if not len(known):
             return tokens
         if shape == "exponential":

@@ -23,7 +23,10 @@ def polarity_sign(tokens: Tokens, soft_sign: float = 0.0) -> Float[Tensor, "B T"
     """s = sign(P), or with `soft_sign` δ > 0 the smooth s = P / (|P| + δ), so that rounding noise near P = 0 does not
     flip a weight. A token whose P is NaN or infinite has s = 0.
     """
-    p = finite(token_polarity(tokens))
+    return _sign(finite(token_polarity(tokens)), soft_sign)
+
+
+def _sign(p: Tensor, soft_sign: float) -> Tensor:
     return p.sign() if soft_sign == 0 else p / (p.abs() + soft_sign)
 
 
@@ -32,9 +35,10 @@ def observe(tokens: Tokens, soft_sign: float = 0.0) -> Observation:
 
     Tokens whose entropy is not finite are left out; with none left the entropy is NaN, not 0.
     """
-    p, s = token_polarity(tokens), polarity_sign(tokens, soft_sign)
+    p = finite(token_polarity(tokens))
+    s = _sign(p, soft_sign)
     positive, negative = branch_flows(p, tokens.mask)
-    gain = masked_mean(finite(p) * s, tokens.mask)
+    gain = masked_mean(p * s, tokens.mask)
     size = finite(tokens.advantages).abs()
     pressure = masked_mean(size, tokens.mask)
     tilt = masked_mean(size * s, tokens.mask) / pressure if pressure > 0 else pressure
