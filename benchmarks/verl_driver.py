@@ -4,12 +4,14 @@
     .venv-verl/bin/python benchmarks/verl_driver.py --output benchmarks/results/verl_driver.json
 
 Timed is the driver's step for advantages as verl makes it, with its own GRPO, and with the plug-in, which reads two
-more columns and runs the method before the advantages are written; both in turns, the fastest of each. The memory is
+more columns and runs the method before the advantages are written; both in turns, and the added time is the difference
+in each round: its median and range. The memory is
 the peak of the driver's process in the step with the plug-in, less that without; the storage is one process beside it.
 """
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -113,7 +115,7 @@ def measure(tokens: int, spread: str) -> dict[str, Any]:
 
     for part in (None, method):
         step(part)  # what is loaded at first
-    plain, hooked = (peak_mib(lambda part=part: step(part)) for part in (None, method))
+    without, peak = (peak_mib(lambda part=part: step(part)) for part in (None, method))
     of_the_method: list[float] = []
     rewritten = method.rewritten
 
@@ -125,7 +127,7 @@ def measure(tokens: int, spread: str) -> dict[str, Any]:
 
     method.rewritten = timed
     rounds = [(step(None), step(method)) for _ in range(ROUNDS)]
-    own, both = (min(times) for times in zip(*rounds, strict=True))
+    own, both = (statistics.median(times) for times in zip(*rounds, strict=True))
     tq.kv_clear(keys=meta.keys, partition_id=meta.partition_id)
     return {
         "tokens": total,
@@ -134,14 +136,15 @@ def measure(tokens: int, spread: str) -> dict[str, Any]:
         "longest": longest,
         "verls_advantages_seconds": own,
         "with_the_plugin_seconds": both,
-        "method_seconds": min(of_the_method),
-        "added_peak_mib": hooked - plain,
+        "added_seconds": sorted(hooked - plain for plain, hooked in rounds),
+        "method_seconds": statistics.median(of_the_method),
+        "added_peak_mib": peak - without,
         "added_bytes": 8 * (total + PROMPT * len(meta)),  # H and T of every token; the advantages are verl's to write
     }
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    head = ["tokens a rollout", "responses, longest", "verl's own advantages, s", "with the plug-in, s", "of it the method, s", "added, µs a token", "traffic, MB", "more memory than verl's own, MiB"]  # fmt: skip  # noqa: E501
+    head = ["tokens a rollout", "responses, longest", "verl's own advantages, s", "added, s", "of it the method, s", "added, µs a token", "traffic, MB", "more memory than verl's own, MiB"]  # fmt: skip  # noqa: E501
     return markdown(
         head,
         [
@@ -149,9 +152,9 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{r['tokens']:,}",
                 f"{r['responses']:,}, {r['longest']:,}",
                 f"{r['verls_advantages_seconds']:.2f}",
-                f"{r['with_the_plugin_seconds']:.2f}",
+                f"{statistics.median(r['added_seconds']):.2f} ({r['added_seconds'][0]:.2f}-{r['added_seconds'][-1]:.2f})",
                 f"{r['method_seconds']:.2f}",
-                f"{1e6 * (r['with_the_plugin_seconds'] - r['verls_advantages_seconds']) / r['tokens']:.2f}",
+                f"{1e6 * statistics.median(r['added_seconds']) / r['tokens']:.2f}",
                 f"{r['added_bytes'] / 1e6:.0f}",
                 f"{r['added_peak_mib']:.0f}",
             ]
