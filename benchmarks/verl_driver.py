@@ -5,8 +5,8 @@
 
 Timed is the driver's step for advantages as verl makes it, with its own GRPO, and with the plug-in, which reads two
 more columns and runs the method before the advantages are written; both in turns, and the added time is the difference
-in each round: its median and range. The memory is
-the peak of the driver's process in the step with the plug-in, less that without; the storage is one process beside it.
+in each round: its median and range. The memory is the peak of the driver's process in the step with the plug-in, less
+that without; the storage is one process beside it.
 """
 
 import argparse
@@ -143,6 +143,10 @@ def measure(tokens: int, spread: str) -> dict[str, Any]:
     }
 
 
+def added(result: dict[str, Any]) -> float:
+    return statistics.median(result["added_seconds"])
+
+
 def table(results: list[dict[str, Any]]) -> str:
     head = ["tokens a rollout", "responses, longest", "verl's own advantages, s", "added, s", "of it the method, s", "added, µs a token", "traffic, MB", "more memory than verl's own, MiB"]  # fmt: skip  # noqa: E501
     return markdown(
@@ -152,9 +156,9 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{r['tokens']:,}",
                 f"{r['responses']:,}, {r['longest']:,}",
                 f"{r['verls_advantages_seconds']:.2f}",
-                f"{statistics.median(r['added_seconds']):.2f} ({r['added_seconds'][0]:.2f}-{r['added_seconds'][-1]:.2f})",
+                "{:.2f} ({:.2f} to {:.2f})".format(added(r), *(r["added_seconds"][i] for i in (0, -1))),
                 f"{r['method_seconds']:.2f}",
-                f"{1e6 * statistics.median(r['added_seconds']) / r['tokens']:.2f}",
+                f"{1e6 * added(r) / r['tokens']:.2f}",
                 f"{r['added_bytes'] / 1e6:.0f}",
                 f"{r['added_peak_mib']:.0f}",
             ]
