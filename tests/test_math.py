@@ -8,7 +8,8 @@ import psutil
 import pytest
 
 from entropy_polarity.tasks import Problem, distinct_problems, make_task
-from entropy_polarity.tasks.math import PRESETS, MathTask, golds, grade
+from entropy_polarity.tasks.math import PRESETS, MathTask, grade
+from entropy_polarity.tasks.tables import golds
 
 pytest.importorskip("math_verify", reason="needs the extra [math]")
 datasets = pytest.importorskip("datasets")

@@ -30,7 +30,7 @@ from entropy_polarity.tasks.games import (
 )
 from entropy_polarity.tasks.workers import NoWorkerError
 
-STARTS = 3
+STARTS = 3  # episodes that are tried before a run, until one can be started
 
 
 @dataclass

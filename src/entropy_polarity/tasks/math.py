@@ -11,13 +11,14 @@ import functools
 import hashlib
 import importlib.util
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from entropy_polarity._errors import unknown_name
-from entropy_polarity.tasks import Messages, Problem, Score, Split
+from entropy_polarity.tasks import Problem, Score, Split
+from entropy_polarity.tasks.tables import FILES, is_one_table, read_problems
 from entropy_polarity.tasks.tools import known_tools
 from entropy_polarity.tasks.voting import merged
 from entropy_polarity.tasks.workers import DIED, OUT_OF_MEMORY, TIMED_OUT, Workers
@@ -25,11 +26,8 @@ from entropy_polarity.tasks.workers import DIED, OUT_OF_MEMORY, TIMED_OUT, Worke
 TEST_SHARE = 0.1
 MAX_ANSWER_CHARACTERS = 4000  # of a completion, from its end: where an answer stands
 SYSTEM = "Reason step by step, and put the final answer within \\boxed{}."
-PROMPT_COLUMNS = ("problem", "question", "prompt")
-ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "solution")
 GRADE, FIND, COMPARE = "grade", "find", "compare"  # what workers do
 CORRECT, WRONG, NOT_PARSED, FAILED = "correct", "wrong", "not parsed", "grading failed"
-_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 class Preset(NamedTuple):
@@ -149,13 +147,13 @@ def _problems(task: MathTask, split: Split) -> list[Problem]:
     if split == "train" and not source.split:
         raise ValueError(f"task {task.name} is for evaluation: it has no training problems; name a split to train on")
 
-    own_file = Path(source.test_split).suffix in _FILES
+    own_file = Path(source.test_split).suffix in FILES
 
     def table(name: str) -> list[Problem]:
         data, name = (name, "") if own_file and name == source.test_split else (source.data, name)
-        return _read(data, source.subset, name, task.prompt_column, task.answer_column, source.system)
+        return read_problems(data, source.subset, name, task.prompt_column, task.answer_column, source.system)
 
-    divided = source.split and _is_one_table(source.data) and not own_file
+    divided = source.split and is_one_table(source.data) and not own_file
     if divided or not source.test_split:
         problems = [problem for problem in table(source.split) if _is_test(problem.key) == (split == "test")]
     elif split == "test":
@@ -168,12 +166,6 @@ def _problems(task: MathTask, split: Split) -> list[Problem]:
     return problems
 
 
-def _is_one_table(data: str) -> bool:
-    """A file, or a folder with one table: the names of splits say nothing there."""
-    path = Path(data).expanduser()
-    return path.is_file() or (path.is_dir() and not (path / "dataset_dict.json").is_file())
-
-
 @functools.lru_cache(maxsize=8)
 def _order(count: int, seed: str) -> list[int]:
     return random.Random(seed).sample(range(count), count)
@@ -181,134 +173,6 @@ def _order(count: int, seed: str) -> list[int]:
 
 def _is_test(key: str) -> bool:
     return hashlib.sha256(key.encode()).digest()[0] < 256 * TEST_SHARE
-
-
-@functools.lru_cache(maxsize=4)
-def _read(data: str, subset: str, split: str, prompt: str, answer: str, system: str) -> list[Problem]:
-    """The different problems of a table, in its order. Of one that is there twice, the first answer counts."""
-    table = load_table(data, subset, split)
-    prompt_column = prompt or _usual(table, PROMPT_COLUMNS, "prompt_column", data)
-    answer_column = answer or _usual(table, ANSWER_COLUMNS, "answer_column", data)
-    problems: dict[str, Problem] = {}
-    for number, row in enumerate(_rows(table, data)):
-        try:
-            messages = _messages(_cell(row, prompt_column, data))
-            answers = golds(_cell(row, answer_column, data))
-        except TypeError as error:
-            raise ValueError(f"row {number} of {data}: {error}") from None
-        if not any(message["content"].strip() for message in messages) or not answers:
-            raise ValueError(f"row {number} of {data} has no problem or no answer in {prompt_column}, {answer_column}")
-        if system:
-            messages = [{"role": "system", "content": system}, *messages]
-        text = "\n\n".join(message["content"] for message in messages)
-        problems.setdefault(text, Problem(text, {"answers": answers}, text, messages))
-    return list(problems.values())
-
-
-def _rows(table: Any, data: str) -> Iterator[dict[str, Any]]:
-    try:
-        yield from table
-    except UnicodeDecodeError as error:  # text is decoded when it is looked at
-        raise ValueError(f"cannot read {data}: {error}") from None
-
-
-def _messages(asked: Any) -> Messages:
-    """Raises TypeError for what is no text and no messages."""
-    asked = "" if asked is None else asked
-    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-    fits = isinstance(messages, list) and all(isinstance(m, dict) and m.keys() >= {"role", "content"} for m in messages)
-    if not (fits and all(isinstance(message["content"], str) for message in messages)):
-        raise TypeError(f"a problem is text, or messages with role and content; it is {str(asked)[:60]!r}")
-    return [dict(message) for message in messages]
-
-
-def golds(answer: Any) -> list[str]:
-    """The accepted answers in a cell: a list is taken as it is; of a solution, what stands after #### or in its last
-    \\boxed{}. None and NaN are no answer; raises TypeError for a table of values.
-
-    >>> golds("6 * 12 = 72 #### 72"), golds("so it is \\\\boxed{1{,}000}"), golds(["1", "2"])
-    (['72'], ['1{,}000'], ['1', '2'])
-    """
-    if isinstance(answer, list | tuple):
-        return [text for part in answer for text in golds(part)]
-    if isinstance(answer, dict):
-        raise TypeError(f"an answer is text, a number or a list of them; it is {str(answer)[:60]!r}")
-    text = "" if answer is None or answer != answer else str(answer).strip()  # NaN is not itself
-    if "####" in text:
-        text = text.rsplit("####", 1)[1].strip().replace(",", "")
-    elif "\\boxed{" in text:
-        text = _braced(text.rsplit("\\boxed{", 1)[1])
-    return [text] if text else []
-
-
-def _braced(text: str) -> str:
-    """What stands before the brace that closes one opened before the text."""
-    depth = 1
-    for place, character in enumerate(text):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[:place]
-    return text
-
-
-def load_table(data: str, subset: str = "", split: str = "") -> Any:
-    """A table of rows: from a file or folder where `data` is a path, else from the hub or its cache on this machine.
-
-    Raises ValueError or OSError with a line that says what to do.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is in our line
-    path = Path(data).expanduser()
-    if not path.exists() and (path.suffix in _FILES or data.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"nothing at {data}: expected .jsonl, .json, .parquet, or a folder of save_to_disk")
-    try:
-        if path.is_file():
-            kind = _FILES.get(path.suffix, "json")
-            loaded = datasets.load_dataset(kind, data_files=str(path), split="train")
-        elif path.is_dir():
-            loaded = datasets.load_from_disk(str(path))
-        else:
-            loaded = datasets.load_dataset(data, subset or None, split=split or None)
-    # A reader of files may raise whatever it likes, StopIteration of an empty one included.
-    except Exception as error:
-        if path.exists():
-            raise ValueError(f"cannot read {data}: {_reason(error)}") from error
-        raise ConnectionError(
-            f"cannot load {data} from the hub ({_reason(error)}): with a network set HF_HUB_OFFLINE=0; without "
-            "one, give a local copy with --set task.data=PATH (.jsonl, .json, .parquet, or a folder of save_to_disk)"
-        ) from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise ValueError(f"{data} has no split {split!r}; it has {', '.join(map(str, loaded))}")
-        return loaded[split]
-    return loaded
-
-
-def _reason(error: BaseException) -> str:
-    """In a line: what a library wraps in its own error says more than that does."""
-    while isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    said = (str(error).splitlines() or [""])[0].rstrip(".")
-    return said or ("there is nothing in it" if isinstance(error, StopIteration) else type(error).__name__)
-
-
-def _usual(table: Any, names: tuple[str, ...], setting: str, data: str) -> str:
-    columns = table.column_names
-    for name in names:
-        if name.split(".")[0] in columns:
-            return name
-    raise ValueError(f"{data} has the columns {', '.join(columns)}: say which with --set task.{setting}=NAME")
-
-
-def _cell(row: dict[str, Any], column: str, data: str) -> Any:
-    found: Any = row
-    for part in column.split("."):
-        if not isinstance(found, dict) or part not in found:
-            raise ValueError(f"{data} has no column {column!r}; it has {', '.join(row)}")
-        found = found[part]
-    return found
 
 
 @functools.cache
