@@ -22,8 +22,8 @@ def is_one_table(data: str) -> bool:
 def read_problems(data: str, subset: str, split: str, prompt: str, answer: str, system: str) -> list[Problem]:
     """The different problems of a table, in its order, with their accepted answers in the fact "answers".
 
-    Columns that are not named are looked for under their usual names. Of a problem that is there twice, the first answer
-    counts. Raises ValueError or OSError, in a line, for a table or a row that does not fit.
+    Columns that are not named are looked for under their usual names. Of a problem that is there twice, the first
+    answer counts. Raises ValueError or OSError, in a line, for a table or a row that does not fit.
     """
     table = load_table(data, subset, split)
     prompt_column = prompt or _usual(table, PROMPT_COLUMNS, "prompt_column", data)
