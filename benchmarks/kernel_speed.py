@@ -1,6 +1,7 @@
 """Time, memory and error of the kernels beside those of other libraries, all in one process.
 
     OMP_NUM_THREADS=1 python benchmarks/kernel_speed.py --device cpu --output benchmarks/results/kernels_cpu.json
+    python benchmarks/kernel_speed.py --device cuda --output benchmarks/results/kernels_cuda.json
     python benchmarks/kernel_speed.py --device cuda --tune --output benchmarks/results/kernels_cuda.json
     python benchmarks/kernel_speed.py --table    # docs/performance.md's tables and figure, from the result files
 
@@ -688,7 +689,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: every path of this script, no figure of use")
-    parser.add_argument("--tune", action="store_true", help="also sweep block sizes, warps and tiles (cuda only)")
+    parser.add_argument("--tune", action="store_true", help="sweep block sizes, warps and tiles instead")
     parser.add_argument("--only", choices=list(CONTESTANTS), help="one kind of section")
     parser.add_argument("--output", type=Path, help="a result file, written again after each section")
     parser.add_argument("--table", nargs="*", type=Path, metavar="FILE", help="write docs/performance.md from results")
@@ -711,11 +712,14 @@ def main() -> None:
         "benchmark": "kernels",
         "device": arguments.device,
         "environment": machine(arguments.device),
+        "sections": [],
     }
     if arguments.tune:
+        if arguments.output is not None and arguments.output.is_file():
+            result = json.loads(arguments.output.read_text(encoding="utf-8"))
         result["tune"] = tune(arguments.device, arguments.quick)
         save(result, arguments.output)
-    result["sections"] = []
+        return
     for section in sections(arguments.device, arguments.quick):
         if arguments.only in (None, section.kind):
             result["sections"].append(measure(section, arguments.device))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import kept_memory
-from blocks import filled
+from blocks import filled, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, FIGURE = ROOT / "docs/performance.md", ROOT / "docs/growth.svg"
@@ -36,12 +36,13 @@ def page(text: str, results: list[Result]) -> str:
     cpu, cuda = (_find(results, "kernels", device) for device in ("cpu", "cuda"))
     code, kept = _find(results, "kernel_code"), _find(results, "kept_memory")
     blocks = {
-        "kernels:budgets": budgets(cpu, cuda, _find(results, "trainer_step")),
+        "kernels:budgets": budgets(cpu, cuda, *(_find(results, "trainer_step", device) for device in (None, "cuda"))),
         "kernels:cpu": tables(cpu),
         "kernels:growth": growth(cpu),
         "kernels:cuda": "\n\n".join(filter(None, [tables(cuda), growth(cuda) if cuda else "", tuned(cuda)])),
         "kept_memory": kept_memory.block(kept) if kept else MISSING,
         "kernel_code": instructions(code),
+        "accelerator": parts(_find(results, "accelerator")),
     }
     return filled(text, blocks, PAGE.name)
 
@@ -197,11 +198,15 @@ def share_of_ceiling(section: Result, r: Result) -> float | None:
 # Budgets
 
 
-def budgets(cpu: Result, cuda: Result, trainer: Result) -> str:
+def budgets(cpu: Result, cuda: Result, trainer: Result, gpu_trainer: Result) -> str:
     """The budgets, and beside each what was measured."""
     rows = [
         ("training step with all statistics and PAPO", "TRL's GRPO step", "time ≤ 1.02",
          *_trainer(trainer, "papo_to_grpo", 1.02)),
+        ("the same, GPU, a model of 0.6B parameters", "TRL's GRPO step", "time ≤ 1.02",
+         *_trainer(gpu_trainer, "papo_to_grpo", 1.02)),
+        ("an update of it, without generation", "TRL's GRPO update", "time ≤ 1.02",
+         *_trainer(gpu_trainer, "papo_update_to_grpo_update", 1.02)),
         ("training step with a forecast of its update", "the step without", "time ≤ 1.05",
          *_trainer(trainer, "forecast_to_papo", 1.05)),
         ("training step with exact signs on every rollout, one update each", "the step with local ones", "none",
@@ -341,6 +346,18 @@ def tuned(result: Result) -> str:
             constants = ", ".join(f"{key} {value:,}" for key, value in r.items() if key.isupper())
             lines.append(f"| {name} | {constants} | {_ms(statistics.median(r['seconds']))} |")
     return "\n".join(lines)
+
+
+def parts(run: Result) -> str:
+    """What benchmarks/accelerator.py did on a GPU, part by part."""
+    if not run or run["rehearsal"]:
+        return MISSING
+    environment = run["environment"]
+    rows = [
+        [name, part["status"], f"{part.get('seconds', 0):.0f}", str(part.get("found") or part.get("why", ""))[:300]]
+        for name, part in run["parts"].items()
+    ]
+    return f"{environment['card']}; {environment['date'][:10]}.\n\n" + markdown(["part", "", "seconds", "found"], rows)
 
 
 def instructions(code: Result) -> str:
