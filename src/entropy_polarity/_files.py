@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import stat
 import time
 import warnings
@@ -63,7 +64,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     draft.mkdir()
-    yield draft
+    try:
+        yield draft
+    except BaseException:
+        shutil.rmtree(draft)
+        raise
     for file in draft.rglob("*"):
         if file.is_file():
             sync_file(file)
@@ -117,6 +122,7 @@ def locked(folder: Path, what: str = "process", patience: float = 0.0) -> Iterat
     Yields the handle: a process that inherits it holds the lock too. Raises BlockingIOError where another process has
     it for longer than `patience` seconds; `what` is what that is called. A file system without locks gives a warning.
     """
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "ab", opener=_without_links) as file:
         until = time.monotonic() + patience
@@ -124,7 +130,13 @@ def locked(folder: Path, what: str = "process", patience: float = 0.0) -> Iterat
             if time.monotonic() >= until:
                 raise BlockingIOError(f"another {what} is at work in {folder}: wait for it, or give another --output")
             time.sleep(_LOOK)
-        yield file.fileno()
+        try:
+            yield file.fileno()
+        except BaseException:
+            if made and [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it: the place is free
+                (folder / LOCK).unlink()
+                folder.rmdir()
+            raise
 
 
 def _taken(handle: int, folder: Path) -> bool:

@@ -91,6 +91,8 @@ def check(folder: Path, *, policy_only: bool = False) -> bool:
         raise ValueError(f"{folder} was not saved to its end")
     if "files" not in saved:
         return False
+    if not _are_sums(saved["files"]):
+        raise ValueError(f"{folder / STATE_FILE} is damaged: its sums are none")
     sums = {name: kept for name, kept in saved["files"].items() if not (policy_only and _TRAINING.match(name))}
     for name, (size, _) in sums.items():
         if not (folder / name).is_file():
@@ -111,13 +113,14 @@ def refuse_broken(
     *,
     policy_only: bool = False,
 ) -> bool:
-    """As `check`, but the ValueError also offers the last whole checkpoint beside it, in the words of `go_on`."""
+    """As `check`, but the error also offers the last whole checkpoint beside it, in the words of `go_on`."""
     try:
         return check(folder, policy_only=policy_only)
     except (ValueError, OSError) as error:
         beside = [c for c in reversed(checkpoints(folder.parent)) if c.name != folder.name]
         whole = next((c for c in beside if finished(c, not policy_only) and _whole(c, policy_only)), None)
-        raise ValueError(f"{error}; {otherwise if whole is None else go_on(whole)}") from None
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{error}; {otherwise if whole is None else go_on(whole)}") from None
 
 
 def rotate(newest: Path, limit: int | None, best: Path | None = None) -> None:
@@ -151,6 +154,12 @@ def _ours(path: Path) -> bool:
         return read_state(path).get("folder", path.name) == path.name
     except ValueError:
         return True
+
+
+def _are_sums(files: Any) -> bool:
+    return isinstance(files, dict) and all(
+        isinstance(kept, list) and [type(value) for value in kept] == [int, str] for kept in files.values()
+    )
 
 
 def _whole(checkpoint: Path, policy_only: bool) -> bool:
