@@ -105,12 +105,8 @@ def test_a_flipped_bit_anywhere_in_the_state_itself_is_seen(tmp_path):
         content = bytearray(whole)
         content[position] ^= 1 << (position % 7)
         (checkpoint / STATE_FILE).write_bytes(content)
-        try:
+        with pytest.raises(ValueError, match=STATE_FILE):
             check(checkpoint)
-        except ValueError as error:
-            assert STATE_FILE in str(error)
-        else:  # one space between two values for another
-            assert json.loads(content) == json.loads(whole), position
 
 
 @pytest.mark.parametrize(
