@@ -19,12 +19,17 @@ SOURCE = Path(_files.__file__).parent
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
     path = tmp_path / "a.txt"
     write_text(path, "old λ")
-    with pytest.raises(RuntimeError), replacing(path) as file:
-        file.write(b"half of the n")
-        assert path.read_text(encoding="utf-8") == "old λ"
-        (draft,) = set(tmp_path.iterdir()) - {path}
-        assert DRAFT.fullmatch(draft.name)["name"] == "a.txt"
-        raise RuntimeError
+
+    def killed_half_way():
+        with replacing(path) as file:
+            file.write(b"half of the n")
+            assert path.read_text(encoding="utf-8") == "old λ"
+            (draft,) = set(tmp_path.iterdir()) - {path}
+            assert DRAFT.fullmatch(draft.name)["name"] == "a.txt"
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        killed_half_way()
     assert path.read_text(encoding="utf-8") == "old λ"
     write_text(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
@@ -91,9 +96,13 @@ def test_a_folder_whose_links_lead_out_of_it_is_refused(tmp_path):
 
 
 def test_a_new_folder_is_there_when_it_is_full(tmp_path):
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "deep/policy") as folder:
-        (folder / "config.json").write_text("{}")
-        raise RuntimeError
+    def killed_half_way():
+        with new_folder(tmp_path / "deep/policy") as folder:
+            (folder / "config.json").write_text("{}")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        killed_half_way()
     assert not list((tmp_path / "deep").iterdir())
     with new_folder(tmp_path / "deep/other") as folder:
         (folder / "config.json").write_text("{}")
@@ -115,7 +124,7 @@ def test_the_second_process_is_refused_and_a_killed_one_holds_nothing(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(BlockingIOError, match="another process is at work in .*run"), locked(tmp_path / "run"):
+        with pytest.raises(BlockingIOError, match=r"another process is at work in .*run:"), locked(tmp_path / "run"):
             pass
     finally:
         holder.send_signal(signal.SIGKILL)
@@ -124,6 +133,12 @@ def test_the_second_process_is_refused_and_a_killed_one_holds_nothing(tmp_path):
         pass
     with locked(tmp_path / "run"):  # and it can be taken again in one process
         pass
+
+
+def test_a_place_in_which_nothing_came_is_free_again(tmp_path):
+    with pytest.raises(RuntimeError), locked(tmp_path / "run"):
+        raise RuntimeError
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_lock_is_not_put_through_a_link(tmp_path):

@@ -1,4 +1,4 @@
-"""Going on with a run whose folder is not as it was left: whole or refused in one line, and nobody's files are touched."""
+"""Going on with a run whose folder is not as it was left: whole or refused in one line, nobody's files touched."""
 
 import json
 import os
