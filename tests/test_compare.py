@@ -258,7 +258,7 @@ def test_a_run_killed_while_it_was_made_is_made_again(scripted, tmp_path):
     (unborn / "checkpoints").mkdir(parents=True)
     (tmp_path / "c/lock").touch()
     (unborn / "environment.json").write_text("{}")
-    (unborn / "summary.json.part").write_text('{"stat')
+    (unborn / "summary.json.0123456789abcdef.part").write_text('{"stat')
     compare(plan_of("grpo", seeds=[0]), tmp_path / "c")
     (unborn / "config.toml").unlink()
     (unborn / "thesis.txt").write_text("all of it")

@@ -24,6 +24,7 @@ TRAINERS = {
     "episodes",
     "tasks",
     "record",
+    "checkpoints",
     "method_state",
 }
 ALLOWED = {
@@ -51,7 +52,9 @@ ALLOWED = {
     "phase": set(),
     "tasks": set(),
     "recipe": set(),
-    "record": {"method_state"},
+    "record": {"checkpoints", "resuming"},
+    "resuming": {"checkpoints"},
+    "checkpoints": {"method_state"},
     "method_state": {"phase"},
 }
 SHARED = {room for room in ROOMS if room.startswith("_")} - {"__init__"}  # small helpers, open to every room

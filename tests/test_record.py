@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from entropy_polarity.checkpoints import begin, finish
 from entropy_polarity.recipe import load_recipe
 from entropy_polarity.record import TOKEN_COLUMNS, Run, RunWriter, checkpoint_step, environment, last_checkpoint
 
 nan, inf = math.nan, math.inf
-CONFIG = {"seed": 3, "task": {"name": "countdown", "numbers": [3, 4]}, "trainer": {"learning_rate": 1e-4}}
+CONFIG = {
+    "seed": 3,
+    "task": {"name": "countdown", "numbers": [3, 4]},
+    "trainer": {"learning_rate": 1e-4},
+    "record": {"completions": 1},
+}
 
 
 def columns(*polarities: float) -> dict[str, list]:
@@ -28,12 +34,12 @@ def train(writer: RunWriter, steps: range, note: str = "") -> None:
         writer.rollouts([{"step": step, "rollout": 0, "completion": f"1+{step}", "note": note}], columns(0.5, -0.25))
 
 
-def checkpoint(directory: Path, step: int, whole: bool = True) -> Path:
+def checkpoint(directory: Path, step: int, whole: bool = True, resumable: bool = True) -> Path:
     folder = directory / "checkpoints" / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
+    begin(folder)
     (folder / "model.safetensors").write_text("weights")
     if whole:
-        (folder / "polarity_state.json").write_text('{"resumable": true}')
+        finish(folder, "papo", {}, {}, resumable)
     return folder
 
 
@@ -107,8 +113,9 @@ def test_the_recipe_of_a_run_is_read_back_as_it_was(directory):
 
 
 def test_settings_that_are_none_are_left_out_of_the_config(directory):
-    RunWriter.create(directory, {"a": None, "b": {"c": None, "d": [{"e": None, "f": 1}]}}, seed=0)
-    assert Run.read(directory).config == {"b": {"d": [{"f": 1}]}}
+    kept = {"record": {"completions": 1}}
+    RunWriter.create(directory, {"a": None, "b": {"c": None, "d": [{"e": None, "f": 1}]}} | kept, seed=0)
+    assert Run.read(directory).config == {"b": {"d": [{"f": 1}]}} | kept
 
 
 def test_the_environment_says_with_what_and_by_which_seed():
@@ -222,8 +229,9 @@ def test_summary_and_report_are_replaced_in_one_move(writer, directory):
 
 def test_a_checkpoint_inside_a_rollout_is_evaluated_but_not_resumed(writer, directory):
     """The run ended at 5, inside a rollout: its policy is that of 5, and it goes on from 4."""
+    train(writer, range(1, 6))
     checkpoint(directory, 4)
-    (checkpoint(directory, 5) / "polarity_state.json").write_text('{"resumable": false}')
+    checkpoint(directory, 5, resumable=False)
     assert last_checkpoint(directory).name == "checkpoint-5"
     _, found = RunWriter.resume(directory, CONFIG)
     assert found.name == "checkpoint-4"
@@ -231,6 +239,7 @@ def test_a_checkpoint_inside_a_rollout_is_evaluated_but_not_resumed(writer, dire
 
 def test_resuming_leaves_what_others_wrote_beside_the_checkpoints(writer, directory):
     """TensorBoard and completion logs live in the trainer's output folder too."""
+    train(writer, range(1, 3))
     checkpoint(directory, 2)
     logs = directory / "checkpoints" / "runs" / "events.tfevents"
     logs.parent.mkdir()

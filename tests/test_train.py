@@ -164,12 +164,8 @@ def test_one_checkpoint_is_kept_whole_when_only_one_is_kept(tmp_path, monkeypatc
     from entropy_polarity.trainers import trl as module
 
     seen = []
-    rotate = module.rotate_checkpoints
-    monkeypatch.setattr(
-        module,
-        "rotate_checkpoints",
-        lambda folder, **k: seen.append(last_checkpoint(tmp_path / "run")) or rotate(folder, **k),
-    )
+    rotate = module.rotate
+    monkeypatch.setattr(module, "rotate", lambda *a: seen.append(last_checkpoint(tmp_path / "run")) or rotate(*a))
     train(small_recipe("trainer.save_total_limit=1"), tmp_path / "run")
     assert [checkpoint.name for checkpoint in seen] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert [p.name for p in (tmp_path / "run/checkpoints").glob("checkpoint-*")] == ["checkpoint-6"]

@@ -512,7 +512,15 @@ def test_checkpoints_that_cannot_be_resumed_say_why(tmp_path):
     other = make_trainer(PolarityTrainer, tmp_path / "other", max_steps=4, method=("grpo", {}))
     with pytest.raises(ValueError, match="with method 'papo', not 'grpo'"):
         other.train(resume_from_checkpoint=str(folder))
-    (folder / STATE_FILE).unlink()
     again = make_trainer(PolarityTrainer, tmp_path / "again", max_steps=4)
+    for name in ("optimizer.pt", "model.safetensors"):
+        kept = (folder / name).read_bytes()
+        (folder / name).unlink()
+        with pytest.raises(FileNotFoundError, match=f"{name} is missing; no other checkpoint beside it is whole"):
+            again.train(resume_from_checkpoint=str(folder))
+        (folder / name).write_bytes(kept)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        again.train(resume_from_checkpoint=str(tmp_path / "nothing"))
+    (folder / STATE_FILE).unlink()
     with pytest.raises(FileNotFoundError, match=STATE_FILE):
         again.train(resume_from_checkpoint=str(folder))

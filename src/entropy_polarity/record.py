@@ -8,20 +8,13 @@ tokens/            their per-token columns, one Parquet file a rollout
 checkpoints/       what training resumes from
 summary.json       status, evaluation before and after
 report.html        the page
+lock               held by the process that works here
 """
 
 import json
 import math
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +22,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tomli_w
 
-from entropy_polarity.method_state import STATE_FILE
-
-CONFIG, ENVIRONMENT, METRICS, ROLLOUTS = "config.toml", "environment.json", "metrics.jsonl", "rollouts.jsonl"
-TOKENS, CHECKPOINTS, SUMMARY, REPORT = "tokens", "checkpoints", "summary.json", "report.html"
-CHECKPOINT_PREFIX = "checkpoint-"
+from entropy_polarity._environment import environment
+from entropy_polarity._files import LOCK, append_text, refuse_links, replacing, sync_file, write_text
+from entropy_polarity._reading import (
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    REPORT,
+    ROLLOUTS,
+    SUMMARY,
+    TOKENS,
+    json_object,
+    read_config,
+    read_summary,
+    whole_rows,
+)
+from entropy_polarity.checkpoints import checkpoint_step, last_of
+from entropy_polarity.resuming import drop_after, refuse_in_the_way, refuse_lost_rows, rows_until, to_resume
 
 TOKEN_COLUMNS = pa.schema(
     [
@@ -63,36 +69,40 @@ class RunWriter:
         (directory / TOKENS).mkdir(parents=True, exist_ok=True)
         (directory / CHECKPOINTS).mkdir(exist_ok=True)
         writer = cls(directory)
-        _write(directory / ENVIRONMENT, json.dumps(environment(seed), indent=2))
+        write_text(directory / ENVIRONMENT, json.dumps(environment(seed), indent=2))
         writer.write_summary({"status": "running"})
-        _write(directory / CONFIG, tomli_w.dumps(_without_none(config)))  # last: now it is a run
+        write_text(directory / CONFIG, tomli_w.dumps(_without_none(config)))  # last: now it is a run
         return writer
 
     @classmethod
-    def resume(cls, directory: Path, config: dict[str, Any]) -> "tuple[RunWriter, Path | None]":
+    def resume(
+        cls,
+        directory: Path,
+        config: dict[str, Any],
+        step: int | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> "tuple[RunWriter, Path | None]":
         """The writer of an existing run and its last whole checkpoint; what was written after that is dropped.
 
-        `config` takes the place of the old one: a resumed run may be longer.
+        `config` takes the place of the old one: a resumed run may be longer. With `step` it goes on from the
+        checkpoint of that step (0: from the beginning), whatever became of later ones and of the record before it.
+        Raises ValueError or OSError, before anything is changed, where the checkpoint or the record is not whole, or
+        something else stands where checkpoints will be written.
         """
-        if not (directory / CONFIG).is_file():
-            raise FileNotFoundError(f"{directory} holds no run: {CONFIG} is missing")
-        writer, checkpoint = cls(directory), last_checkpoint(directory, resumable=True)
-        writer._truncate(0 if checkpoint is None else checkpoint_step(checkpoint))
-        _write(directory / CONFIG, tomli_w.dumps(_without_none(config)))
-        return writer, checkpoint
-
-    def _truncate(self, step: int) -> None:
-        for name in (METRICS, ROLLOUTS):
-            path = self.directory / name
-            if path.exists():
-                _write(path, "".join(json.dumps(row) + "\n" for row in _rows(path) if row["step"] <= step))
-        for path in (self.directory / TOKENS).iterdir():
-            if not path.stem.isdigit() or int(path.stem) > step:
-                path.unlink()
-        # Only checkpoints: a logger of the user's may write beside them.
-        for path in _checkpoints(self.directory):
-            if not (path / STATE_FILE).is_file() or checkpoint_step(path) > step:
-                shutil.rmtree(path)
+        refuse_links(directory)
+        written = read_config(directory)
+        checkpoint = to_resume(directory, step, say)
+        reached = 0 if checkpoint is None else checkpoint_step(checkpoint)
+        refuse_in_the_way(directory, reached, config.get("trainer", {}).get("max_steps", 0))
+        kept = {name: rows_until(directory / name, reached) for name in (METRICS, ROLLOUTS)}
+        if step is None:
+            refuse_lost_rows(directory, reached, kept, recorded=written["record"]["completions"] > 0)
+        for name, (rows, _) in kept.items():
+            if (directory / name).exists():
+                write_text(directory / name, "".join(json.dumps(row) + "\n" for row in rows))
+        drop_after(directory, reached)
+        write_text(directory / CONFIG, tomli_w.dumps(_without_none(config)))
+        return cls(directory), checkpoint
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Append a step's line; not-a-number becomes null, as JSON has none."""
@@ -100,21 +110,24 @@ class RunWriter:
 
     def rollouts(self, rows: list[dict[str, Any]], tokens: dict[str, list[Any]]) -> None:
         """Append the sampled completions of one step, and their token columns (as in TOKEN_COLUMNS)."""
-        path = self.directory / TOKENS / f"{rows[0]['step']:06d}.parquet"
-        draft = path.with_suffix(".part")
-        pq.write_table(pa.table(tokens, schema=TOKEN_COLUMNS), draft)
-        draft.replace(path)
+        with replacing(self.directory / TOKENS / f"{rows[0]['step']:06d}.parquet") as file:
+            pq.write_table(pa.table(tokens, schema=TOKEN_COLUMNS), file)
         self._append(ROLLOUTS, rows)  # last: a line in this file promises its tokens
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        with (self.directory / name).open("a") as file:
-            file.write("".join(json.dumps(_jsonable(row)) + "\n" for row in rows))
+        append_text(self.directory / name, "".join(json.dumps(_jsonable(row)) + "\n" for row in rows))
+
+    def sync(self) -> None:
+        """Put the lines so far on the disk: a checkpoint must not be there before those that lead to it."""
+        for name in (METRICS, ROLLOUTS):
+            if (self.directory / name).exists():
+                sync_file(self.directory / name)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        _write(self.directory / SUMMARY, json.dumps(_jsonable(summary), indent=2))
+        write_text(self.directory / SUMMARY, json.dumps(_jsonable(summary), indent=2))
 
     def write_report(self, html: str) -> Path:
-        _write(self.directory / REPORT, html)
+        write_text(self.directory / REPORT, html)
         return self.directory / REPORT
 
 
@@ -131,16 +144,15 @@ class Run:
 
     @classmethod
     def read(cls, directory: Path) -> "Run":
-        """Raises FileNotFoundError if `directory` holds no run. A line cut off by a kill is left out."""
-        if not (directory / CONFIG).is_file():
-            raise FileNotFoundError(f"{directory} holds no run: {CONFIG} is missing")
+        """Raises FileNotFoundError if `directory` holds no run, ValueError for the first file that is damaged. A line
+        cut off by a kill is left out."""
         return cls(
             directory,
-            tomllib.loads((directory / CONFIG).read_text()),
-            json.loads((directory / ENVIRONMENT).read_text()),
-            list(_rows(directory / METRICS)),
-            list(_rows(directory / ROLLOUTS)),
-            json.loads((directory / SUMMARY).read_text()),
+            read_config(directory),
+            json_object(directory / ENVIRONMENT, "write {} into it to go on without"),
+            whole_rows(directory / METRICS),
+            whole_rows(directory / ROLLOUTS),
+            read_summary(directory),
         )
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
@@ -149,8 +161,15 @@ class Run:
         return [row["step"] for row in rows], [row[name] for row in rows]
 
     def tokens(self, step: int) -> list[dict[str, Any]]:
-        """The token rows of the rollouts recorded at `step`."""
-        return pq.read_table(self.directory / TOKENS / f"{step:06d}.parquet").to_pylist()
+        """The token rows of the rollouts recorded at `step`. Raises FileNotFoundError or ValueError, which names the
+        file, where they are gone or damaged."""
+        path = self.directory / TOKENS / f"{step:06d}.parquet"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing")
+        try:
+            return pq.read_table(path).select(TOKEN_COLUMNS.names).cast(TOKEN_COLUMNS).to_pylist()
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{path} is damaged ({error})") from None
 
 
 def refuse_occupied(directory: Path) -> None:
@@ -159,93 +178,17 @@ def refuse_occupied(directory: Path) -> None:
         raise FileExistsError(
             f"{directory} already holds a run: give another --output, or --resume {directory} to go on with it"
         )
-    if directory.exists() and (not directory.is_dir() or any(not path.is_dir() for path in directory.rglob("*"))):
+    if directory.exists() and (not directory.is_dir() or any(map(_is_somebodys, directory.rglob("*")))):
         raise FileExistsError(f"{directory} is not an empty folder: give another --output")
 
 
-def checkpoint_step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
+def _is_somebodys(path: Path) -> bool:
+    return path.is_symlink() or not (path.is_dir() or path.name == LOCK)
 
 
 def last_checkpoint(directory: Path, *, resumable: bool = False) -> Path | None:
-    """The newest checkpoint that was written to its end; None if there is none.
-
-    With `resumable` only those that fall between rollouts: a run that ended inside one keeps its last policy, but
-    goes on from before.
-    """
-    whole = [c for c in _checkpoints(directory) if (c / STATE_FILE).is_file()]
-    if resumable:
-        whole = [c for c in whole if json.loads((c / STATE_FILE).read_text())["resumable"]]
-    return max(whole, key=checkpoint_step, default=None)
-
-
-def _checkpoints(directory: Path) -> list[Path]:
-    found = (directory / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*")
-    return [path for path in found if path.name.removeprefix(CHECKPOINT_PREFIX).isdigit()]
-
-
-def environment(seed: int) -> dict[str, Any]:
-    """Where and with what a run was made."""
-    packages = ("entropy-polarity", "torch", "transformers", "trl", "accelerate", "datasets", "numpy", "peft")
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": seed,
-        "python": platform.python_version(),
-        "packages": {name: found for name in packages if (found := _version(name))},
-        "commit": _commit(),
-        "machine": {
-            "system": platform.platform(),
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": os.environ.get("OMP_NUM_THREADS"),
-        },
-        "command": sys.argv[1:],
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the source tree this code runs from; None for an installed package."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    with path.open() as file:
-        for line in file:
-            if not line.endswith("\n"):
-                return  # the writer was killed inside this line
-            yield json.loads(line)
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace the file in one move: a reader sees the old text or the new one."""
-    draft = path.with_name(f"{path.name}.part")
-    draft.write_text(text)
-    draft.replace(path)
+    """The newest checkpoint of a run that was written to its end; None if there is none. As `checkpoints.last_of`."""
+    return last_of(directory / CHECKPOINTS, resumable=resumable)
 
 
 def _jsonable(value: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from entropy_polarity._errors import check_settings
+from entropy_polarity._reading import read_config
 from entropy_polarity.cli.common import Json, Overrides, print_json
 from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, apply_override, load_recipe, with_flags
 from entropy_polarity.report.terminal import print_estimates, print_evaluation
@@ -22,6 +23,7 @@ def train(
     seed: int | None = None,
     model: str | None = None,
     resume: Path | None = None,
+    from_checkpoint: int | None = None,
     overrides: Overrides = (),
     as_json: Json = False,
 ) -> None:
@@ -37,8 +39,12 @@ def train(
         seed: seed of prompts, sampling and training
         model: "embedded", or a folder with a Hugging Face causal language model
         resume: a run directory to go on with, from its last checkpoint (its own recipe is used)
+        from_checkpoint: with --resume: the step of the checkpoint to go on from, 0 for the beginning. Later steps and
+            checkpoints of the run are dropped, and what is lost of the record before it stays lost
         overrides: any key of the recipe, e.g. trainer.learning_rate=1e-4; can be repeated
     """
+    if from_checkpoint is not None and resume is None:
+        raise ValueError(f"--from-checkpoint {from_checkpoint} needs --resume DIR, the run whose checkpoint it is")
     chosen, directory = _what_to_train(recipe, output, task, method, max_steps, seed, model, resume, overrides)
 
     from entropy_polarity.experiments.train import train as run
@@ -46,7 +52,9 @@ def train(
 
     steps = chosen.trainer.get("max_steps", -1)
     with LiveView(chosen.title or str(directory), steps, sys.stderr if as_json else sys.stdout) as view:
-        summary = run(chosen, directory, resume=resume is not None, watch=view.watch, say=view.say)
+        summary = run(
+            chosen, directory, resume=resume is not None, from_step=from_checkpoint, watch=view.watch, say=view.say
+        )
     if as_json:
         print_json({"run": str(directory), **summary})
     else:
@@ -85,8 +93,7 @@ def _what_to_train(
         raise ValueError(
             f"{what} cannot be given with --resume: a resumed run keeps its recipe (only --max-steps may change)"
         )
-    if not (resume / "config.toml").is_file():
-        raise FileNotFoundError(f"{resume} holds no run to resume: config.toml is missing")
+    read_config(resume)
     return with_flags(load_recipe(str(resume / "config.toml")), max_steps=max_steps), resume
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from entropy_polarity._files import DRAFT, LOCK, locked, refuse_links, replacing, write_text
 from entropy_polarity.audit import Audit, TokenAccount
 from entropy_polarity.exact import Sequences, untouched
 from entropy_polarity.experiments.audit_summary import MAPPED, asymmetry, by_token, summarise
@@ -37,7 +38,7 @@ from entropy_polarity.trainers.auditing import UpdateAuditor
 AUDIT, PAGE = "audit.json", "audit.html"
 RUN, TOKENS = "seed-{}.json", "tokens-{}.npz"  # what a finished seed leaves
 Watch = Callable[[int, int, float, float], None]
-_OURS = re.compile(r"(part-)?(audit\.(json|html)|seed-\d+\.json|tokens-\d+\.npz)(\.part)?|trainer")
+_OURS = re.compile(rf"(part-)?(audit\.(json|html)|seed-\d+\.json|tokens-\d+\.npz)(\.part)?|trainer|{LOCK}")
 LEAST = 4  # updates: three after the first, of which a forecast by what came is judged
 # One update a rollout, made by the policy that sampled it.
 ON_POLICY = (
@@ -106,8 +107,9 @@ def audit(
             "seeds, at least one"
         )
     _refuse_foreign(output)
-    kept = {seed: _finished(recipe, seed, output) for seed in seeds}
-    runs = [found or _run(recipe, seed, task, output, watch) for seed, found in kept.items()]
+    with locked(output, "audit"):
+        kept = {seed: _finished(recipe, seed, output) for seed in seeds}
+        runs = [found or _run(recipe, seed, task, output, watch) for seed, found in kept.items()]
     tokens = [_read_tokens(output / TOKENS.format(seed)) for seed in seeds]
     document = {
         "audit": 2,  # version of this layout
@@ -136,15 +138,18 @@ def audited_before(file: Path, output: Path | None = None) -> dict[str, Any]:
 def _written(document: dict[str, Any], output: Path) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     write_document(output / AUDIT, document)
-    (output / PAGE).write_text(render_audit(document))
+    write_text(output / PAGE, render_audit(document))
     return document
 
 
 def _refuse_foreign(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file: give a folder as --output")
-    if strange := sorted(p.name for p in output.glob("*") if not _OURS.fullmatch(p.name)):
+    drafted = ((DRAFT.fullmatch(p.name), p.name) for p in output.glob("*"))
+    names = (draft["name"] if draft else name for draft, name in drafted)
+    if strange := sorted(name for name in names if not _OURS.fullmatch(name)):
         raise FileExistsError(f"{output} is no folder of an audit (it holds {strange[0]}): give another --output")
+    refuse_links(output)
 
 
 def _finished(recipe: Recipe, seed: int, output: Path) -> dict[str, Any] | None:
@@ -154,9 +159,9 @@ def _finished(recipe: Recipe, seed: int, output: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        run = json.loads(file.read_text())
+        run = json.loads(file.read_text(encoding="utf-8"))
         same = run["recipe"] == json.loads(json.dumps(_portable(recipe)))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}): remove it, and the seed is trained again") from None
     if not same:
         raise ValueError(f"{output} holds an audit of another recipe: give another --output")
@@ -226,9 +231,8 @@ def _write_tokens(file: Path, updates: Sequence[TokenAccount]) -> None:
         name: torch.cat(column).numpy()
         for name, column in zip(TokenAccount._fields, zip(*updates, strict=True), strict=True)
     }
-    draft = file.with_name(f"part-{file.name}")
-    np.savez_compressed(draft, allow_pickle=False, **columns)
-    draft.replace(file)
+    with replacing(file) as written:
+        np.savez_compressed(written, allow_pickle=False, **columns)
 
 
 def _read_tokens(file: Path) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 import gc
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from entropy_polarity._errors import unknown_name
+from entropy_polarity._files import append_text, locked, write_text
 from entropy_polarity.episodes import check_starts
 from entropy_polarity.evaluate import Attempts, attempt, check_counts
 from entropy_polarity.experiments.models import labelled, settle_task, weights_of
@@ -95,8 +97,11 @@ def evaluate_models(
         check_starts(judged, chosen)
     attempts: dict[str, list[Attempts]] = {}
     batch_sizes: dict[str, list[int]] = {}
-    for label, place in weights.items():
-        attempts[label], batch_sizes[label] = _attempts_of(label, place, judged, chosen, settings, output, say)
+    with nullcontext() if output is None else locked(output, "evaluation"):
+        if output is not None:
+            refuse_occupied(output)  # again: another evaluation may just have ended there
+        for label, place in weights.items():
+            attempts[label], batch_sizes[label] = _attempts_of(label, place, judged, chosen, settings, output, say)
     document = {
         "evaluation": 1,  # version of this layout
         "task": of_task,
@@ -110,7 +115,7 @@ def evaluate_models(
         document["models"][label] = {"model": weights[label], "batch_sizes": batch_sizes[label], **found}
     if output is not None:
         write_document(output / EVALUATION, document)
-        (output / PAGE).write_text(render_evaluation(document, examples(attempts)))
+        write_text(output / PAGE, render_evaluation(document, examples(attempts)))
     return document
 
 
@@ -129,7 +134,6 @@ def _attempts_of(
         say(f"{label}, seed {seed}: {settings.problems} problems x {settings.samples} samples")
         made.append(_attempted(generator, task, problems, seed, settings, made[0].greedy if made else None))
         if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
             _append(output / PROBLEMS, label, seed, made[-1])
     batch_sizes = generator.batch_sizes
     del generator
@@ -226,19 +230,18 @@ def _attempted(
 
 def _append(path: Path, label: str, seed: int, made: Attempts) -> None:
     """A line for each problem: what was asked, what is right, and every attempt."""
-    with path.open("a") as file:
-        for number, (problem, row, greedy) in enumerate(zip(made.problems, made.sampled, made.greedy, strict=True)):
-            line = {
-                "model": label,
-                "seed": seed,
-                "problem": number,
-                "prompt": problem.prompt,
-                "facts": problem.facts,
-                "successes": sum(one.right for one in row),
-                "samples": [one.to_json() for one in row],
-                "greedy": greedy.to_json(),
-            }
-            file.write(json.dumps(line, default=str) + "\n")
+    for number, (problem, row, greedy) in enumerate(zip(made.problems, made.sampled, made.greedy, strict=True)):
+        line = {
+            "model": label,
+            "seed": seed,
+            "problem": number,
+            "prompt": problem.prompt,
+            "facts": problem.facts,
+            "successes": sum(one.right for one in row),
+            "samples": [one.to_json() for one in row],
+            "greedy": greedy.to_json(),
+        }
+        append_text(path, json.dumps(line, default=str) + "\n")
 
 
 def examples(attempts: dict[str, list[Attempts]]) -> list[dict[str, Any]]:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from entropy_polarity.checkpoints import refuse_broken
+from entropy_polarity.method_state import STATE_FILE
 from entropy_polarity.recipe import apply_override
-from entropy_polarity.record import CHECKPOINTS, CONFIG, Run, last_checkpoint
+from entropy_polarity.record import CHECKPOINTS, CONFIG, last_checkpoint, read_config
 
 _LABELLED = re.compile(r"([^=/\\]+)=(.+)")
 
@@ -30,14 +32,19 @@ def labelled(models: Sequence[str]) -> dict[str, str]:
 
 
 def weights_of(model: str) -> tuple[str, dict[str, Any] | None]:
-    """Where the weights of `model` are, and where it is a run, its recipe: the weights are its last checkpoint then."""
-    folder = Path(model)
-    if not (folder / CONFIG).is_file():
-        return model, None
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is None:
-        raise FileNotFoundError(f"{model} is a run without a finished checkpoint: nothing to look at yet")
-    return str(checkpoint), Run.read(folder).config
+    """Where the weights of `model` are, and where it is a run, its recipe: the weights are its last checkpoint then.
+
+    Raises ValueError where a file of the checkpoint that a policy needs is missing or was changed.
+    """
+    folder, config = Path(model), None
+    if (folder / CONFIG).is_file():
+        config, checkpoint = read_config(folder), last_checkpoint(folder)
+        if checkpoint is None:
+            raise FileNotFoundError(f"{model} is a run without a finished checkpoint: nothing to look at yet")
+        folder = checkpoint
+    if (folder / STATE_FILE).is_file():
+        refuse_broken(folder, lambda whole: f"{whole} beside it is whole", policy_only=True)
+    return (model, None) if config is None else (str(folder), config)
 
 
 def settle_task(named: dict[str, str], task: str | None, task_settings: Sequence[str]) -> dict[str, Any]:
@@ -61,5 +68,5 @@ def _trained_on(model: str) -> dict[str, Any] | None:
     folder = Path(model)
     for run in (folder, folder.parent.parent if folder.parent.name == CHECKPOINTS else folder):
         if (run / CONFIG).is_file():
-            return Run.read(run).config["task"]
+            return read_config(run)["task"]
     return None

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from entropy_polarity._files import write_text
 from entropy_polarity.record import environment
 
 
@@ -18,9 +19,7 @@ def write_document(path: Path, document: dict[str, Any]) -> None:
     """Indented JSON, but each list of numbers on one line; in one move, so that a kill leaves no half."""
     text = json.dumps(without_nan(document), indent=1, allow_nan=False)
     text = re.sub(r"\[\n[^\[\]{}\"]*\]", lambda numbers: re.sub(r"\s+", "", numbers[0]), text)
-    draft = path.with_name(f"{path.name}.part")
-    draft.write_text(text + "\n")
-    draft.replace(path)
+    write_text(path, text + "\n")
 
 
 def read_document(file: Path, kind: str, versions: tuple[int, ...] = (1,)) -> dict[str, Any]:
@@ -30,10 +29,10 @@ def read_document(file: Path, kind: str, versions: tuple[int, ...] = (1,)) -> di
     """
     expected = f"expected a file {kind}.json that papo wrote"
     try:
-        document = json.loads(file.read_text())
+        document = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileNotFoundError(f"cannot read {file} ({error.strerror}): {expected}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{file} is not JSON: {expected}") from None
     if not isinstance(document, dict) or document.get(kind) not in versions:
         raise ValueError(f"{file} is no {kind} of this version: {expected}")

@@ -5,7 +5,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,24 @@ from transformers import (
     TrainerCallback,
 )
 
+from entropy_polarity._damage import damaged_file
 from entropy_polarity._errors import check_settings, unknown_name
+from entropy_polarity._files import locked
 from entropy_polarity._machine import kept_memory
 from entropy_polarity.episodes import check_starts
 from entropy_polarity.evaluate import evaluate
 from entropy_polarity.generation.tools import check_tool_support
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.recipe import Recipe
-from entropy_polarity.record import CHECKPOINTS, Run, RunWriter, checkpoint_step, refuse_occupied
+from entropy_polarity.record import (
+    CHECKPOINTS,
+    Run,
+    RunWriter,
+    checkpoint_step,
+    read_config,
+    read_summary,
+    refuse_occupied,
+)
 from entropy_polarity.report.page import render_page
 from entropy_polarity.tasks import Problem, Task, distinct_problems, make_task
 from entropy_polarity.tasks.games import Game
@@ -51,7 +61,12 @@ def load_policy(model: str) -> tuple[Any, Any]:
             path, dtype=torch.float32, local_files_only=local, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, trust_remote_code=False)
-    except OSError as error:
+    except Exception as error:  # of a dozen kinds, where a file is damaged
+        damage = damaged_file(Path(path)) if local else None
+        if damage is not None:
+            raise ValueError(f"{damage}: take another model or checkpoint") from None
+        if not isinstance(error, OSError):
+            raise
         hint = "" if local else " (not a local folder; HF_HUB_OFFLINE=0 allows a download from the hub)"
         raise FileNotFoundError(f"cannot load a model from {model!r}{hint}: {str(error).splitlines()[0]}") from None
     if tokenizer.pad_token is None:
@@ -198,25 +213,49 @@ def train(
     output: Path,
     *,
     resume: bool = False,
+    from_step: int | None = None,
     watch: Callable[[dict[str, Any]], None] = lambda row: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Run `recipe` into `output`; with `resume`, go on from its last checkpoint. Returns the summary.
+    """Run `recipe` into `output`; with `resume`, go on from its last checkpoint, or that of `from_step`. Returns the
+    summary.
 
     `watch` gets each step's metrics, `say` a line at each stage. What a user can get wrong raises ValueError or an
-    OSError before anything is written. A run stopped while it was being evaluated is only evaluated again.
+    OSError before anything is written. A run stopped while it was being evaluated is only evaluated again. While it
+    works, the run directory is locked.
     """
+    with ExitStack() as held:
+        return _train(recipe, output, resume, from_step, watch, say, held)
+
+
+def _train(
+    recipe: Recipe,
+    output: Path,
+    resume: bool,
+    from_step: int | None,
+    watch: Callable[[dict[str, Any]], None],
+    say: Callable[[str], None],
+    held: ExitStack,
+) -> dict[str, Any]:
     quiet()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("papo train runs in one process: for several, use PolarityTrainer in a script of your own")
     task, config = checked(recipe, output)
-    summary = _summary_to_resume(output, config.max_steps) if resume else refuse_occupied(output) or {}
+    if resume:
+        read_config(output)  # a lock is put into no other folder
+        held.enter_context(locked(output))
+        summary = _summary_to_resume(output, config.max_steps, from_step)
+    else:
+        refuse_occupied(output)
+        summary = {}
     model, tokenizer = load_policy(recipe.policy.model)
     dataset, reward = prompts_of(task, tokenizer, config, recipe.seed)
     trainer = quiet_trainer(model, tokenizer, config, dataset, reward)
     if resume:
-        writer, checkpoint = RunWriter.resume(output, recipe.to_dict())
+        writer, checkpoint = RunWriter.resume(output, recipe.to_dict(), from_step, say)
     else:
+        refuse_occupied(output)
+        held.enter_context(locked(output))
         writer, checkpoint = RunWriter.create(output, recipe.to_dict(), recipe.seed), None
 
     def held_out(policy: Any) -> dict[str, Any]:
@@ -251,10 +290,10 @@ def train(
     return summary
 
 
-def _summary_to_resume(output: Path, max_steps: int) -> dict[str, Any]:
+def _summary_to_resume(output: Path, max_steps: int, from_step: int | None) -> dict[str, Any]:
     """What is still true of the summary of a run that goes on. Raises ValueError if there is nothing left to do."""
-    summary = Run.read(output).summary
-    if summary["status"] == "finished" and summary["steps"] >= max_steps:
+    summary = read_summary(output)
+    if from_step is None and summary.get("status") == "finished" and summary["steps"] >= max_steps:
         raise ValueError(f"{output} is finished at step {summary['steps']}: a larger --max-steps lengthens it")
     return {name: summary[name] for name in ("before",) if name in summary}
 

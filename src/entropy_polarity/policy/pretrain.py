@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
+from entropy_polarity._files import new_folder
 from entropy_polarity.policy.demonstrations import Source, source_of
 from entropy_polarity.policy.tokenizer import CHARACTERS, LENGTHS, character_tokenizer, phrase_tokenizer
 
@@ -119,5 +120,6 @@ def pretrain(settings: PretrainSettings, output: Path, progress: Callable[[int, 
         schedule.step()
         progress(step + 1, loss.item())
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    model.bfloat16().save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with new_folder(output) as folder:
+        model.bfloat16().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from entropy_polarity.record import Run
+from entropy_polarity.record import ROLLOUTS, Run
 
+_FACTS = {"rollout", "prompt", "verdict", "reward", "advantage"}
+_FACTS = {"rollout", "prompt", "verdict", "reward", "advantage"}
 EXPANDS, CONTRACTS = "33, 102, 214", "214, 48, 49"  # blue and red that survive colour-blind eyes
 
 
@@ -33,21 +35,16 @@ class ColouredRollout:
 
 
 def coloured_rollouts(run: Run, count: int = 12) -> list[ColouredRollout]:
-    """About `count` recorded rollouts, from the beginning, the middle and the end of the run."""
-    by_step: dict[int, list[dict[str, Any]]] = {}
-    for row in run.rollouts:
-        by_step.setdefault(row["step"], []).append(row)
-    if not by_step:
-        return []
-    steps = sorted(by_step)
-    shown = list(dict.fromkeys(steps[round(i)] for i in np.linspace(0, len(steps) - 1, 3)))
+    """About `count` recorded rollouts, from the beginning, the middle and the end of the run; what cannot be read is
+    left out (`left_out`)."""
+    by_step = _rows_of_shown_steps(run)
     # Where the whole group has one reward there is nothing to see: those come last.
     rows = [
         row
-        for step in shown
-        for row in sorted(by_step[step], key=lambda row: row["advantage"] == 0)[: count // len(shown)]
+        for rows in by_step.values()
+        for row in sorted(rows, key=lambda row: row["advantage"] == 0)[: count // len(by_step)]
     ]
-    tokens = {step: run.tokens(step) for step in shown}
+    tokens = {step: found for step in by_step if isinstance(found := _tokens_or_error(run, step), list)}
     strengths = [abs(t["polarity"]) for ts in tokens.values() for t in ts if math.isfinite(t["polarity"])]
     # One scale for the page; the strongest few saturate, so that the others can be told apart.
     scale = float(np.quantile([s for s in strengths if s > 0] or [1.0], 0.9))
@@ -61,7 +58,33 @@ def coloured_rollouts(run: Run, count: int = 12) -> list[ColouredRollout]:
             _turns([_coloured(t, scale) for t in tokens[row["step"]] if t["rollout"] == row["rollout"]]),
         )
         for row in rows
+        if row["step"] in tokens
     ]
+
+
+def left_out(run: Run) -> list[str]:
+    """Why rollouts that should be shown are not: a line each."""
+    odd = sum(not row.keys() >= _FACTS for row in run.rollouts)
+    lines = [f"{odd} rows of {ROLLOUTS}: they lack one of {', '.join(sorted(_FACTS))}"] if odd else []
+    found = [_tokens_or_error(run, step) for step in _rows_of_shown_steps(run)]
+    return [*lines, *(error for error in found if isinstance(error, str))]
+
+
+def _rows_of_shown_steps(run: Run) -> dict[int, list[dict[str, Any]]]:
+    by_step: dict[int, list[dict[str, Any]]] = {}
+    for row in run.rollouts:
+        if row.keys() >= _FACTS:
+            by_step.setdefault(row["step"], []).append(row)
+    steps = sorted(by_step)
+    places = np.linspace(0, len(steps) - 1, 3) if steps else ()
+    return {steps[round(place)]: by_step[steps[round(place)]] for place in places}
+
+
+def _tokens_or_error(run: Run, step: int) -> list[dict[str, Any]] | str:
+    try:
+        return run.tokens(step)
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 def _turns(tokens: list[ColouredToken]) -> list[list[ColouredToken]]:

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from entropy_polarity.record import Run
 from entropy_polarity.report.evaluation_tables import is_of_game, name_of_pass
-from entropy_polarity.report.heatmap import coloured_rollouts
+from entropy_polarity.report.heatmap import coloured_rollouts, left_out
 from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render, smoothed
 
 _BLUE, _RED, _GREY, _GREEN = "#2166d6", "#d63031", "#8a8f98", "#1b9e77"
@@ -24,6 +24,7 @@ def render_page(run: Run) -> str:
         method=run.config["method"],
         cards=_cards(run),
         rollouts=coloured_rollouts(run),
+        left_out=left_out(run),
     )
 
 

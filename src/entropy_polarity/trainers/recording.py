@@ -47,6 +47,8 @@ class RunRecorder(TrainerCallback):
         if logs and state.is_world_process_zero and _CLOSING not in logs:
             row = {"step": state.global_step, **logs}
             self.writer.metrics(row)
+            if control.should_save:
+                self.writer.sync()
             self.watch(row)
 
     def record_rollout(self, rollout: Rollout) -> None:

@@ -23,13 +23,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
-from entropy_polarity.method_state import load_state, save_state
+from entropy_polarity.checkpoints import begin, finish, last_of, rotate
+from entropy_polarity.method_state import load_state
 from entropy_polarity.methods import make_transform
 from entropy_polarity.tokens import Tokens, concatenate
+from entropy_polarity.trainers.trl_checkpoints import naming_the_file, refuse_what_cannot_resume
 from entropy_polarity.trainers.trl_config import PolarityConfig
 from entropy_polarity.trainers.trl_exact import exact_sensitivity_of
 from entropy_polarity.trainers.trl_loss import averaged, importance, restrict
@@ -104,6 +106,7 @@ class PolarityTrainer(GRPOTrainer):
         self._loss_inputs: dict[str, Any] | None = None
         self._live: Tokens | None = None
         self._rollout_inputs: dict[str, Any] = {}
+        self._limit: int | None = None  # of checkpoints
         super().__init__(model, reward_funcs, args, **kwargs)
         if "reuse" in self.transform.needs and self.micro_steps_per_rollout <= args.gradient_accumulation_steps:
             warnings.warn(
@@ -346,8 +349,29 @@ class PolarityTrainer(GRPOTrainer):
 
     # ---- checkpoints ------------------------------------------------------------------------------------
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As GRPOTrainer's. A checkpoint to resume from must be whole: ValueError names the file that is missing or was
+        changed, and the last whole checkpoint beside it. True is the last that was saved to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_of(Path(str(self.args.output_dir)), resumable=True) or True
+        if isinstance(resume_from_checkpoint, str | Path):
+            refuse_what_cannot_resume(self, Path(resume_from_checkpoint))
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        self._limit = limit = self.args.save_total_limit
+        if limit == 1 and self.args.metric_for_best_model:
+            self.args.save_total_limit = None  # TRL would end by deleting all that is called checkpoint-* but the best
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
     def _save_checkpoint(self, model, trial):
-        # Old checkpoints go only when the new one is whole: TRL's own rotation would come before our file.
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            begin(folder)
+        self.accelerator.wait_for_everyone()
+        # Old checkpoints go only when the new one is whole: TRL's own rotation would come before, and goes by date.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -356,15 +380,17 @@ class PolarityTrainer(GRPOTrainer):
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
-        run = Path(self._get_output_dir(trial=trial))
-        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        # Written last: a checkpoint that has this file is whole.
-        save_state(folder, self.args.method, self.args.settings, self.method_state, self.at_rollout_boundary)
+        finish(folder, self.args.method, self.args.settings, self.method_state, self.at_rollout_boundary)
         best = self.state.best_model_checkpoint
-        rotate_checkpoints(str(run), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+        rotate(folder, self._limit, Path(best) if best else None)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with naming_the_file(checkpoint, "optimizer.pt", "scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.method_state = load_state(Path(checkpoint), self.args.method, self.args.settings)
             self._next_state = self.method_state
+
+    def _load_rng_state(self, checkpoint):
+        with naming_the_file(checkpoint, "rng_state.pth", f"rng_state_{self.args.process_index}.pth"):
+            super()._load_rng_state(checkpoint)

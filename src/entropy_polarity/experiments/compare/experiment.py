@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_polarity._errors import unknown_name
+from entropy_polarity._files import write_text
 from entropy_polarity.experiments.compare.plan import Plan
 from entropy_polarity.experiments.compare.runs import Job, Queue, claim, locked, refuse_others
 from entropy_polarity.experiments.compare.search import candidates_of, choose, judge, search_plan, unseen_problems
@@ -100,7 +101,7 @@ def read_comparison(file: Path, baselines: Sequence[str] = ()) -> dict[str, Any]
 def write_page(document: dict[str, Any], output: Path) -> Path:
     """The page of a comparison in the folder `output`."""
     output.mkdir(parents=True, exist_ok=True)
-    (output / PAGE).write_text(render_comparison(document))
+    write_text(output / PAGE, render_comparison(document))
     return output / PAGE
 
 
@@ -152,7 +153,7 @@ def _known(files: Sequence[Path], plan: Plan) -> dict[tuple[str, int], Facts]:
     """The runs of `plan` that result files hold. Raises ValueError for a file of another setting."""
     runs: dict[tuple[str, int], Facts] = {}
     for file in files:
-        document = json.loads(file.read_text())
+        document = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(document, dict) or "runs" not in document:
             raise ValueError(f"{file} is no result of papo compare: give a comparison.json or a search.json")
         if document.get("plan", {}).get("resolved") != json.loads(json.dumps(_portable(plan)["resolved"])):

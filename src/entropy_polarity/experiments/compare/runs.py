@@ -6,8 +6,6 @@ logs/<label>-<seed>.log        what it printed
 lock                           held by the comparison that works here, and by its runs
 """
 
-import fcntl
-import json
 import os
 import shutil
 import signal
@@ -23,14 +21,16 @@ from typing import Any
 
 import tomli_w
 
+from entropy_polarity._files import DRAFT, LOCK, refuse_links, write_text
+from entropy_polarity._files import locked as locked_folder
 from entropy_polarity.experiments.compare import tied
 from entropy_polarity.recipe import Recipe, load_recipe
-from entropy_polarity.record import CONFIG, ENVIRONMENT, METRICS, SUMMARY
+from entropy_polarity.record import CONFIG, ENVIRONMENT, METRICS, SUMMARY, read_config, read_summary
 from entropy_polarity.report.progress import RunState
 
 TRAIN = [sys.executable, "-m", "entropy_polarity.cli", "train"]
 # What a run directory can hold before it is a run (`RunWriter.create`), drafts included.
-_UNBORN = {f"{name}{draft}" for name in (ENVIRONMENT, SUMMARY, CONFIG) for draft in ("", ".part")} - {CONFIG}
+_UNBORN = {ENVIRONMENT, SUMMARY, LOCK}
 _LOOK = 0.5  # seconds between two looks at the runs
 _LET_GO = 2.0  # seconds that runs of a killed comparison may take to die
 
@@ -59,8 +59,7 @@ class Job:
     @property
     def finished(self) -> bool:
         """What counts is what the run wrote, not how its process ended."""
-        is_run = (self.directory / CONFIG).is_file()
-        return is_run and json.loads((self.directory / SUMMARY).read_text())["status"] == "finished"
+        return (self.directory / CONFIG).is_file() and read_summary(self.directory).get("status") == "finished"
 
     def prepare(self) -> list[str]:
         """The command that trains this run, from its beginning or from where it stopped; all it needs is written."""
@@ -68,7 +67,7 @@ class Job:
             return [*TRAIN, "--resume", str(self.directory)]
         shutil.rmtree(self.directory, ignore_errors=True)  # `refuse_others` looked into it
         recipe = self.root / "recipes" / f"{self.name}.toml"
-        recipe.write_text(tomli_w.dumps(self.recipe.to_dict()))
+        write_text(recipe, tomli_w.dumps(self.recipe.to_dict()))
         return [*TRAIN, str(recipe), "--output", str(self.directory)]
 
     def state(self, kind: str, note: str = "") -> RunState:
@@ -78,15 +77,15 @@ class Job:
         return RunState(self.label, self.seed, kind, steps, self.recipe.trainer["max_steps"], note)
 
 
-def claim(directory: Path) -> Path:
-    """The lock file of a comparison directory, made with it. Raises FileExistsError for a folder that holds something
-    else."""
-    lock = directory / "lock"
-    if directory.exists() and not lock.exists() and (not directory.is_dir() or any(directory.iterdir())):
+def claim(directory: Path) -> None:
+    """Make the directory of a comparison. Raises FileExistsError for a folder that holds something else, OSError where
+    links lead out of it."""
+    is_ours = (directory / LOCK).exists()
+    if directory.exists() and not is_ours and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} is neither an empty folder nor a comparison: give another --output")
     directory.mkdir(parents=True, exist_ok=True)
-    lock.touch()
-    return lock
+    refuse_links(directory)
+    (directory / LOCK).touch()
 
 
 @contextmanager
@@ -95,19 +94,9 @@ def locked(directory: Path) -> Iterator[int]:
 
     Raises BlockingIOError if another comparison, or a run that it left behind, works there.
     """
-    with claim(directory).open("a") as file:
-        until = time.monotonic() + _LET_GO
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise BlockingIOError(
-                        f"another comparison is at work in {directory}: wait for it, or give another --output"
-                    ) from None
-            time.sleep(_LOOK)
-        yield file.fileno()
+    claim(directory)
+    with locked_folder(directory, "comparison", patience=_LET_GO) as handle:
+        yield handle
 
 
 def refuse_others(jobs: Sequence[Job]) -> None:
@@ -116,6 +105,7 @@ def refuse_others(jobs: Sequence[Job]) -> None:
         if not job.directory.exists():
             continue
         if (job.directory / CONFIG).is_file():
+            read_config(job.directory)  # whole?
             there = _flat(load_recipe(str(job.directory / CONFIG)).to_dict())
             planned = _flat(job.recipe.to_dict())
             for key in sorted(there.keys() | planned.keys()):
@@ -124,8 +114,13 @@ def refuse_others(jobs: Sequence[Job]) -> None:
                         f"{job.directory} was made with {key}={there.get(key)!r}, the plan says "
                         f"{planned.get(key)!r}: give another --output, or delete that run"
                     )
-        elif others := [p for p in job.directory.rglob("*") if not p.is_dir() and p.name not in _UNBORN]:
+        elif others := [p for p in job.directory.rglob("*") if not p.is_dir() and not _of_unborn(p.name)]:
             raise ValueError(f"{job.directory} is no run, but holds {others[0].name}: give another --output")
+
+
+def _of_unborn(name: str) -> bool:
+    draft = DRAFT.fullmatch(name)
+    return draft["name"] in _UNBORN | {CONFIG} if draft else name in _UNBORN
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -208,5 +203,5 @@ def _reason(code: int, log: Path) -> str:
     """Why a run failed: the signal that killed it, or what it said last."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].strip() if lines else f"exit code {code}"
