@@ -51,6 +51,7 @@ ALLOWED = {
     "phase": set(),
     "tasks": set(),
     "recipe": set(),
+    "consent": {"recipe"},
     "record": {"method_state"},
     "method_state": {"phase"},
 }

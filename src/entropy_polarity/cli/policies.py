@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from entropy_polarity._errors import check_settings
 from entropy_polarity.cli.common import Json, Overrides, print_json
+from entropy_polarity.consent import check_said_again, stay_offline
 from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, apply_override, load_recipe, with_flags
 from entropy_polarity.report.terminal import print_estimates, print_evaluation
 
@@ -37,7 +38,8 @@ def train(
         seed: seed of prompts, sampling and training
         model: "embedded", or a folder with a Hugging Face causal language model
         resume: a run directory to go on with, from its last checkpoint (its own recipe is used)
-        overrides: any key of the recipe, e.g. trainer.learning_rate=1e-4; can be repeated
+        overrides: any key of the recipe, e.g. trainer.learning_rate=1e-4; can be repeated. With --resume it says again
+            what the run names beyond itself, e.g. task.factory=MODULE:CLASS
     """
     chosen, directory = _what_to_train(recipe, output, task, method, max_steps, seed, model, resume, overrides)
 
@@ -77,7 +79,6 @@ def _what_to_train(
         "--method": method,
         "--seed": seed,
         "--model": model,
-        "--set": overrides or None,
     }
     given = [flag for flag, value in fixed.items() if value is not None]
     if given or recipe != DEFAULT_RECIPE:
@@ -87,7 +88,15 @@ def _what_to_train(
         )
     if not (resume / "config.toml").is_file():
         raise FileNotFoundError(f"{resume} holds no run to resume: config.toml is missing")
-    return with_flags(load_recipe(str(resume / "config.toml")), max_steps=max_steps), resume
+    own = load_recipe(str(resume / "config.toml"))
+    if load_recipe(str(resume / "config.toml"), overrides) != own:
+        raise ValueError(
+            "--set with --resume can only say again what the run itself says: it keeps its recipe (only --max-steps "
+            "may change)"
+        )
+    check_said_again(str(resume), own.to_dict(), overrides)
+    stay_offline(str(resume), own.to_dict(), overrides)
+    return with_flags(own, max_steps=max_steps), resume
 
 
 def evaluate(
@@ -121,7 +130,8 @@ def evaluate(
         output: folder for evaluation.json, problems.jsonl (every completion) and evaluation.html
         backend: what generates; vllm needs the extra [vllm]
         batch_size: completions at a time to start with, halved when memory runs out (default: by free memory)
-        overrides: settings of the task, e.g. numbers=[3,4]; can be repeated
+        overrides: settings of the task, e.g. numbers=[3,4]; can be repeated. What a run names beyond itself counts
+            only where it is said again here, e.g. factory=MODULE:CLASS
     """
     from entropy_polarity.experiments.evaluate import PAGE, Settings, evaluate_models
     from entropy_polarity.report.lines import LiveOrLines

@@ -23,10 +23,12 @@ from transformers import (
 
 from entropy_polarity._errors import check_settings, unknown_name
 from entropy_polarity._machine import kept_memory
+from entropy_polarity._text import one_line
 from entropy_polarity.episodes import check_starts
 from entropy_polarity.evaluate import evaluate
 from entropy_polarity.generation.tools import check_tool_support
 from entropy_polarity.policy import resolve_model
+from entropy_polarity.policy.folder import check_folder
 from entropy_polarity.recipe import Recipe
 from entropy_polarity.record import CHECKPOINTS, Run, RunWriter, checkpoint_step, refuse_occupied
 from entropy_polarity.report.page import render_page
@@ -43,17 +45,25 @@ _OWNED = {"output_dir", "seed", "method", "method_settings", "logging_steps", "d
 
 
 def load_policy(model: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder, a hub name or "embedded", in float32. No remote code is run."""
+    """(model, tokenizer) of a folder, a hub name or "embedded", in float32. No code that comes with it is run.
+
+    Raises ValueError or OSError, in a line, for what is no causal language model, and for what would bring in more than
+    safetensors and settings.
+    """
     path = resolve_model(model)
     local = Path(path).is_dir()
+    if local:
+        check_folder(Path(path))
     try:
         policy = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=local, trust_remote_code=False
+            path, dtype=torch.float32, local_files_only=local, trust_remote_code=False, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, trust_remote_code=False)
     except OSError as error:
         hint = "" if local else " (not a local folder; HF_HUB_OFFLINE=0 allows a download from the hub)"
-        raise FileNotFoundError(f"cannot load a model from {model!r}{hint}: {str(error).splitlines()[0]}") from None
+        raise FileNotFoundError(f"cannot load a model from {model!r}{hint}: {one_line(error)}") from None
+    except Exception as error:  # what is in a folder of other people can make transformers raise whatever it likes
+        raise ValueError(f"cannot load a model from {one_line(repr(model), 200)}: {one_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return policy, tokenizer
@@ -120,7 +130,8 @@ def checked(recipe: Recipe, output: Path) -> tuple[Task | Game, PolarityConfig]:
     problems = distinct_problems(task, recipe.evaluation.seed, "test", recipe.evaluation.problems)  # may be too few
     if isinstance(task, Game):
         check_starts(task, problems)
-    resolve_model(recipe.policy.model)
+    if (folder := Path(resolve_model(recipe.policy.model))).is_dir():
+        check_folder(folder)
     return task, config
 
 

@@ -23,12 +23,14 @@ from typing import Any
 
 import tomli_w
 
+from entropy_polarity.consent import said_again
 from entropy_polarity.experiments.compare import tied
 from entropy_polarity.recipe import Recipe, load_recipe
 from entropy_polarity.record import CONFIG, ENVIRONMENT, METRICS, SUMMARY
 from entropy_polarity.report.progress import RunState
 
-TRAIN = [sys.executable, "-m", "entropy_polarity.cli", "train"]
+# Without the current folder, which may be anybody's, in front of the path of modules.
+TRAIN = [sys.executable, "-P", "-m", "entropy_polarity.cli", "train"]
 # What a run directory can hold before it is a run (`RunWriter.create`), drafts included.
 _UNBORN = {f"{name}{draft}" for name in (ENVIRONMENT, SUMMARY, CONFIG) for draft in ("", ".part")} - {CONFIG}
 _LOOK = 0.5  # seconds between two looks at the runs
@@ -65,7 +67,7 @@ class Job:
     def prepare(self) -> list[str]:
         """The command that trains this run, from its beginning or from where it stopped; all it needs is written."""
         if (self.directory / CONFIG).is_file():
-            return [*TRAIN, "--resume", str(self.directory)]
+            return [*TRAIN, "--resume", str(self.directory), *said_again(self.recipe.to_dict())]
         shutil.rmtree(self.directory, ignore_errors=True)  # `refuse_others` looked into it
         recipe = self.root / "recipes" / f"{self.name}.toml"
         recipe.write_text(tomli_w.dumps(self.recipe.to_dict()))
