@@ -86,7 +86,8 @@ HUB = {"report_to": "none", "beta": 0.1, "bf16": False, "learning_rate": 1e-4, "
     [
         ({"task": FACTORY}, ["--set=task.factory=canary:Env"]),
         ({"task": {"name": "math", "data": "someone/problems"}}, ["--set=task.data=someone/problems"]),
-        ({"task": {"name": "math:gsm8k", "tools": ["calculator", "python"]}}, ['--set=task.tools=["calculator", "python"]']),
+        ({"task": {"name": "math:gsm8k", "tools": ["calculator", "python"]}},
+         ['--set=task.tools=["calculator", "python"]']),
         ({"trainer": {"report_to": ["wandb"]}}, ['--set=trainer.report_to=["wandb"]']),
         ({"trainer": {"push_to_hub": True, "hub_model_id": "me/model"}},
          ["--set=trainer.push_to_hub=true", "--set=trainer.hub_model_id=me/model"]),

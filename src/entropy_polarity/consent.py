@@ -17,20 +17,19 @@ from typing import Any
 from entropy_polarity._text import one_line
 from entropy_polarity.recipe import apply_override
 
-# Settings of TRL's that are text, lists, tables or switches, and yet only say how to compute. Numbers always do. What is
-# not here may name a server, a repository, a file or code: report_to, push_to_hub, deepspeed, model_init_kwargs, ...
-_ONLY_COMPUTE = frozenset(
-    """
-    activation_checkpointing activation_checkpointing_kwargs average_tokens_across_devices bf16 bf16_full_eval
-    cast_lm_head_to_fp32 chat_template_kwargs dataloader_drop_last dataloader_pin_memory disable_dropout eval_strategy
-    fp16 fp16_full_eval full_determinism gradient_checkpointing gradient_checkpointing_kwargs
-    importance_sampling_level logging_strategy loss_type lr_scheduler_kwargs lr_scheduler_type
-    mask_truncated_completions multi_objective_aggregation optim remove_unused_columns reward_weights save_only_model
-    save_strategy scale_rewards shuffle_dataset statistics_head sync_ref_model tf32 use_adaptive_entropy
-    use_bias_correction_kl use_cache use_cpu use_vllm vllm_enable_sleep_mode vllm_importance_sampling_correction
-    vllm_importance_sampling_mode
-    """.split()
-)
+# Settings of TRL's that are text, lists, tables or switches, and yet only say how to compute. Numbers always do. What
+# is not here may name a server, a repository, a file or code: report_to, push_to_hub, deepspeed, model_init_kwargs, ...
+_ONLY_COMPUTE = """
+activation_checkpointing activation_checkpointing_kwargs average_tokens_across_devices bf16 bf16_full_eval
+cast_lm_head_to_fp32 chat_template_kwargs dataloader_drop_last dataloader_pin_memory disable_dropout eval_strategy
+fp16 fp16_full_eval full_determinism gradient_checkpointing gradient_checkpointing_kwargs
+importance_sampling_level logging_strategy loss_type lr_scheduler_kwargs lr_scheduler_type
+mask_truncated_completions multi_objective_aggregation optim remove_unused_columns reward_weights save_only_model
+save_strategy scale_rewards shuffle_dataset statistics_head sync_ref_model tf32 use_adaptive_entropy
+use_bias_correction_kl use_cache use_cpu use_vllm vllm_enable_sleep_mode vllm_importance_sampling_correction
+vllm_importance_sampling_mode
+"""
+_NAMES = frozenset(_ONLY_COMPUTE.split())
 _HARMLESS = {"report_to": "none", "vllm_mode": "colocate"}
 _RUNS_CODE = "python"  # of the tools
 
@@ -114,7 +113,7 @@ def _reaching(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in trainer.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         nothing = value is False or value in (None, [], "", _HARMLESS.get(key))
-        if not (number or nothing or key in _ONLY_COMPUTE):
+        if not (number or nothing or key in _NAMES):
             yield from _flat(value, f"trainer.{key}.").items()
 
 

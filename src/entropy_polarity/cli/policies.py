@@ -7,6 +7,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from entropy_polarity._errors import check_settings
+from entropy_polarity._text import printable
 from entropy_polarity.cli.common import Json, Overrides, print_json
 from entropy_polarity.consent import check_said_again, stay_offline
 from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, apply_override, load_recipe, with_flags
@@ -53,7 +54,7 @@ def train(
         print_json({"run": str(directory), **summary})
     else:
         print_estimates({name: summary[name] for name in ("before", "after") if name in summary})
-        print(f"{summary['status']}: {directory}/report.html")
+        print(printable(f"{summary['status']}: {directory}/report.html"))
 
 
 def _what_to_train(
@@ -151,7 +152,7 @@ def evaluate(
         return print_json(document)
     print_evaluation(document)
     if output is not None:
-        print(output / PAGE)
+        print(printable(output / PAGE))
 
 
 def report(run: Positional[Path], /, as_json: Json = False) -> None:
@@ -164,7 +165,7 @@ def report(run: Positional[Path], /, as_json: Json = False) -> None:
     from entropy_polarity.report.page import render_page
 
     page = RunWriter(run).write_report(render_page(Run.read(run)))
-    print_json({"report": str(page)}) if as_json else print(page)
+    print_json({"report": str(page)}) if as_json else print(printable(page))
 
 
 def pretrain(
@@ -207,4 +208,4 @@ def pretrain(
     if as_json:
         return print_json(quality)
     print_estimates(quality["evaluation"])
-    print(f"policy written to {output}")
+    print(printable(f"policy written to {output}"))

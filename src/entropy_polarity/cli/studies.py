@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from entropy_polarity._text import printable
 from entropy_polarity.cli.common import Json, Overrides, print_json, refuse
 from entropy_polarity.recipe import DEFAULT_RECIPE
 from entropy_polarity.report.terminal import print_audit, print_comparison, print_search
@@ -69,7 +70,7 @@ def _compare(
         print_json({"output": str(directory)} | {k: document[k] for k in document.keys() - {"runs", "environment"}})
     else:
         print_search(document) if search else print_comparison(document)
-        print(directory / (experiment.SEARCH if search else experiment.PAGE))
+        print(printable(directory / (experiment.SEARCH if search else experiment.PAGE)))
     if document["failed"]:
         sys.exit(1)
 
@@ -173,4 +174,4 @@ def _print_found(document: dict[str, Any], directory: Path | None, as_json: bool
         return print_json({"output": directory and str(directory)} | found)
     print_audit(document)
     if directory is not None:
-        print(directory / PAGE)
+        print(printable(directory / PAGE))

@@ -66,9 +66,9 @@ class Workers:
     machine is. Failures: "timed out", "out of memory", "worker died", or the name of the exception. Processes start
     at the first call and end with `close`, with the object or with this process, even when it is killed. They
     import the function, and the module `preload`, before the clock of a call runs; what this process can import,
-    they can, and last of all from the folder `also`. `isolated` ones get nothing else of this process's environment, where keys to services may be. `map`
-    may be called from any thread. Raises ValueError for limits that are not positive; the first call raises
-    NoWorkerError, with the reason, where no worker can import these.
+    they can, and last of all from the folder `also`. `isolated` ones get nothing else of this process's environment,
+    where keys to services may be. `map` may be called from any thread. Raises ValueError for limits that are not
+    positive; the first call raises NoWorkerError, with the reason, where no worker can import these.
     """
 
     def __init__(
