@@ -153,7 +153,7 @@ def main() -> None:
     print(f"GRPO step / GRPO step = {shown(result['grpo_to_grpo'])}, the noise of this measurement")
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def main() -> None:
             "way": torch.cat(way),
             "state": json.dumps(trainer.method_state),
             "metrics": json.dumps([row for row in logged if row]),
-            "checkpoint": (folder / "checkpoint-4/polarity_state.json").read_text(),
+            "checkpoint": (folder / "checkpoint-4/polarity_state.json").read_text(encoding="utf-8"),
         }
     if dist.get_rank() == 0:
         torch.save(results, sys.argv[1])

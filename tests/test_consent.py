@@ -155,8 +155,10 @@ def test_workers_do_not_take_modules_of_the_current_folder(tmp_path, monkeypatch
     """A folder that somebody sent may hold a json.py."""
     monkeypatch.chdir(tmp_path)
     for name in ("json", "sitecustomize", "entropy_polarity"):
-        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\nraise SystemExit\n")
-    (tmp_path / "lift.py").write_text("def double(x):\n    return 2 * x\n")
+        (tmp_path / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'imported')!r}, 'w')\nraise SystemExit\n", encoding="utf-8"
+        )
+    (tmp_path / "lift.py").write_text("def double(x):\n    return 2 * x\n", encoding="utf-8")
     with Workers("operator:add", count=1) as workers:
         assert workers.map([(1, 2)]) == [Outcome(3)]
     with Workers("lift:double", count=1, also=str(tmp_path)) as workers:

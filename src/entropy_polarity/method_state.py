@@ -14,7 +14,9 @@ def save_state(folder: Path, method: str, settings: dict[str, Any], state: State
     """Write it, moved into place: a file that is there is whole. `resumable`: not in the middle of a rollout."""
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f"{STATE_FILE}.part"
-    draft.write_text(json.dumps({"method": method, "settings": settings, "state": state, "resumable": resumable}))
+    draft.write_text(
+        json.dumps({"method": method, "settings": settings, "state": state, "resumable": resumable}), encoding="utf-8"
+    )
     os.replace(draft, folder / STATE_FILE)
 
 
@@ -25,7 +27,7 @@ def load_state(folder: Path, method: str, settings: dict[str, Any]) -> State:
     path = folder / STATE_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {STATE_FILE}: no run of entropy-polarity saved it, or not to the end")
-    saved = json.loads(path.read_text())
+    saved = json.loads(path.read_text(encoding="utf-8"))
     if not saved.get("resumable", True):
         raise ValueError(f"{folder} was saved inside a rollout: resume from an earlier checkpoint")
     for name, now in (("method", method), ("settings", settings)):

@@ -107,7 +107,7 @@ class RunWriter:
         self._append(ROLLOUTS, rows)  # last: a line in this file promises its tokens
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        with (self.directory / name).open("a") as file:
+        with (self.directory / name).open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(_jsonable(row)) + "\n" for row in rows))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -136,11 +136,11 @@ class Run:
             raise FileNotFoundError(f"{directory} holds no run: {CONFIG} is missing")
         return cls(
             directory,
-            tomllib.loads((directory / CONFIG).read_text()),
-            json.loads((directory / ENVIRONMENT).read_text()),
+            tomllib.loads((directory / CONFIG).read_text(encoding="utf-8")),
+            json.loads((directory / ENVIRONMENT).read_text(encoding="utf-8")),
             list(_rows(directory / METRICS)),
             list(_rows(directory / ROLLOUTS)),
-            json.loads((directory / SUMMARY).read_text()),
+            json.loads((directory / SUMMARY).read_text(encoding="utf-8")),
         )
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
@@ -175,7 +175,7 @@ def last_checkpoint(directory: Path, *, resumable: bool = False) -> Path | None:
     """
     whole = [c for c in _checkpoints(directory) if (c / STATE_FILE).is_file()]
     if resumable:
-        whole = [c for c in whole if json.loads((c / STATE_FILE).read_text())["resumable"]]
+        whole = [c for c in whole if json.loads((c / STATE_FILE).read_text(encoding="utf-8"))["resumable"]]
     return max(whole, key=checkpoint_step, default=None)
 
 
@@ -217,7 +217,7 @@ def _commit() -> str | None:
         return None
     try:
         git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(git, capture_output=True, encoding="utf-8", timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -225,7 +225,7 @@ def _commit() -> str | None:
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -234,7 +234,7 @@ def _processor() -> str:
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         for line in file:
             if not line.endswith("\n"):
                 return  # the writer was killed inside this line
@@ -244,7 +244,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 def _write(path: Path, text: str) -> None:
     """Replace the file in one move: a reader sees the old text or the new one."""
     draft = path.with_name(f"{path.name}.part")
-    draft.write_text(text)
+    draft.write_text(text, encoding="utf-8")
     draft.replace(path)
 
 

@@ -27,6 +27,18 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
+_FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
+# What safetensors and torch make of it.
+_SIGNS_OF_A_FULL_DISK = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large (os error",
+    "code: 28",
+    "inline_container",
+    "PytorchStreamWriter",
+)
+
+
 def main() -> None:
     """Bad input ends in one clear line and exit code 2; PAPO_DEBUG=1 shows the traceback instead."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model of the hub is fetched with HF_HUB_OFFLINE=0
@@ -62,8 +74,8 @@ def _one_line(error: BaseException | None) -> str | None:
     package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else None
     if package in ("trl", "transformers", "datasets", "accelerate", "tokenizers"):
         return f"this needs TRL ({error}): pip install 'entropy-polarity[trl]'"
-    if isinstance(error, OSError) and error.strerror and error.filename is None:
-        return one_line(f"the system refused to read or write ({error.strerror}), and named no file")
+    if isinstance(error, OSError) and error.strerror:
+        return one_line(f"{error.filename or 'a file that the system does not name'}: {error.strerror}")
     if isinstance(error, ValueError | OSError | ImportError):
         return one_line(error, limit=2500) or type(error).__name__  # commands to copy stand at the end
     return None
@@ -72,10 +84,9 @@ def _one_line(error: BaseException | None) -> str | None:
 def _disk_is_full(error: BaseException | None) -> bool:
     """Whether that was it. Writers of checkpoints turn a full disk, a quota or a limit into errors of their own."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno in _FULL:
             return True
-        signs = ("No space left on device", "Disk quota exceeded", "StorageFull", "code: 28", "inline_container")
-        if any(sign in str(error) for sign in (*signs, "PytorchStreamWriter")):
+        if any(sign in str(error) for sign in _SIGNS_OF_A_FULL_DISK):
             return True
         error = error.__cause__ or error.__context__
     return False

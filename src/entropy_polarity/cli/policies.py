@@ -161,10 +161,13 @@ def report(run: Positional[Path], /, as_json: Json = False) -> None:
     Args:
         run: the run directory
     """
+    from entropy_polarity.experiments.results import as_written
     from entropy_polarity.record import Run, RunWriter
     from entropy_polarity.report.page import render_page
 
-    page = RunWriter(run).write_report(render_page(Run.read(run)))
+    with as_written(run):
+        text = render_page(Run.read(run))
+    page = RunWriter(run).write_report(text)
     print_json({"report": str(page)}) if as_json else print(printable(page))
 
 

@@ -109,11 +109,13 @@ def _steps(max_steps: int | None) -> tuple[str, ...]:
 
 def _compared_before(file: Path, baselines: tuple[str, ...], output: Path | None, as_json: bool) -> None:
     from entropy_polarity.experiments.compare.experiment import read_comparison, write_page
+    from entropy_polarity.experiments.results import as_written
 
-    document = read_comparison(file, baselines)
-    if output is not None:
-        write_page(document, output)
-    print_json(document["summary"]) if as_json else print_comparison(document)
+    with as_written(file):
+        document = read_comparison(file, baselines)
+        if output is not None:
+            write_page(document, output)
+        print_json(document["summary"]) if as_json else print_comparison(document)
 
 
 def audit(
@@ -147,11 +149,13 @@ def audit(
     """
     from entropy_polarity.experiments.audit import audit as run
     from entropy_polarity.experiments.audit import audit_recipe, audited_before, default_output
+    from entropy_polarity.experiments.results import as_written
     from entropy_polarity.report.lines import LiveOrLines
 
     if finished is not None:
         refuse("--from", model=model, task=task, method=method, optimizer=optimizer, set=overrides)
-        return _print_found(audited_before(finished, output), output, as_json)
+        with as_written(finished):
+            return _print_found(audited_before(finished, output), output, as_json)
     chosen = audit_recipe(recipe, model, task, method, steps, optimizer, overrides)
     directory = output or default_output(recipe, chosen)
     with LiveOrLines(sys.stderr if as_json else sys.stdout) as view:

@@ -140,7 +140,7 @@ def audited_before(file: Path, output: Path | None = None) -> dict[str, Any]:
 def _written(document: dict[str, Any], output: Path) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     write_document(output / AUDIT, document)
-    (output / PAGE).write_text(render_audit(document))
+    (output / PAGE).write_text(render_audit(document), encoding="utf-8")
     return document
 
 
@@ -158,7 +158,7 @@ def _finished(recipe: Recipe, seed: int, output: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        run = json.loads(file.read_text())
+        run = json.loads(file.read_text(encoding="utf-8"))
         same = run["recipe"] == json.loads(json.dumps(_portable(recipe)))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}): remove it, and the seed is trained again") from None

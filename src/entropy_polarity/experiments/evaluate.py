@@ -112,7 +112,7 @@ def evaluate_models(
         document["models"][label] = {"model": weights[label], "batch_sizes": batch_sizes[label], **found}
     if output is not None:
         write_document(output / EVALUATION, document)
-        (output / PAGE).write_text(render_evaluation(document, examples(attempts)))
+        (output / PAGE).write_text(render_evaluation(document, examples(attempts)), encoding="utf-8")
     return document
 
 
@@ -228,7 +228,7 @@ def _attempted(
 
 def _append(path: Path, label: str, seed: int, made: Attempts) -> None:
     """A line for each problem: what was asked, what is right, and every attempt."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         for number, (problem, row, greedy) in enumerate(zip(made.problems, made.sampled, made.greedy, strict=True)):
             line = {
                 "model": label,

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ def write_document(path: Path, document: dict[str, Any]) -> None:
     text = json.dumps(without_nan(document), indent=1, allow_nan=False)
     text = re.sub(r"\[\n[^\[\]{}\"]*\]", lambda numbers: re.sub(r"\s+", "", numbers[0]), text)
     draft = path.with_name(f"{path.name}.part")
-    draft.write_text(text + "\n")
+    draft.write_text(text + "\n", encoding="utf-8")
     draft.replace(path)
 
 
@@ -30,14 +32,24 @@ def read_document(file: Path, kind: str, versions: tuple[int, ...] = (1,)) -> di
     """
     expected = f"expected a file {kind}.json that papo wrote"
     try:
-        document = json.loads(file.read_text())
+        document = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileNotFoundError(f"cannot read {file} ({error.strerror}): {expected}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{file} is not JSON: {expected}") from None
     if not isinstance(document, dict) or document.get(kind) not in versions:
         raise ValueError(f"{file} is no {kind} of this version: {expected}")
     return document
+
+
+@contextmanager
+def as_written(file: Path) -> Iterator[None]:
+    """A context that reads what is in `file`: where that has another form than papo gives it, it is one ValueError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} does not hold what papo writes there ({said}): take the file as it was") from error
 
 
 def rounded(value: float) -> float:

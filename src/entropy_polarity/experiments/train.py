@@ -23,7 +23,7 @@ from transformers import (
 
 from entropy_polarity._errors import check_settings, unknown_name
 from entropy_polarity._machine import kept_memory
-from entropy_polarity._text import one_line
+from entropy_polarity._text import one_line, valid
 from entropy_polarity.episodes import check_starts
 from entropy_polarity.evaluate import evaluate
 from entropy_polarity.generation.tools import check_tool_support
@@ -113,7 +113,7 @@ class VerifiedReward:
         self.judged: list[Judged] = []
 
     def __call__(self, completions: list[Any], problem: list[int], log_metric: Callable, **_: Any) -> list[float]:
-        answers = [(self.problems[i], plain(text)) for i, text in zip(problem, completions, strict=True)]
+        answers = [(self.problems[i], valid(plain(text))) for i, text in zip(problem, completions, strict=True)]
         scores = self.task.scores(answers)
         verdicts = Counter(score.reason for score in scores)
         for reason in self.task.reasons:

@@ -113,7 +113,8 @@ def _shown(example: dict[str, Any]) -> dict[str, Any]:
         }
         for label, found in example["models"].items()
     ]
-    return {"number": example["number"], "prompt": cut(example["prompt"], MAX_SHOWN_CHARACTERS), "facts": facts, "models": models}
+    prompt = cut(example["prompt"], MAX_SHOWN_CHARACTERS)
+    return {"number": example["number"], "prompt": prompt, "facts": facts, "models": models}
 
 
 def _text(one: dict[str, Any], prompt: str) -> str:

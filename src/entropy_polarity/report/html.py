@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader
+from jinja2 import ChainableUndefined, Environment, PackageLoader
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -42,7 +42,12 @@ class Chart(NamedTuple):
 def render(template: str, charts: Sequence[Chart], **values: Any) -> str:
     """The page `template` with everything it needs inside. All text that is not ours is escaped, made printable, and
     cut where it is longer than `MAX_TEXT`."""
-    templates = Environment(loader=PackageLoader("entropy_polarity.report"), autoescape=True, finalize=_shown)
+    templates = Environment(
+        loader=PackageLoader("entropy_polarity.report"),
+        autoescape=True,
+        finalize=_shown,
+        undefined=ChainableUndefined,  # files of other versions lack something
+    )
     templates.filters["listed"] = _listed
     drawn = [{"title": chart.title, "text": chart.text, "figure": _figure(chart.figure)} for chart in charts]
     plotly, policy = _scripts()

@@ -213,7 +213,7 @@ def _read_line(process: "subprocess.Popen[bytes]", deadline: float) -> bytes | N
 
 def _serve(terms: _Terms) -> None:
     """The loop of a worker: a line of arguments in, a line of outcome out, until the parent is gone."""
-    calls, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    calls, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no answer
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # and what it reads is no call
 

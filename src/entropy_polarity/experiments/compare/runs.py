@@ -62,7 +62,7 @@ class Job:
     def finished(self) -> bool:
         """What counts is what the run wrote, not how its process ended."""
         is_run = (self.directory / CONFIG).is_file()
-        return is_run and json.loads((self.directory / SUMMARY).read_text())["status"] == "finished"
+        return is_run and json.loads((self.directory / SUMMARY).read_text(encoding="utf-8"))["status"] == "finished"
 
     def prepare(self) -> list[str]:
         """The command that trains this run, from its beginning or from where it stopped; all it needs is written."""
@@ -70,7 +70,7 @@ class Job:
             return [*TRAIN, "--resume", str(self.directory), *said_again(self.recipe.to_dict())]
         shutil.rmtree(self.directory, ignore_errors=True)  # `refuse_others` looked into it
         recipe = self.root / "recipes" / f"{self.name}.toml"
-        recipe.write_text(tomli_w.dumps(self.recipe.to_dict()))
+        recipe.write_text(tomli_w.dumps(self.recipe.to_dict()), encoding="utf-8")
         return [*TRAIN, str(recipe), "--output", str(self.directory)]
 
     def state(self, kind: str, note: str = "") -> RunState:
@@ -97,7 +97,7 @@ def locked(directory: Path) -> Iterator[int]:
 
     Raises BlockingIOError if another comparison, or a run that it left behind, works there.
     """
-    with claim(directory).open("a") as file:
+    with claim(directory).open("a", encoding="utf-8") as file:
         until = time.monotonic() + _LET_GO
         while True:
             try:
@@ -210,5 +210,5 @@ def _reason(code: int, log: Path) -> str:
     """Why a run failed: the signal that killed it, or what it said last."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].strip() if lines else f"exit code {code}"
