@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -74,6 +75,8 @@ def _one_line(error: BaseException | None) -> str | None:
     package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else None
     if package in ("trl", "transformers", "datasets", "accelerate", "tokenizers"):
         return f"this needs TRL ({error}): pip install 'entropy-polarity[trl]'"
+    if isinstance(error, pickle.UnpicklingError):
+        return "a file of the checkpoint or model holds a pickle that could run code, or is damaged: it was not read"
     if isinstance(error, OSError) and error.strerror:
         return one_line(f"{error.filename or 'a file that the system does not name'}: {error.strerror}")
     if isinstance(error, ValueError | OSError | ImportError):
