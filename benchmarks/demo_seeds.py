@@ -70,12 +70,14 @@ def collect(
     runs = [Run.read(folder) for folder in arguments.runs]
     results = [setting(run) | summarise(run) for run in runs]
     if arguments.add:
-        held = json.loads(arguments.output.read_text())
+        held = json.loads(arguments.output.read_text(encoding="utf-8"))
         if held["benchmark"] != benchmark:
             raise SystemExit(f"{arguments.output} holds {held['benchmark']}, not {benchmark}: give another --output")
         which = [setting(run) | {name: run.config[name] for name in ("method", "seed")} for run in runs]
         results = [other for other in held["runs"] if not any(new.items() <= other.items() for new in which)] + results
-    arguments.output.write_text(json.dumps({"benchmark": benchmark, "runs": results}, indent=1) + "\n")
+    arguments.output.write_text(
+        json.dumps({"benchmark": benchmark, "runs": results}, indent=1) + "\n", encoding="utf-8"
+    )
     print(table(results))
 
 
@@ -86,13 +88,15 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="print the table of an existing result file")
     arguments = parser.parse_args()
     if arguments.table:
-        print(table(json.loads(arguments.table.read_text())["runs"]))
+        print(table(json.loads(arguments.table.read_text(encoding="utf-8"))["runs"]))
         return
     results = [summarise(Run.read(path)) for path in arguments.runs]
     print(table(results))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"benchmark": "demo", "runs": results}, indent=2) + "\n")
+        arguments.output.write_text(
+            json.dumps({"benchmark": "demo", "runs": results}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

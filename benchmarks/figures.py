@@ -42,12 +42,12 @@ def sources() -> dict[str, str]:
 def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     for name, (source, draw) in PICTURES.items():
-        figure = draw(json.loads((RESULTS / f"{source}.json").read_text()))
+        figure = draw(json.loads((RESULTS / f"{source}.json").read_text(encoding="utf-8")))
         figure.update_layout(paper_bgcolor="white", font_family="sans-serif")
         height = figure.to_dict()["layout"].get("height", 400)
         figure.write_image(FIGURES / f"{name}.svg", width=WIDTH, height=height)
         figure.write_image(FIGURES / f"{name}.png", width=WIDTH, height=height, scale=1.5)
-    (FIGURES / SOURCES).write_text(json.dumps(sources(), indent=2) + "\n")
+    (FIGURES / SOURCES).write_text(json.dumps(sources(), indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

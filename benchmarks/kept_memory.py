@@ -53,7 +53,7 @@ def measure(recipe: str, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         for kind, rows in made.items():
             command = [sys.executable, __file__, "--part", recipe, kind]
-            rows.append(json.loads(subprocess.check_output(command, text=True).splitlines()[-1]))
+            rows.append(json.loads(subprocess.check_output(command, encoding="utf-8").splitlines()[-1]))
     if len({row.pop("weights") for rows in made.values() for row in rows}) > 1:
         raise SystemExit(f"{recipe}: the weights differ")
     return {"recipe": recipe, **made}
@@ -103,7 +103,7 @@ def main() -> None:
     if arguments.output:
         where = environment(0) | {"command": "see the top of benchmarks/kept_memory.py"}
         document = {"benchmark": "kept_memory", "environment": where, "results": results}
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+        arguments.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

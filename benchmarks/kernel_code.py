@@ -136,7 +136,9 @@ def tool(name: str, option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([TOOLS / name, option, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [TOOLS / name, option, file.name], capture_output=True, encoding="utf-8", check=True
+        ).stdout
 
 
 class Code(NamedTuple):
@@ -244,7 +246,7 @@ def main() -> None:
             },
         }
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -525,7 +525,7 @@ def _extra_memory_here(section: Section, name: str, sender: Any, threads: int) -
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what the heap keeps of it would be used again, unseen
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
     before = peak_resident()
     outputs = run(contestant, x, section.way)
     sender.send(peak_resident() - before)
@@ -535,7 +535,7 @@ def _extra_memory_here(section: Section, name: str, sender: Any, threads: int) -
 def peak_resident() -> int:
     """Bytes of the largest resident set so far."""
     with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -681,7 +681,7 @@ def save(result: dict[str, Any], path: Path | None) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.part")
-        draft.write_text(json.dumps(result, indent=1) + "\n")
+        draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         draft.replace(path)
 
 

@@ -24,11 +24,14 @@ Result = dict[str, Any]
 
 def write(files: list[Path]) -> None:
     """Fill the page from these result files, by default all of benchmarks/results."""
-    results = [json.loads(path.read_text()) for path in files or sorted((ROOT / "benchmarks/results").glob("*.json"))]
-    PAGE.write_text(page(PAGE.read_text(), results))
+    results = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in files or sorted((ROOT / "benchmarks/results").glob("*.json"))
+    ]
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
     cpu = _find(results, "kernels", "cpu")
     if "growth" in cpu:
-        FIGURE.write_text(figure(cpu))
+        FIGURE.write_text(figure(cpu), encoding="utf-8")
 
 
 def page(text: str, results: list[Result]) -> str:

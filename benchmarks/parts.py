@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.finished:
-        document = json.loads(arguments.finished.read_text())
+        document = json.loads(arguments.finished.read_text(encoding="utf-8"))
         write_document(arguments.output, document | {"summary": summary(document["runs"])})
         return
     quiet()

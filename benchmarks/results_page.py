@@ -140,7 +140,7 @@ def _by_states(
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _markdown(table: TextTable) -> str:
@@ -148,6 +148,6 @@ def _markdown(table: TextTable) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
-    THEORY.write_text(theory(THEORY.read_text()))
-    SCALE.write_text(scale(SCALE.read_text()))
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    THEORY.write_text(theory(THEORY.read_text(encoding="utf-8")), encoding="utf-8")
+    SCALE.write_text(scale(SCALE.read_text(encoding="utf-8")), encoding="utf-8")

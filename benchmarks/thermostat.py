@@ -54,7 +54,7 @@ def tuned(folder: Path) -> dict[float, float]:
     """The coefficient for each target: between the searched ones, linear in the entropy that they end at."""
     ends = []
     for name, run in searched().items():
-        entropy = json.loads((folder / f"{name}.json").read_text())["entropy"]
+        entropy = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["entropy"]
         ends.append((float(np.mean(entropy[len(entropy) // 2 :])), run["method"]["coefficient"]))
     levels, coefficients = zip(*sorted(ends), strict=True)
     return {target: float(f"{np.interp(target, levels, coefficients):.3g}") for target in TARGETS}
@@ -204,7 +204,7 @@ def make(folder: Path, every: dict[str, dict[str, Any]], jobs: int) -> None:
         while waiting and len(working) < jobs:
             name = waiting.pop(0)
             one = json.dumps(every[name] | {"id": name})
-            log = (folder / f"{name}.log").open("w")
+            log = (folder / f"{name}.log").open("w", encoding="utf-8")
             process = subprocess.Popen(
                 [sys.executable, __file__, "--folder", folder, "--one", one], stderr=log, stdout=log
             )
@@ -224,7 +224,7 @@ def collected(folder: Path) -> list[dict[str, Any]]:
     def short(value: Any) -> Any:
         return [float(f"{x:.4g}") for x in value] if isinstance(value, list) else value
 
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     numbers = ("entropy", "frozen", "reward", "lambda", "entropy_filtered", "entropy_response", "entropy_drift")
     return [{name: short(v) if name in numbers else v for name, v in run.items()} for run in found]
 
@@ -309,13 +309,15 @@ def main() -> None:
     if arguments.one:
         run = json.loads(arguments.one)
         path = folder / f"{run.pop('id')}.json"
-        path.with_suffix(".part").write_text(json.dumps(train(run)))
+        path.with_suffix(".part").write_text(json.dumps(train(run)), encoding="utf-8")
         path.with_suffix(".part").replace(path)
     elif arguments.table or arguments.output:
-        results = json.loads(arguments.table.read_text())["runs"] if arguments.table else collected(folder)
+        results = (
+            json.loads(arguments.table.read_text(encoding="utf-8"))["runs"] if arguments.table else collected(folder)
+        )
         if arguments.output:
             lines = ",\n".join(json.dumps(run) for run in results)
-            arguments.output.write_text(f'{{"benchmark": "thermostat", "runs": [\n{lines}\n]}}\n')
+            arguments.output.write_text(f'{{"benchmark": "thermostat", "runs": [\n{lines}\n]}}\n', encoding="utf-8")
         print(table(results), disturbances(results), sep="\n\n")
     else:
         folder.mkdir(parents=True, exist_ok=True)

@@ -97,9 +97,11 @@ def seconds(work: Callable[[], Any]) -> float:
 
 def peak_mib(work: Callable[[], Any]) -> float:
     """The most memory that the process had while at work: the kernel's mark is set back before."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     work()
-    (mark,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    (mark,) = (
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
+    )
     return int(mark.split()[1]) / 1024
 
 
@@ -186,7 +188,7 @@ def main() -> None:
     ray.shutdown()
     where = environment(0) | {"command": "see the top of benchmarks/verl_driver.py"}
     document = {"benchmark": "verl_driver", "environment": where, "results": results}
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    arguments.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(table(results))
 
 

@@ -5,6 +5,8 @@ import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Of processes that tests start, whose libraries would say on standard error that they trust the locale.
+os.environ.setdefault("PYTHONWARNINGS", "ignore::EncodingWarning")
 
 import jaxtyping
 import pytest

@@ -85,3 +85,18 @@ class Moody(Obedient):
 
     def step(self, action: str) -> Answer:
         return Answer(super().step(self.mood).observation[:9], 0.1 * len(action))
+
+
+class Babel(Obedient):
+    """Says what no file and no tokenizer takes, and what would move a cursor."""
+
+    reasons = ("gave \ud800up",)
+
+    def reset(self, seed: int) -> str:
+        return f"{seed} \ud800\0\x1b[2J\u202e"
+
+    def step(self, action: str) -> Answer:
+        return Answer("\udfff\0 </script>", 0.5, done=len(action) % 2 == 0, reason="gave \ud800up")
+
+    def facts(self):
+        return {"half \ud800": 1.0}

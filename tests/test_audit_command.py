@@ -18,11 +18,11 @@ def test_an_audit_is_made_kept_and_read_again(tmp_path):
     seen = []
     document = audit(recipe, [0, 1], tmp_path, lambda *line: seen.append(line))
     assert [line[:2] for line in seen] == [(seed, step) for seed in (0, 1) for step in range(1, 5)]
-    stored = json.loads((tmp_path / "audit.json").read_text())
+    stored = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
     for levels in (stored, stored["held_out"]):
         figures = {"pearson", "spearman", "sign_agreement", "slope", "offset", "detrended_spearman"}
         assert set(levels["exact"]) == figures
-    page = (tmp_path / "audit.html").read_text()
+    page = (tmp_path / "audit.html").read_text(encoding="utf-8")
     assert "r² of each level" in page
     assert page.count("<h3>") == 5
     again = []
@@ -34,22 +34,22 @@ def test_an_audit_is_made_kept_and_read_again(tmp_path):
     with pytest.raises(ValueError, match="holds an audit of another recipe"):
         audit(load_recipe("countdown", [*TINY, *ON_POLICY], "dapo"), [0], tmp_path)
     summed = audited_before(tmp_path / "audit.json", tmp_path / "trainer")
-    assert summed == json.loads((tmp_path / "trainer/audit.json").read_text())
+    assert summed == json.loads((tmp_path / "trainer/audit.json").read_text(encoding="utf-8"))
     assert {k: v for k, v in summed.items() if k != "environment"} == {
         k: v for k, v in stored.items() if k != "environment"
     }
     # one of the two files of a seed is gone, or cannot be read
-    (tmp_path / "tokens-0.npz").write_text("")
+    (tmp_path / "tokens-0.npz").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match=r"tokens-0.npz is damaged .*: remove it, and the seed is trained again"):
         audit(recipe, [0], tmp_path)
     (tmp_path / "tokens-0.npz").unlink()
     lines = []
     audit(recipe, [0], tmp_path, lambda *line: lines.append(line))
     assert len(lines) == 4
-    (tmp_path / "seed-0.json").write_text("{")
+    (tmp_path / "seed-0.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"seed-0.json is damaged"):
         audit(recipe, [0], tmp_path)
-    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "notes.txt").write_text("", encoding="utf-8")
     with pytest.raises(FileExistsError, match=r"no folder of an audit \(it holds notes.txt\)"):
         audit(recipe, [0], tmp_path)
     with pytest.raises(FileExistsError, match=r"notes\.txt is a file"):
@@ -81,7 +81,7 @@ def test_the_command_prints_one_document(tmp_path):
     flags = [f"--set={override}" for override in TINY]
     command = [sys.executable, "-m", "entropy_polarity.cli", "audit", "--steps", "4", "--optimizer", "sgd", "--json"]
     done = subprocess.run(
-        [*command, "--output", str(tmp_path / "a"), *flags], capture_output=True, text=True, check=True
+        [*command, "--output", str(tmp_path / "a"), *flags], capture_output=True, encoding="utf-8", check=True
     )
     document = json.loads(done.stdout)
     assert -1 <= document["exact"]["pearson"]["value"] <= 1
@@ -103,7 +103,7 @@ def test_the_command_prints_one_document(tmp_path):
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, flags, told):
     command = [sys.executable, "-m", "entropy_polarity.cli", "audit", "--output", str(tmp_path / "a"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 2
     assert told in done.stderr
     assert "Traceback" not in done.stderr

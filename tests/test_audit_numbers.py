@@ -215,4 +215,7 @@ def test_an_update_without_an_advantage_has_no_figures_and_leaves_the_others(tmp
     tokens = summarise([updates])["tokens"]
     assert tokens["local_sign_agreement"] == pytest.approx(2 / 3)
     write_document(tmp_path / "a.json", {"figures": [1.0, float("nan")], "tokens": tokens})
-    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)["figures"] == [1.0, None]
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)["figures"] == [
+        1.0,
+        None,
+    ]

@@ -94,7 +94,7 @@ def test_a_mistyped_flag_is_exit_code_2(run_papo):
 
 def test_an_output_that_holds_something_is_left_alone(run_papo, tmp_path):
     (tmp_path / "precious").mkdir()
-    (tmp_path / "precious/thesis.txt").write_text("all of it")
+    (tmp_path / "precious/thesis.txt").write_text("all of it", encoding="utf-8")
     code, _, err = run_papo("train", "--output", "precious")
     assert code == 2
     assert "not an empty folder" in err
@@ -109,11 +109,11 @@ def test_train_prints_one_json_document_and_refuses_the_same_place_twice(run_pap
     assert document["status"] == "finished"
     assert set(document["after"]["pass_at"]) == {"1", "2"}
     assert "step 2/2" in err  # progress goes to standard error
-    before = (tmp_path / "run/metrics.jsonl").read_text()
+    before = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8")
     code, _, err = run_papo(*arguments)
     assert code == 2
     assert "already holds a run" in err
-    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+    assert (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8") == before
     code, out, _ = run_papo("eval", "--model", "run", "--problems", "3", "--samples", "2", "--json")
     assert code == 0
     evaluation = json.loads(out)

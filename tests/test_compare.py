@@ -70,7 +70,7 @@ def plan_of(*methods: str, seeds=(0, 1), overrides=TINY, **more) -> Plan:
 
 def starts(directory: Path) -> dict[str, int]:
     """How often each run was started."""
-    return {log.stem: log.read_text().count("started") for log in (directory / "logs").iterdir()}
+    return {log.stem: log.read_text(encoding="utf-8").count("started") for log in (directory / "logs").iterdir()}
 
 
 def undated(run: dict, *without: str) -> dict:
@@ -101,7 +101,7 @@ def test_a_method_is_written_as_a_word(specification, tables):
 
 
 def test_a_plan_of_flags_is_the_plan_of_a_file(tmp_path):
-    (tmp_path / "plan.toml").write_text(PLAN)
+    (tmp_path / "plan.toml").write_text(PLAN, encoding="utf-8")
     planned = load_plan(str(tmp_path / "plan.toml"))
     flags = ("grpo", "held=papo:controller=reference,level=0.4")
     assert replace(planned, search=Search()) == load_plan("countdown", flags, overrides=["task.numbers=[4]"])
@@ -155,7 +155,7 @@ def test_a_method_that_is_only_named_has_the_settings_of_a_recipe_about_it():
 )
 def test_a_slip_in_a_plan_is_named(tmp_path, old, new, told):
     assert old in PLAN
-    (tmp_path / "plan.toml").write_text(PLAN.replace(old, new, 1))
+    (tmp_path / "plan.toml").write_text(PLAN.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(ValueError, match=told):
         load_plan(str(tmp_path / "plan.toml"))
 
@@ -165,7 +165,7 @@ def test_flags_that_make_no_plan_are_named(tmp_path):
         load_plan("countdown")
     with pytest.raises(ValueError, match=r"two methods are called 'papo'.*other=papo:level=0.3"):
         load_plan("countdown", ["papo:level=0.4", "papo:level=0.3"])
-    (tmp_path / "plan.toml").write_text(PLAN)
+    (tmp_path / "plan.toml").write_text(PLAN, encoding="utf-8")
     with pytest.raises(ValueError, match="--methods cannot be given with a plan"):
         load_plan(str(tmp_path / "plan.toml"), ["grpo"])
 
@@ -202,8 +202,8 @@ def test_finished_runs_are_kept_and_new_ones_added(scripted, tmp_path, monkeypat
     assert more["runs"][:4] == document["runs"]
     assert more["summary"]["against"]["grpo"]["papo"]["seeds"] == [0, 1, 2]
     assert set(starts(tmp_path / "c").values()) == {1}
-    assert "started 1\n" in (tmp_path / "c/logs/grpo-0.log").read_text()  # one thread
-    assert json.loads((tmp_path / "c/comparison.json").read_text()) == more
+    assert "started 1\n" in (tmp_path / "c/logs/grpo-0.log").read_text(encoding="utf-8")  # one thread
+    assert json.loads((tmp_path / "c/comparison.json").read_text(encoding="utf-8")) == more
     assert "command" not in more["environment"]
     assert str(tmp_path) not in json.dumps(more)
 
@@ -215,7 +215,7 @@ def test_a_failed_run_stops_no_other_and_is_tried_again(scripted, tmp_path):
     assert len(document["runs"]) == 3
     assert document["summary"]["methods"]["grpo"]["seeds"] == [0, 1]
     assert document["summary"]["against"]["grpo"]["papo"]["seeds"] == [1]  # complete pairs only
-    assert "the disk is on fire" in (tmp_path / "c/comparison.html").read_text()
+    assert "the disk is on fire" in (tmp_path / "c/comparison.html").read_text(encoding="utf-8")
     scripted()
     assert compare(plan_of(), tmp_path / "c", at_once=1)["failed"] == {}
     assert starts(tmp_path / "c") == {"grpo-0": 1, "papo-0": 2, "grpo-1": 1, "papo-1": 1}
@@ -246,7 +246,9 @@ def test_the_command_says_what_failed_and_prints_a_result_file_again(scripted, t
     code, again, _ = papo("--from", str(tmp_path / "c/comparison.json"), "--output", str(tmp_path / "page"))
     assert code == 0
     assert again.startswith(tables)
-    assert (tmp_path / "page/comparison.html").read_text() == (tmp_path / "c/comparison.html").read_text()
+    assert (tmp_path / "page/comparison.html").read_text(encoding="utf-8") == (
+        tmp_path / "c/comparison.html"
+    ).read_text(encoding="utf-8")
     code, out, err = papo("--methods", "grpo", "pappo", "--output", str(tmp_path / "other"))
     assert (code, out) == (2, "")
     assert err.startswith("papo: [methods.pappo] unknown method 'pappo': did you mean 'papo'?")
@@ -261,7 +263,7 @@ def test_a_run_killed_while_it_was_made_is_made_again(scripted, tmp_path):
     (unborn / "summary.json.0123456789abcdef.part").write_text('{"stat')
     compare(plan_of("grpo", seeds=[0]), tmp_path / "c")
     (unborn / "config.toml").unlink()
-    (unborn / "thesis.txt").write_text("all of it")
+    (unborn / "thesis.txt").write_text("all of it", encoding="utf-8")
     with pytest.raises(ValueError, match=r"grpo-0 is no run, but holds (thesis.txt|metrics.jsonl)"):
         compare(plan_of("grpo", seeds=[0]), tmp_path / "c")
     assert (unborn / "thesis.txt").exists()
@@ -284,7 +286,7 @@ def test_runs_of_another_plan_are_refused(scripted, tmp_path, methods, overrides
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("all of it")
+    (tmp_path / "thesis.txt").write_text("all of it", encoding="utf-8")
     with pytest.raises(FileExistsError, match="neither an empty folder nor a comparison"), locked(tmp_path):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
@@ -359,7 +361,7 @@ def test_what_is_finished_is_summarised_after_a_stop_and_while_others_run(script
     monkeypatch.setattr(Queue, "run", stopped)
     with pytest.raises(KeyboardInterrupt):
         compare(plan_of(), tmp_path / "c", at_once=1)
-    written = json.loads((tmp_path / "c/comparison.json").read_text())
+    written = json.loads((tmp_path / "c/comparison.json").read_text(encoding="utf-8"))
     assert [run["label"] for run in written["runs"]] == ["grpo"]
     with locked(tmp_path / "c"):  # as another process would
         looked = compare(plan_of(), tmp_path / "c", at_once=0)
@@ -371,7 +373,9 @@ def test_what_is_finished_is_summarised_after_a_stop_and_while_others_run(script
 
 
 def test_a_method_can_have_fewer_seeds(scripted, tmp_path):
-    (tmp_path / "plan.toml").write_text(PLAN.replace("[search]", "[seeds_of]\nheld = [1, 2]\n[search]", 1))
+    (tmp_path / "plan.toml").write_text(
+        PLAN.replace("[search]", "[seeds_of]\nheld = [1, 2]\n[search]", 1), encoding="utf-8"
+    )
     plan = load_plan(str(tmp_path / "plan.toml"), overrides=[o for o in TINY if not o.startswith("task")])
     document = compare(plan, tmp_path / "out", at_once=2)
     assert [(run["label"], run["seed"]) for run in document["runs"]] == plan.pairs()
@@ -515,7 +519,7 @@ def synthetic_document(labels: list[str], seeds=3, problems=100, rollouts=75) ->
 
 def test_a_result_file_is_summarised_again_and_for_other_baselines(tmp_path):
     document = synthetic_document(["grpo", "papo"])
-    (tmp_path / "c.json").write_text(json.dumps(document))
+    (tmp_path / "c.json").write_text(json.dumps(document), encoding="utf-8")
     assert read_comparison(tmp_path / "c.json") == document
     other = read_comparison(tmp_path / "c.json", ["papo"])["summary"]["against"]
     difference = document["summary"]["against"]["grpo"]["papo"]["pass@1"]["difference"]
@@ -523,7 +527,7 @@ def test_a_result_file_is_summarised_again_and_for_other_baselines(tmp_path):
     with pytest.raises(ValueError, match="unknown baseline 'gpro': did you mean 'grpo'"):
         read_comparison(tmp_path / "c.json", ["gpro"])
     for text, what in (("{}", "is no comparison of this version"), ("[1", "is not JSON")):
-        (tmp_path / "c.json").write_text(text)
+        (tmp_path / "c.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=f"{what}: expected a file comparison.json that papo wrote"):
             read_comparison(tmp_path / "c.json")
     with pytest.raises(FileNotFoundError, match=r"cannot read .*none.json \(No such file or directory\): expected a"):
@@ -545,7 +549,7 @@ def test_the_best_value_is_chosen_by_pass_at_1_then_by_pass_at_many():
 
 
 def test_a_search_is_judged_on_problems_that_the_comparison_does_not_have(tmp_path):
-    (tmp_path / "plan.toml").write_text(PLAN)
+    (tmp_path / "plan.toml").write_text(PLAN, encoding="utf-8")
     plan = load_plan(str(tmp_path / "plan.toml"), overrides=["evaluation.problems=300"])
     trial = search_plan(plan)
     assert (trial.seeds, trial.recipe_of("held@1", 100).evaluation.seed) == ([100, 101], 1000)
@@ -566,7 +570,7 @@ def test_a_search_is_judged_on_problems_that_the_comparison_does_not_have(tmp_pa
 def test_a_search_prints_what_to_paste_into_the_plan(scripted, tmp_path, capsys):
     from entropy_polarity.report.terminal import print_search
 
-    (tmp_path / "plan.toml").write_text(PLAN)
+    (tmp_path / "plan.toml").write_text(PLAN, encoding="utf-8")
     plan = load_plan(str(tmp_path / "plan.toml"), overrides=[o for o in TINY if not o.startswith("task")])
     document = search(plan, tmp_path / "c", at_once=2)
     assert set(starts(tmp_path / "c/search")) == {
@@ -574,7 +578,7 @@ def test_a_search_prints_what_to_paste_into_the_plan(scripted, tmp_path, capsys)
     }
     best = max((row for row in document["rows"] if row["label"] == "held"), key=lambda row: row["pass@1"])
     assert document["chosen"]["held"] == plan.methods["held"] | {"level": best["value"]}
-    assert json.loads((tmp_path / "c/search.json").read_text()) == document
+    assert json.loads((tmp_path / "c/search.json").read_text(encoding="utf-8")) == document
     print_search(document)
     printed = capsys.readouterr().out
     assert f'[methods.held]\nname = "papo"\ncontroller = "reference"\nlevel = {best["value"]}\n' in printed
@@ -608,7 +612,7 @@ def test_an_ablation_takes_papo_from_the_recipe_and_its_parts_from_the_table(scr
     monkeypatch.setattr(sys, "argv", ["papo", "ablate", "--seeds", "0", *output])
     cli.main()
     assert "papo_shuffled" in capfd.readouterr().out
-    page = (tmp_path / "a/comparison.html").read_text()
+    page = (tmp_path / "a/comparison.html").read_text(encoding="utf-8")
     for _, note in ARMS.values():
         assert note in page
 
@@ -634,7 +638,9 @@ def test_labels_are_shown_not_run_and_nothing_is_fetched(tmp_path):
 def test_a_browser_draws_the_charts_of_twelve_methods(tmp_path, chromium):
     document = synthetic_document(["grpo", HOSTILE, *(f"method-{i}" for i in range(10))])
     page = write_page(document, tmp_path)
-    dom = subprocess.run([*chromium, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120).stdout
+    dom = subprocess.run(
+        [*chromium, "--dump-dom", page.as_uri()], capture_output=True, encoding="utf-8", timeout=120
+    ).stdout
     assert len(re.findall(r'id="chart-\d"[^>]*js-plotly-plot', dom)) == 4
     assert dom.count('class="legendtext"') >= 3 * 12
     assert "data-owned" not in dom.partition("<head")[0]
@@ -669,7 +675,7 @@ def test_methods_are_compared_on_the_same_prompts_and_problems(tmp_path, monkeyp
     assert papo.config["method"] == {"name": "papo", "controller": "trend"}
     assert [row["prompt"] for row in grpo.rollouts] == [row["prompt"] for row in papo.rollouts]
     assert grpo.summary["before"] == papo.summary["before"]
-    document = json.loads((tmp_path / "c/comparison.json").read_text())
+    document = json.loads((tmp_path / "c/comparison.json").read_text(encoding="utf-8"))
     for kept, run in zip(document["runs"], (grpo, papo), strict=True):
         assert kept["after"] == {name: run.summary["after"][name] for name in ("successes", "greedy")}
         assert kept["reward"]["steps"] == kept["entropy"]["steps"] == [1, 3]
@@ -701,7 +707,7 @@ def test_a_killed_comparison_goes_on_to_the_same_numbers(tmp_path):
         return [*PAPO, "compare", *flags, "--output", str(output), *(f"--set={o}" for o in TINY)]
 
     def numbers(output: Path) -> tuple[list[dict], dict]:
-        document = json.loads((output / "comparison.json").read_text())
+        document = json.loads((output / "comparison.json").read_text(encoding="utf-8"))
         return [undated(run, "step_seconds") for run in document["runs"]], document["failed"]
 
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
@@ -716,4 +722,6 @@ def test_a_killed_comparison_goes_on_to_the_same_numbers(tmp_path):
     for output in (killed, tmp_path / "whole"):
         subprocess.run(command(output), check=True, **quiet)
     assert numbers(killed) == numbers(tmp_path / "whole")
-    assert any(re.search("training from step [1-9]", log.read_text()) for log in (killed / "logs").iterdir())
+    assert any(
+        re.search("training from step [1-9]", log.read_text(encoding="utf-8")) for log in (killed / "logs").iterdir()
+    )

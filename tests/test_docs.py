@@ -22,7 +22,7 @@ from entropy_polarity.recipe import load_recipe
 from entropy_polarity.tokens import Tokens
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_readmes_trl_script_runs_as_written(tmp_path, monkeypatch):
@@ -50,7 +50,7 @@ def metrics_of(method) -> set[str]:
 
 
 def test_every_metric_of_a_run_has_one_line_and_no_line_is_idle(small_runs):
-    documented = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
+    documented = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/metrics.md").read_text(encoding="utf-8"), re.MULTILINE)
     logged = {name for run in small_runs for row in run.metrics for name in row}
     logged |= {name for method in METHODS.values() for name in metrics_of(method)}
     assert len(documented) == len(set(documented))
@@ -58,23 +58,25 @@ def test_every_metric_of_a_run_has_one_line_and_no_line_is_idle(small_runs):
 
 
 def test_the_readmes_tables_are_the_result_files():
-    results = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
+    results = json.loads((ROOT / "benchmarks/results/demo.json").read_text(encoding="utf-8"))
     assert demo_seeds.table(results["runs"]) in README
-    step = json.loads((ROOT / "benchmarks/results/trainer_step.json").read_text())
+    step = json.loads((ROOT / "benchmarks/results/trainer_step.json").read_text(encoding="utf-8"))
     for figure in ("papo_to_grpo", "grpo_to_grpo"):
         assert trainer_step.shown(step[figure]) in README
-    assert trainer_step.shown(step["forecast_to_papo"]) in results_page.THEORY.read_text()
-    kernels = json.loads((ROOT / "benchmarks/results/kernels_cpu.json").read_text())
+    assert trainer_step.shown(step["forecast_to_papo"]) in results_page.THEORY.read_text(encoding="utf-8")
+    kernels = json.loads((ROOT / "benchmarks/results/kernels_cpu.json").read_text(encoding="utf-8"))
     for measured, _ in (kernel_tables.logits_budget(kernels), kernel_tables.head_budget(kernels)):
         assert measured in README
 
 
 def test_the_page_on_performance_is_the_result_files():
-    results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))]
-    text = kernel_tables.PAGE.read_text()
+    results = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))
+    ]
+    text = kernel_tables.PAGE.read_text(encoding="utf-8")
     assert kernel_tables.page(text, results) == text
     (cpu,) = (result for result in results if result.get("benchmark") == "kernels" and result["device"] == "cpu")
-    assert kernel_tables.figure(cpu) == kernel_tables.FIGURE.read_text()
+    assert kernel_tables.figure(cpu) == kernel_tables.FIGURE.read_text(encoding="utf-8")
 
 
 def test_the_page_of_results_is_the_result_files():
@@ -84,27 +86,30 @@ def test_the_page_of_results_is_the_result_files():
         results_page.SCALE: results_page.scale,
     }
     for path, made in pages.items():
-        assert made(path.read_text()) == path.read_text()
+        assert made(path.read_text(encoding="utf-8")) == path.read_text(encoding="utf-8")
 
 
 def test_the_levels_of_the_plans_are_measured():
-    runs = json.loads((ROOT / "benchmarks/results/levels.json").read_text())["runs"]
+    runs = json.loads((ROOT / "benchmarks/results/levels.json").read_text(encoding="utf-8"))["runs"]
     measured = {(run["task"], run["learning_rate"]): levels.level(run) for run in runs}
     gym, guess, keydoor, fast = ("gym:countdown", 1e-4), ("guess", 3e-4), ("keydoor", 3e-4), ("guess", 1e-3)
     plans = {"gym": gym, "guess": guess, "guess-collapse": guess, "guess-collapse-level": fast, "keydoor": keydoor}
     for plan, run in plans.items():
-        methods = tomllib.loads((ROOT / f"benchmarks/comparisons/{plan}.toml").read_text())["methods"]
+        methods = tomllib.loads((ROOT / f"benchmarks/comparisons/{plan}.toml").read_text(encoding="utf-8"))["methods"]
         assert methods["papo"]["level"] == measured[run]
     for recipe, run in {"gym-countdown": gym, "guess": guess, "keydoor": keydoor}.items():
         assert load_recipe(recipe).method["level"] == measured[run]
 
 
 def test_the_pictures_are_of_the_result_files():
-    assert json.loads((figures.FIGURES / figures.SOURCES).read_text()) == figures.sources()
+    assert json.loads((figures.FIGURES / figures.SOURCES).read_text(encoding="utf-8")) == figures.sources()
     for name in figures.PICTURES:
-        assert (figures.FIGURES / f"{name}.svg").read_text().startswith("<svg")
+        assert (figures.FIGURES / f"{name}.svg").read_text(encoding="utf-8").startswith("<svg")
         assert (figures.FIGURES / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert any(f"figures/{name}.svg" in page.read_text() for page in (results_page.PAGE, results_page.THEORY))
+        assert any(
+            f"figures/{name}.svg" in page.read_text(encoding="utf-8")
+            for page in (results_page.PAGE, results_page.THEORY)
+        )
 
 
 def test_every_formula_of_the_theory_holds():
@@ -125,12 +130,12 @@ def test_the_readmes_tree_names_what_is_there():
 
 
 def test_the_worked_example_is_the_code_and_the_readme_names_every_method():
-    text = (ROOT / "CONTRIBUTING.md").read_text()
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (code,), (row,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL), re.findall(r"`(Method\(.*),`", text)
-    source = (ROOT / "src/entropy_polarity/transforms/shaping.py").read_text()
+    source = (ROOT / "src/entropy_polarity/transforms/shaping.py").read_text(encoding="utf-8")
     without_blank_lines = re.sub(r"\n\n+", "\n", source), re.sub(r"\n\n+", "\n", code)
     assert textwrap.indent(without_blank_lines[1], "    ") in without_blank_lines[0]
-    assert row in (ROOT / "src/entropy_polarity/methods.py").read_text()
+    assert row in (ROOT / "src/entropy_polarity/methods.py").read_text(encoding="utf-8")
     (table,) = re.findall(r"\| family \| methods \|\n(.*?)\n\n", README, re.DOTALL)
     assert METHODS.keys() | CONTROLLERS.keys() == set(re.findall(r"`(\w+)`", table))
 
@@ -140,5 +145,5 @@ def test_the_worked_example_is_the_code_and_the_readme_names_every_method():
     ["README.md", "CONTRIBUTING.md", "docs/evaluation.md", "docs/performance.md", "docs/results.md", "docs/theory.md"],
 )
 def test_links_to_files_of_the_repository_lead_somewhere(document):
-    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text()):
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text(encoding="utf-8")):
         assert (ROOT / document).parent.joinpath(target).exists(), target

@@ -23,7 +23,7 @@ main()
 def papo(*arguments: str, code: str | None = None, **variables: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "entropy_polarity.cli", *arguments]
     environment = os.environ | {"COLUMNS": "200"} | variables
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
 
 
 def test_all_is_well_here():
@@ -132,7 +132,7 @@ def test_whether_verl_would_load_the_plug_in(environment, reason, monkeypatch):
 def test_without_trl_the_commands_that_need_it_say_so():
     code = "import sys; sys.modules['trl'] = None; sys.argv = ['papo', 'train']; "
     code += "from entropy_polarity.cli import main; main()"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert run.returncode == 2
     assert "this needs TRL" in run.stderr
     assert run.stderr.rstrip().endswith("pip install 'entropy-polarity[trl]'")

@@ -215,8 +215,8 @@ def test_another_baseline_turns_the_signs(compared):
 def test_every_attempt_has_its_line_and_the_document_is_written(compared):
     document, folder = compared()
     assert sorted(p.name for p in folder.iterdir()) == ["evaluation.html", "evaluation.json", "problems.jsonl"]
-    assert json.loads((folder / "evaluation.json").read_text()) == json.loads(json.dumps(document))
-    lines = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+    assert json.loads((folder / "evaluation.json").read_text(encoding="utf-8")) == json.loads(json.dumps(document))
+    lines = [json.loads(line) for line in (folder / "problems.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(line["model"], line["seed"], line["problem"]) for line in lines] == [
         (label, seed, number) for label in document["models"] for seed in (2, 5) for number in range(4)
     ]
@@ -235,7 +235,7 @@ def test_every_attempt_has_its_line_and_the_document_is_written(compared):
 
 def test_the_page_shows_model_text_and_does_not_run_it(compared):
     _, folder = compared()
-    page = (folder / "evaluation.html").read_text()
+    page = (folder / "evaluation.html").read_text(encoding="utf-8")
     assert "<script>alert" not in page
     assert "<img src=x" not in page
     assert page.count("&lt;script&gt;alert") >= 4  # every problem shows its completions
@@ -249,7 +249,7 @@ def test_the_page_shows_model_text_and_does_not_run_it(compared):
 def test_a_browser_draws_the_page(compared, chromium):
     _, folder = compared()
     page = (folder / "evaluation.html").as_uri()
-    dom = subprocess.run([*chromium, "--dump-dom", page], capture_output=True, text=True, timeout=120).stdout
+    dom = subprocess.run([*chromium, "--dump-dom", page], capture_output=True, encoding="utf-8", timeout=120).stdout
     assert len(re.findall(r'id="chart-\d"[^>]*js-plotly-plot', dom)) == 2
     assert dom.count('class="problem"') == 4
 
@@ -263,7 +263,7 @@ def test_games_have_no_vote_and_their_own_facts(tmp_path):
     assert [column.name for column in scores.columns] == [
         "model", "success rate", "pass@2", "greedy", "return", "turns", "infeasible", "off_centre",
     ]  # fmt: skip
-    line = json.loads((tmp_path / "out/problems.jsonl").read_text().splitlines()[0])
+    line = json.loads((tmp_path / "out/problems.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert set(line["samples"][0]) == {"observation", "turns", "verdict", "reward", "facts"}
     assert line["samples"][0]["observation"] == "1-32:"
 
@@ -323,6 +323,8 @@ def test_models_of_different_tasks_need_a_word(small_runs, tmp_path):
     run = str(small_runs[0].directory)
     shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints"))
     config = tmp_path / "other/config.toml"
-    config.write_text(config.read_text().replace("[task]\n", "[task]\nmax_target = 50\n"))
+    config.write_text(
+        config.read_text(encoding="utf-8").replace("[task]\n", "[task]\nmax_target = 50\n"), encoding="utf-8"
+    )
     with pytest.raises(ValueError, match=r"trained on different tasks .*: say --task"):
         settle_task({"a": run, "b": str(tmp_path / "other")}, None, ())

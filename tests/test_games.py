@@ -313,7 +313,7 @@ def test_the_record_and_the_page_keep_the_words_of_the_environment(tmp_path):
     for turn in turns:  # what the environment says, then the action
         said = [token.colour is None for token in turn]
         assert said == sorted(said, reverse=True)
-    page = (tmp_path / "run/report.html").read_text()
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
     assert page.count('<span class="token"') == sum(t["from_policy"] for t in recorded)
 
 

@@ -190,7 +190,7 @@ def test_vllm_is_asked_with_the_same_ids_and_a_seed_for_every_prompt(fake_vllm, 
     made = generator.complete(ids_of(tokenizer), 3, 16, Sampling(0.7, 0.9), seed=5)
     assert generator.context == 64
     (engine,) = FakeEngine.made
-    assert engine.settings == {"model": embedded, "trust_remote_code": False}
+    assert engine.settings == {"model": embedded, "trust_remote_code": False, "load_format": "safetensors"}
     assert [asked["prompt_token_ids"] for asked, _ in engine.requests] == [tokenizer(p)["input_ids"] for p in PROMPTS]
     seeds = [parameters.seed for _, parameters in engine.requests]
     assert seeds == [prompt_seed(5, number) for number in range(3)]

@@ -29,7 +29,7 @@ def pages_of_passes() -> int:
 
 
 def resident_mib() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize() / 2**20
 
 
 def test_memory_is_kept_between_passes_and_then_given_back(untold):

@@ -22,7 +22,7 @@ def asked(*answers):
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     file = tmp_path_factory.mktemp("math") / "p.jsonl"
-    file.write_text(json.dumps({"problem": "1+1", "answer": "2"}))
+    file.write_text(json.dumps({"problem": "1+1", "answer": "2"}), encoding="utf-8")
     return MathTask(data=str(file), seconds=2.0)
 
 
@@ -99,7 +99,7 @@ def hostile(rng, marker):
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_hostile_answers_have_verdicts_within_limits(count, tmp_path):
     file, marker, rng = tmp_path / "p.jsonl", tmp_path / "pwned", random.Random(count)
-    file.write_text(json.dumps({"problem": "1+1", "answer": "2"}))
+    file.write_text(json.dumps({"problem": "1+1", "answer": "2"}), encoding="utf-8")
     task = MathTask(data=str(file), seconds=0.5)
     before = {p.pid for p in psutil.Process().children(recursive=True)}
     texts = [hostile(rng, marker) for _ in range(count)]
@@ -184,7 +184,7 @@ def test_every_preset_reads_a_table_of_its_form(preset, form, tmp_path):
 
 
 def numbered(path, count):
-    path.write_text("\n".join(json.dumps({"question": f"q{i}", "answer": i}) for i in range(count)))
+    path.write_text("\n".join(json.dumps({"question": f"q{i}", "answer": i}) for i in range(count)), encoding="utf-8")
     return str(path)
 
 
@@ -251,13 +251,13 @@ def test_without_a_network_one_line_names_the_local_path(monkeypatch):
     ],
 )
 def test_bad_data_is_one_clear_line(settings, message, tmp_path):
-    (tmp_path / "file.jsonl").write_text('{"a": "q", "b": null}')
-    (tmp_path / "broken.json").write_text('{"a": ')
+    (tmp_path / "file.jsonl").write_text('{"a": "q", "b": null}', encoding="utf-8")
+    (tmp_path / "broken.json").write_text('{"a": ', encoding="utf-8")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     (tmp_path / "latin.jsonl").write_bytes('{"problem": "é", "answer": "1"}'.encode("latin-1"))
     odd = {"q": "q", "n": 7, "none": None, "table": {"a": 1}, "said": [{"role": "user"}], "nan": float("nan")}
-    (tmp_path / "odd.jsonl").write_text(json.dumps(odd))
+    (tmp_path / "odd.jsonl").write_text(json.dumps(odd), encoding="utf-8")
     names = {name: f"{name}.jsonl" for name in ("file", "empty", "latin", "odd")}
     names |= {"broken": "broken.json", "folder": "folder"}
     paths = {name: str(tmp_path / file) for name, file in names.items()}

@@ -23,7 +23,7 @@ from entropy_polarity.transforms.selection import clip_cov_choice
 from entropy_polarity.transforms.weights import polarity_sign, shuffled_signs
 
 nan, inf = math.nan, math.inf
-VERL = json.loads((Path(__file__).parent / "golden" / "verl.json").read_text())
+VERL = json.loads((Path(__file__).parent / "golden" / "verl.json").read_text(encoding="utf-8"))
 
 # Every method as its row gives it, papo with every controller, and where the defaults would find nothing to do among
 # so few tokens, with settings that do.

@@ -76,8 +76,10 @@ def test_a_browser_draws_charts_and_tokens(run, chromium, tmp_path):
     """After its scripts have run the page has five drawn charts and coloured tokens, and the picture has colours."""
     image = pytest.importorskip("PIL.Image", reason="pip install pillow")
     page, picture = tmp_path / "page.html", tmp_path / "page.png"
-    page.write_text(render_page(run))
-    dom = subprocess.run([*chromium, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120).stdout
+    page.write_text(render_page(run), encoding="utf-8")
+    dom = subprocess.run(
+        [*chromium, "--dump-dom", page.as_uri()], capture_output=True, encoding="utf-8", timeout=120
+    ).stdout
     assert len(re.findall(r'id="chart-\d"[^>]*js-plotly-plot', dom)) == 5
     lines = re.findall(r'<path class="js-line"[^>]* d="M([^"]+)"', dom)
     assert len(lines) >= 8
@@ -97,8 +99,10 @@ def test_a_browser_draws_charts_and_tokens(run, chromium, tmp_path):
 def test_hostile_text_does_not_run_in_a_browser(run, chromium, tmp_path):
     page = tmp_path / "page.html"
     title = "<script>document.documentElement.dataset.owned = 1</script>"
-    page.write_text(render_page(replace(run, config=run.config | {"title": title})))
-    dom = subprocess.run([*chromium, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120).stdout
+    page.write_text(render_page(replace(run, config=run.config | {"title": title})), encoding="utf-8")
+    dom = subprocess.run(
+        [*chromium, "--dump-dom", page.as_uri()], capture_output=True, encoding="utf-8", timeout=120
+    ).stdout
     assert "<html" in dom
     assert "data-owned" not in dom.partition(">")[0] + dom.partition("<html")[2].partition(">")[0]
 

@@ -32,7 +32,7 @@ def test_the_default_recipe_is_shipped():
 
 def test_a_recipe_is_what_its_file_says_and_defaults_for_the_rest(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text('title = "Mine"\nseed = 3\n[method]\nname = "grpo"\n[evaluation]\nproblems = 7\n')
+    path.write_text('title = "Mine"\nseed = 3\n[method]\nname = "grpo"\n[evaluation]\nproblems = 7\n', encoding="utf-8")
     assert load_recipe(str(path)) == Recipe(
         title="Mine", seed=3, method={"name": "grpo"}, evaluation=HeldOut(problems=7)
     )
@@ -40,7 +40,7 @@ def test_a_recipe_is_what_its_file_says_and_defaults_for_the_rest(tmp_path):
 
 def test_a_recipe_written_out_is_read_back(tmp_path):
     recipe, path = load_recipe("countdown", ["seed=5", "trainer.beta=0.1"]), tmp_path / "again.toml"
-    path.write_text(tomli_w.dumps(recipe.to_dict()))
+    path.write_text(tomli_w.dumps(recipe.to_dict()), encoding="utf-8")
     assert load_recipe(str(path)) == recipe
 
 
@@ -112,7 +112,7 @@ def test_a_slip_in_an_override_is_named(override, told):
 )
 def test_a_slip_in_a_file_is_named(tmp_path, text, told):
     path = tmp_path / "mine.toml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=told):
         load_recipe(str(path))
 

@@ -84,7 +84,7 @@ def test_what_was_written_is_read_back(writer, directory):
 def test_numbers_that_json_does_not_have_become_null(writer, directory):
     writer.metrics({"step": 1, "loss": nan, "deep": {"list": [1.0, inf, -inf]}})
     writer.write_summary({"pass": nan})
-    for line in (directory / "metrics.jsonl").read_text().splitlines():
+    for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         json.loads(line, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
     run = Run.read(directory)
     assert run.metrics == [{"step": 1, "loss": None, "deep": {"list": [1.0, None, None]}}]
@@ -220,10 +220,10 @@ def test_the_last_checkpoint_is_the_highest_whole_one(writer, directory):
 
 def test_summary_and_report_are_replaced_in_one_move(writer, directory):
     writer.write_report("<html>a longer page</html>")
-    assert writer.write_report("<html></html>").read_text() == "<html></html>"
+    assert writer.write_report("<html></html>").read_text(encoding="utf-8") == "<html></html>"
     writer.write_summary({"status": "interrupted", "more": 1})
     writer.write_summary({"status": "done"})
-    assert json.loads((directory / "summary.json").read_text()) == {"status": "done"}
+    assert json.loads((directory / "summary.json").read_text(encoding="utf-8")) == {"status": "done"}
     assert not list(directory.glob("*.part"))
 
 
@@ -243,9 +243,9 @@ def test_resuming_leaves_what_others_wrote_beside_the_checkpoints(writer, direct
     checkpoint(directory, 2)
     logs = directory / "checkpoints" / "runs" / "events.tfevents"
     logs.parent.mkdir()
-    logs.write_text("mine")
+    logs.write_text("mine", encoding="utf-8")
     RunWriter.resume(directory, CONFIG)
-    assert logs.read_text() == "mine"
+    assert logs.read_text(encoding="utf-8") == "mine"
 
 
 def test_a_folder_of_empty_folders_can_hold_a_run(tmp_path):

@@ -79,7 +79,7 @@ def few_steps(model, task, output, *more):
 def math_task(tmp_path):
     pytest.importorskip("math_verify", reason="needs the extra [math]")
     rows = ({"question": f"What is {i}+0?", "answer": i % 10} for i in range(60))
-    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return f"{{name='math', data='{tmp_path}/sums.jsonl', max_completion_tokens=6}}"
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TEXT = " ".join((ROOT / "docs/theory.md").read_text().split())
+TEXT = " ".join((ROOT / "docs/theory.md").read_text(encoding="utf-8").split())
 
 
 @cache
 def document(name: str) -> dict[str, Any]:
-    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
 
 
 def found(path: str) -> Any:

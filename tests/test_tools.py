@@ -291,7 +291,7 @@ print(json.dumps([sandbox.run(code, 3.0) for code in json.loads(sys.argv[2])]))
 def without_names(codes, marker, hook="hook"):
     texts = json.dumps([code.replace("{marker!r}", repr(marker)).replace("{marker}", marker) for code in codes])
     command = [sys.executable, "-c", WITHOUT_NAMES, hook, texts]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    found = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, timeout=120)
     return json.loads(found.stdout)
 
 

@@ -72,7 +72,7 @@ def with_tools(row, read):
 def sums(tmp_path):
     pytest.importorskip("math_verify", reason="needs the extra [math]")
     rows = ({"question": f"What is {i}*7+{i}?", "answer": 8 * i} for i in range(60))
-    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return str(tmp_path / "sums.jsonl")
 
 

@@ -100,7 +100,7 @@ def test_ctrl_c_ends_with_a_checkpoint_a_summary_and_a_report(tmp_path):
     overrides = [f"--set={o}" for o in (*SMALL, "trainer.max_steps=500", "trainer.save_steps=400")]
     process = subprocess.Popen(
         [*PAPO, "train", "--output", str(run), *overrides],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
@@ -208,7 +208,7 @@ def test_a_full_disk_is_one_line(tmp_path):
     try:
         overrides = [f"--set={o}" for o in (*SMALL, "trainer.save_total_limit=9")]
         command = [*PAPO, "train", "--output", str(small / "run"), *overrides]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
         assert done.returncode == 2
         assert done.stderr.strip().splitlines()[-1].startswith("papo: no space left")
         assert "Traceback" not in done.stderr
@@ -256,12 +256,12 @@ def test_a_recipe_trains_in_two_processes_and_goes_on(tmp_path):
         done = subprocess.run(
             [*launch, str(script), "countdown", "--output", str(tmp_path / "run"), *more],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
         )
         assert done.returncode == 0, done.stderr[-3000:]
     checkpoint = last_checkpoint(tmp_path / "run")
     assert checkpoint.name == "checkpoint-4"
-    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 4], "the second start went on"
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "run/policy").state_dict()
     kept = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()

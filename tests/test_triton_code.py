@@ -25,7 +25,9 @@ def python(*arguments: str) -> str:
     """Where kernels are compiled: this process may have imported them for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(SCRIPT.parent)
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, encoding="utf-8", env=environment, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

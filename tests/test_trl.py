@@ -467,7 +467,7 @@ def test_the_trained_model_loads_and_the_state_is_in_the_checkpoint(tmp_path):
     trainer = make_trainer(PolarityTrainer, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
     trainer.train()
     folder = tmp_path / "checkpoint-2"
-    saved = json.loads((folder / STATE_FILE).read_text())
+    saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     assert saved["state"] == trainer.method_state
     assert saved["resumable"] is True
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -264,7 +264,7 @@ def test_several_processes_make_the_same_policy_as_one(tmp_path):
     came = {}
     for ranks in ("1", "2", "4"):
         done = subprocess.run(
-            [*command, ranks, str(script), str(tmp_path / f"{ranks}.pt")], capture_output=True, text=True
+            [*command, ranks, str(script), str(tmp_path / f"{ranks}.pt")], capture_output=True, encoding="utf-8"
         )
         assert done.returncode == 0, done.stderr[-3000:]
         came[ranks] = torch.load(tmp_path / f"{ranks}.pt", weights_only=True)

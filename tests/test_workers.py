@@ -115,7 +115,7 @@ def test_workers_end_with_a_killed_parent(here):
         "w = Workers('test_workers:double', count=1); w.map([(1,)])\n"
         "print(w._idle.get().process.pid, flush=True); os.kill(os.getpid(), 9)"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     worker = int(found.stdout)
     for _ in range(100):
         if not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE:

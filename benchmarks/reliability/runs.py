@@ -250,9 +250,7 @@ def clocks(part: Part, run: Path, folder: Path, whole: Path) -> None:
                 os.utime(path, (date(checkpoint_step(path if path == checkpoint else checkpoint)),) * 2)
         code = ended(start(go_on(scratch), folder / "log"))
         left = [checkpoint_step(path) for path in checkpoints(scratch / "checkpoints")]
-        part.expect(
-            code == 0 and left == [6, 8] and outcome(scratch) == outcome(whole), f"{name}: {code}, left {left}"
-        )
+        part.expect(code == 0 and left == [6, 8] and outcome(scratch) == outcome(whole), f"{name}: {code}, left {left}")
 
 
 def two_processes(part: Part, folder: Path, whole: Path, seconds: float, count: int) -> None:

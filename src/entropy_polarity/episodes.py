@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from entropy_polarity._modes import evaluating
+from entropy_polarity._text import valid
 from entropy_polarity.tasks import Messages, Problem
 from entropy_polarity.tasks.games import (
     OUT_OF_TURNS,
@@ -130,7 +131,7 @@ class Format:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return valid(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def check_starts(game: Game, problems: Sequence[Problem]) -> None:
@@ -280,18 +281,19 @@ def _started(env: TextEnv, seed: int) -> Answer:
 def _guarded(call: Callable[[int], Answer], i: int) -> Answer:
     """Environments are other people's code: what they raise is their episode's end, not the run's."""
     try:
-        return call(i)
+        answer = call(i)
+        return answer._replace(observation=valid(answer.observation), reason=valid(answer.reason))
     except NoWorkerError:
         raise  # no episode can be played
     except EpisodeOverError as error:
-        return Answer(str(error), done=True, reason=error.reason)
+        return Answer(valid(str(error)), done=True, reason=error.reason)
     except Exception as error:
-        return Answer(f"{type(error).__name__}: {error}"[:200], done=True, reason=RAISED)
+        return Answer(valid(f"{type(error).__name__}: {error}"[:200]), done=True, reason=RAISED)
 
 
 def _facts(env: TextEnv) -> dict[str, float]:
     try:
-        return env.facts()
+        return {valid(name): value for name, value in env.facts().items()}
     except Exception:
         return {}
 

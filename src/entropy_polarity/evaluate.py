@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from entropy_polarity._text import valid, valid_parts
 from entropy_polarity.episodes import Episode, mean_facts, play
 from entropy_polarity.generation import GREEDY, Generator, Sampling
 from entropy_polarity.generation.sampling import TransformersGenerator
@@ -230,12 +231,12 @@ def _said(
         prompts = [encoded(for_tokenizer(problem, tokenizer), tokenizer) for problem in problems]
         made = generator.complete(prompts, samples, longest, sampling, seed)
         texts = [tokenizer.batch_decode(row, skip_special_tokens=True) for row in made]
-        return [[_Said(text, {}, None) for text in row] for row in texts]
+        return [[_Said(valid(text), {}, None) for text in row] for row in texts]
     from entropy_polarity.generation.tools import Conversation, converse  # needs TRL
 
     def said(conversation: Conversation) -> _Said:
         facts = {"tool_calls": float(conversation.calls), "failed_tool_calls": float(conversation.failures)}
-        return _Said(plain(conversation.messages), facts, conversation.messages)
+        return _Said(valid(plain(conversation.messages)), facts, valid_parts(conversation.messages))
 
     asked = [problem.messages or [{"role": "user", "content": problem.prompt}] for problem in problems]
     return [[said(c) for c in row] for row in converse(generator, tools, asked, samples, longest, sampling, seed)]

@@ -12,13 +12,14 @@ seed                     of prompts, sampling and training
 
 import copy
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from entropy_polarity._errors import unknown_name
+from entropy_polarity._text import valid
 
 DEFAULT_RECIPE = "countdown"
 
@@ -68,9 +69,21 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _at_least("seed", self.seed, 0)
+        if text := next(_no_text(self.to_dict()), None):
+            raise ValueError(f"recipe value {text!r} is no text that a file can hold (it has half a character, or NUL)")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _no_text(value: Any) -> Iterator[str]:
+    """The texts in it that are none: an argument of the command line can have bytes that the locale does not know."""
+    if isinstance(value, dict):
+        yield from (text for pair in value.items() for part in pair for text in _no_text(part))
+    elif isinstance(value, list | tuple):
+        yield from (text for part in value for text in _no_text(part))
+    elif isinstance(value, str) and valid(value) != value:
+        yield value
 
 
 _SECTIONS = {"policy": Policy, "evaluation": HeldOut, "record": Recorded}
@@ -113,15 +126,20 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     if path.suffix == ".toml" or path.parent != Path("."):
         if not path.is_file():
             raise FileNotFoundError(f"no recipe at {path}: give a .toml file, or one of {', '.join(recipe_names())}")
-        text = path.read_text()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"recipe {path} is not UTF-8 ({error.reason} at byte {error.start})") from None
     elif name_or_path in recipe_names():
-        text = (files("entropy_polarity") / "recipes" / f"{name_or_path}.toml").read_text()
+        text = (files("entropy_polarity") / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
     else:
         raise unknown_name("recipe", name_or_path, recipe_names())
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"recipe {name_or_path} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise ValueError(f"recipe {name_or_path} is nested too deeply to be one") from None
 
 
 def apply_override(document: dict[str, Any], override: str) -> None:
@@ -133,6 +151,8 @@ def apply_override(document: dict[str, Any], override: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value  # a bare word is a string
+    except RecursionError:
+        raise ValueError(f"override {key!r} is nested too deeply to be a value") from None
     *sections, last = key.strip().split(".")
     for section in sections:
         document = document.setdefault(section, {})

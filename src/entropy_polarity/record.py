@@ -157,7 +157,7 @@ class Run:
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """The steps at which a metric was logged, and its values."""
-        rows = [row for row in self.metrics if row.get(name) is not None]
+        rows = [row for row in self.metrics if isinstance(row.get(name), int | float)]
         return [row["step"] for row in rows], [row[name] for row in rows]
 
     def tokens(self, step: int) -> list[dict[str, Any]]:

@@ -65,7 +65,7 @@ def main() -> None:
     decisions = {name: decision(method) for name, method in METHODS.items()}
     batch = written(decisions["papo"][0], COLUMNS)
     methods = {name: {"method": METHODS[name], "made": written(after, MADE)} for name, (_, after) in decisions.items()}
-    (HERE / "trl.json").write_text(json.dumps({"batch": batch, "methods": methods}) + "\n")
+    (HERE / "trl.json").write_text(json.dumps({"batch": batch, "methods": methods}) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

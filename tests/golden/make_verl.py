@@ -127,7 +127,9 @@ def main(output: Path) -> None:
     versions = compact({"verl": verl.__version__, "torch": torch.__version__})
     named = ",\n".join(f"{compact(name)}:{compact(batch)}" for name, batch in batches.items())
     listed = ",\n".join(map(compact, cases))
-    output.write_text(f'{{"versions":{versions},\n"batches":{{\n{named}\n}},\n"cases":[\n{listed}\n]}}\n')
+    output.write_text(
+        f'{{"versions":{versions},\n"batches":{{\n{named}\n}},\n"cases":[\n{listed}\n]}}\n', encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from verl.utils import tensordict_utils as tu
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden/trl.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/trl.json").read_text(encoding="utf-8"))
 PROMPT = 3
 
 

@@ -187,7 +187,10 @@ def test_the_controller_is_in_verls_checkpoints(tmp_path):
     keys, columns = of_verl(golden_rows())
     rewritten(first._polarity, keys, columns)
     first._save_checkpoint()
-    assert json.loads((tmp_path / "global_step_3/polarity_state.json").read_text())["state"] == first._polarity.state
+    assert (
+        json.loads((tmp_path / "global_step_3/polarity_state.json").read_text(encoding="utf-8"))["state"]
+        == first._polarity.state
+    )
 
     resumed = Saving(tmp_path, **trend).trainer
     assert resumed._polarity.state != first._polarity.state

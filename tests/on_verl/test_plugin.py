@@ -48,7 +48,7 @@ for hook in __import__("entropy_polarity.trainers.verl", fromlist=["HOOKS"]).HOO
 def looked(first: str = "", **environment: str) -> list[str]:
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", LOOK.format(first=first)],
-        capture_output=True, text=True, env=os.environ | environment, timeout=300,
+        capture_output=True, encoding="utf-8", env=os.environ | environment, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
@@ -79,7 +79,11 @@ def test_without_plugins_verl_is_verls_own():
     )
     environment = os.environ | {"VERL_USE_EXTERNAL_PLUGINS": "none"}
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
+        timeout=300,
     )
     assert run.stdout.strip() == "False", run.stderr
 

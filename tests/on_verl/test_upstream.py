@@ -41,7 +41,7 @@ sys.exit(pytest.main(["-q", "-c", "/dev/null", "-p", "no:cacheprovider", *{FILES
 """
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
-        cwd=THEIRS, capture_output=True, text=True, timeout=600, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        cwd=THEIRS, capture_output=True, encoding="utf-8", timeout=600, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
     assert int(run.stdout.split(" passed")[0].split()[-1]) >= 100

@@ -1,12 +1,16 @@
 """The `papo` command. Torch is imported inside the commands, so that help and errors are instant."""
 
+import errno
+import io
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Callable
 
 import tyro
 
+from entropy_polarity._text import one_line
 from entropy_polarity.cli.about import doctor, methods
 from entropy_polarity.cli.policies import evaluate, pretrain, report, train
 from entropy_polarity.cli.studies import ablate, audit, compare
@@ -24,15 +28,28 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
+_FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
+# What safetensors and torch make of it.
+_SIGNS_OF_A_FULL_DISK = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large (os error",
+    "code: 28",
+    "inline_container",
+    "PytorchStreamWriter",
+)
+
+
 def main() -> None:
     """Bad input ends in one clear line and exit code 2; PAPO_DEBUG=1 shows the traceback instead."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model of the hub is fetched with HF_HUB_OFFLINE=0
     warnings.filterwarnings("ignore")
+    _print_what_cannot_be_printed()
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="papo", description="Measure and control entropy.")
     except KeyboardInterrupt as stop:
         how = str(stop) or "papo train --resume goes on with a run from its last checkpoint"
-        print(f"papo: stopped; {how}", file=sys.stderr)
+        print(one_line(f"papo: stopped; {how}"), file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if os.environ.get("PAPO_DEBUG"):
@@ -44,18 +61,35 @@ def main() -> None:
         sys.exit(2)
 
 
+def _print_what_cannot_be_printed() -> None:
+    """A terminal whose encoding lacks a character gets an escape in its place: no command ends by what it prints."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _one_line(error: BaseException | None) -> str | None:
     """What a user can act on; None for what is a bug and deserves its traceback."""
-    chain = error
-    while chain is not None:
-        # Writers of checkpoints turn a full disk into errors of their own.
-        full = ("No space left on device", "code: 28", "inline_container", "PytorchStreamWriter")
-        if any(sign in str(chain) for sign in full):
-            return "no space left on the device: free some, then go on with papo train --resume"
-        chain = chain.__cause__ or chain.__context__
+    if _disk_is_full(error):
+        return "no space left on the device: free some, then go on with papo train --resume"
     package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else None
-    if package in ("trl", "transformers", "datasets", "accelerate"):
+    if package in ("trl", "transformers", "datasets", "accelerate", "tokenizers"):
         return f"this needs TRL ({error}): pip install 'entropy-polarity[trl]'"
+    if isinstance(error, pickle.UnpicklingError):
+        return "a file of the checkpoint or model holds a pickle that could run code, or is damaged: it was not read"
+    if isinstance(error, OSError) and error.strerror:
+        return one_line(f"{error.filename or 'a file that the system does not name'}: {error.strerror}")
     if isinstance(error, ValueError | OSError | ImportError):
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error, limit=2500) or type(error).__name__  # commands to copy stand at the end
     return None
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether that was it. Writers of checkpoints turn a full disk, a quota or a limit into errors of their own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if any(sign in str(error) for sign in _SIGNS_OF_A_FULL_DISK):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from entropy_polarity._text import printable
 from entropy_polarity.cli.common import Json, print_json
 
 
@@ -50,7 +51,7 @@ def doctor(as_json: Json = False) -> None:
         table = Table("what", "", "found")
         for finding in findings:
             mark = f"[{colours[finding.status]}]{finding.status}[/]"
-            table.add_row(escape(finding.part), mark, escape(finding.detail))
+            table.add_row(escape(printable(finding.part)), mark, escape(printable(finding.detail)))
         Console().print(table)
     if any(finding.status == "problem" for finding in findings):
         sys.exit(1)

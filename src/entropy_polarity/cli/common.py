@@ -15,7 +15,8 @@ Overrides = Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar=
 def print_json(document: Any) -> None:
     from entropy_polarity.experiments.results import without_nan
 
-    print(json.dumps(without_nan(document), indent=2, allow_nan=False))
+    # JSON escapes all that could move a cursor, but for DEL.
+    print(json.dumps(without_nan(document), indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
 
 
 def refuse(owner: str, **flags: Any) -> None:

@@ -8,7 +8,9 @@ from tyro.conf import Positional
 
 from entropy_polarity._errors import check_settings
 from entropy_polarity._reading import read_config
+from entropy_polarity._text import printable
 from entropy_polarity.cli.common import Json, Overrides, print_json
+from entropy_polarity.consent import check_said_again, stay_offline
 from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, apply_override, load_recipe, with_flags
 from entropy_polarity.report.terminal import print_estimates, print_evaluation
 
@@ -41,7 +43,8 @@ def train(
         resume: a run directory to go on with, from its last checkpoint (its own recipe is used)
         from_checkpoint: with --resume: the step of the checkpoint to go on from, 0 for the beginning. Later steps and
             checkpoints of the run are dropped, and what is lost of the record before it stays lost
-        overrides: any key of the recipe, e.g. trainer.learning_rate=1e-4; can be repeated
+        overrides: any key of the recipe, e.g. trainer.learning_rate=1e-4; can be repeated. With --resume it says again
+            what the run names beyond itself, e.g. task.factory=MODULE:CLASS
     """
     if from_checkpoint is not None and resume is None:
         raise ValueError(f"--from-checkpoint {from_checkpoint} needs --resume DIR, the run whose checkpoint it is")
@@ -59,7 +62,7 @@ def train(
         print_json({"run": str(directory), **summary})
     else:
         print_estimates({name: summary[name] for name in ("before", "after") if name in summary})
-        print(f"{summary['status']}: {directory}/report.html")
+        print(printable(f"{summary['status']}: {directory}/report.html"))
 
 
 def _what_to_train(
@@ -85,7 +88,6 @@ def _what_to_train(
         "--method": method,
         "--seed": seed,
         "--model": model,
-        "--set": overrides or None,
     }
     given = [flag for flag, value in fixed.items() if value is not None]
     if given or recipe != DEFAULT_RECIPE:
@@ -94,7 +96,15 @@ def _what_to_train(
             f"{what} cannot be given with --resume: a resumed run keeps its recipe (only --max-steps may change)"
         )
     read_config(resume)
-    return with_flags(load_recipe(str(resume / "config.toml")), max_steps=max_steps), resume
+    own = load_recipe(str(resume / "config.toml"))
+    if load_recipe(str(resume / "config.toml"), overrides) != own:
+        raise ValueError(
+            "--set with --resume can only say again what the run itself says: it keeps its recipe (only --max-steps "
+            "may change)"
+        )
+    check_said_again(str(resume), own.to_dict(), overrides)
+    stay_offline(str(resume), own.to_dict(), overrides)
+    return with_flags(own, max_steps=max_steps), resume
 
 
 def evaluate(
@@ -128,7 +138,8 @@ def evaluate(
         output: folder for evaluation.json, problems.jsonl (every completion) and evaluation.html
         backend: what generates; vllm needs the extra [vllm]
         batch_size: completions at a time to start with, halved when memory runs out (default: by free memory)
-        overrides: settings of the task, e.g. numbers=[3,4]; can be repeated
+        overrides: settings of the task, e.g. numbers=[3,4]; can be repeated. What a run names beyond itself counts
+            only where it is said again here, e.g. factory=MODULE:CLASS
     """
     from entropy_polarity.experiments.evaluate import PAGE, Settings, evaluate_models
     from entropy_polarity.report.lines import LiveOrLines
@@ -148,7 +159,7 @@ def evaluate(
         return print_json(document)
     print_evaluation(document)
     if output is not None:
-        print(output / PAGE)
+        print(printable(output / PAGE))
 
 
 def report(run: Positional[Path], /, as_json: Json = False) -> None:
@@ -157,11 +168,14 @@ def report(run: Positional[Path], /, as_json: Json = False) -> None:
     Args:
         run: the run directory
     """
+    from entropy_polarity.experiments.results import as_written
     from entropy_polarity.record import Run, RunWriter
     from entropy_polarity.report.page import render_page
 
-    page = RunWriter(run).write_report(render_page(Run.read(run)))
-    print_json({"report": str(page)}) if as_json else print(page)
+    with as_written(run):
+        text = render_page(Run.read(run))
+    page = RunWriter(run).write_report(text)
+    print_json({"report": str(page)}) if as_json else print(printable(page))
 
 
 def pretrain(
@@ -204,4 +218,4 @@ def pretrain(
     if as_json:
         return print_json(quality)
     print_estimates(quality["evaluation"])
-    print(f"policy written to {output}")
+    print(printable(f"policy written to {output}"))

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from entropy_polarity._text import printable
 from entropy_polarity.cli.common import Json, Overrides, print_json, refuse
 from entropy_polarity.recipe import DEFAULT_RECIPE
 from entropy_polarity.report.terminal import print_audit, print_comparison, print_search
@@ -69,7 +70,7 @@ def _compare(
         print_json({"output": str(directory)} | {k: document[k] for k in document.keys() - {"runs", "environment"}})
     else:
         print_search(document) if search else print_comparison(document)
-        print(directory / (experiment.SEARCH if search else experiment.PAGE))
+        print(printable(directory / (experiment.SEARCH if search else experiment.PAGE)))
     if document["failed"]:
         sys.exit(1)
 
@@ -108,11 +109,13 @@ def _steps(max_steps: int | None) -> tuple[str, ...]:
 
 def _compared_before(file: Path, baselines: tuple[str, ...], output: Path | None, as_json: bool) -> None:
     from entropy_polarity.experiments.compare.experiment import read_comparison, write_page
+    from entropy_polarity.experiments.results import as_written
 
-    document = read_comparison(file, baselines)
-    if output is not None:
-        write_page(document, output)
-    print_json(document["summary"]) if as_json else print_comparison(document)
+    with as_written(file):
+        document = read_comparison(file, baselines)
+        if output is not None:
+            write_page(document, output)
+        print_json(document["summary"]) if as_json else print_comparison(document)
 
 
 def audit(
@@ -146,11 +149,13 @@ def audit(
     """
     from entropy_polarity.experiments.audit import audit as run
     from entropy_polarity.experiments.audit import audit_recipe, audited_before, default_output
+    from entropy_polarity.experiments.results import as_written
     from entropy_polarity.report.lines import LiveOrLines
 
     if finished is not None:
         refuse("--from", model=model, task=task, method=method, optimizer=optimizer, set=overrides)
-        return _print_found(audited_before(finished, output), output, as_json)
+        with as_written(finished):
+            return _print_found(audited_before(finished, output), output, as_json)
     chosen = audit_recipe(recipe, model, task, method, steps, optimizer, overrides)
     directory = output or default_output(recipe, chosen)
     with LiveOrLines(sys.stderr if as_json else sys.stdout) as view:
@@ -173,4 +178,4 @@ def _print_found(document: dict[str, Any], directory: Path | None, as_json: bool
         return print_json({"output": directory and str(directory)} | found)
     print_audit(document)
     if directory is not None:
-        print(directory / PAGE)
+        print(printable(directory / PAGE))

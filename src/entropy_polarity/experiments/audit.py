@@ -13,6 +13,7 @@ import torch
 
 from entropy_polarity._files import DRAFT, LOCK, locked, refuse_links, replacing, write_text
 from entropy_polarity.audit import Audit, TokenAccount
+from entropy_polarity.consent import check_said_again
 from entropy_polarity.exact import Sequences, untouched
 from entropy_polarity.experiments.audit_summary import MAPPED, asymmetry, by_token, summarise
 from entropy_polarity.experiments.models import weights_of
@@ -65,7 +66,7 @@ def audit_recipe(
     """The recipe of an audit, with one update a rollout: where `model` is a run that of the run, its method included.
 
     `method` is GRPO where nothing says otherwise, `optimizer` the recipe's; overrides have the last word. Raises as
-    `load_recipe`.
+    `load_recipe`, and where a run names what they do not say again.
     """
     weights, trained = (None, None) if model is None else weights_of(model)
     if trained is None:
@@ -77,7 +78,10 @@ def audit_recipe(
     chosen = [*ON_POLICY, *OPTIMIZERS.get(optimizer or "", ()), f"trainer.max_steps={steps}"]
     if task is not None and (trained is None or task != trained["task"]["name"]):
         chosen.append(f"task={{name={task!r}}}")
-    return with_flags(load_recipe(recipe, [*chosen, *overrides], method), model=weights)
+    loaded = with_flags(load_recipe(recipe, [*chosen, *overrides], method), model=weights)
+    if trained is not None:
+        check_said_again(str(model), loaded.to_dict(), overrides)
+    return loaded
 
 
 def default_output(recipe: str, chosen: Recipe) -> Path:

@@ -21,6 +21,7 @@ from entropy_polarity.experiments.train import load_policy, quiet
 from entropy_polarity.generation import Generator, Sampling
 from entropy_polarity.generation.sampling import TransformersGenerator
 from entropy_polarity.policy import resolve_model
+from entropy_polarity.policy.folder import check_folder
 from entropy_polarity.record import refuse_occupied
 from entropy_polarity.report.evaluation import render_evaluation
 from entropy_polarity.statistics.intervals import Estimate, paired_bootstrap
@@ -85,7 +86,8 @@ def evaluate_models(
     reference = _reference(baseline, list(named))
     weights = {label: weights_of(model)[0] for label, model in named.items()}
     for place in weights.values():
-        resolve_model(place)
+        if (folder := Path(resolve_model(place))).is_dir():
+            check_folder(folder)
     of_task = settle_task(named, task, task_settings)
     judged = make_task(**of_task)
     if isinstance(judged, Game) and settings.backend != "transformers":

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from entropy_polarity.checkpoints import refuse_broken
+from entropy_polarity.consent import check_said_again
 from entropy_polarity.method_state import STATE_FILE
-from entropy_polarity.recipe import apply_override
+from entropy_polarity.recipe import apply_override, load_recipe
 from entropy_polarity.record import CHECKPOINTS, CONFIG, last_checkpoint, read_config
 
 _LABELLED = re.compile(r"([^=/\\]+)=(.+)")
@@ -50,7 +51,8 @@ def weights_of(model: str) -> tuple[str, dict[str, Any] | None]:
 def settle_task(named: dict[str, str], task: str | None, task_settings: Sequence[str]) -> dict[str, Any]:
     """The settings of the one task for all: `task`, or what the runs among the models were trained on.
 
-    A setting is "key=value", or "task.key=value" as in a recipe.
+    A setting is "key=value", or "task.key=value" as in a recipe. Raises ValueError where a run's task names code or a
+    data set of the hub that no setting says again.
     """
     trained = {label: found for label, model in named.items() if (found := _trained_on(model)) is not None}
     known = [found for found in trained.values() if task in (None, found["name"])]
@@ -58,8 +60,12 @@ def settle_task(named: dict[str, str], task: str | None, task_settings: Sequence
         said = "; ".join(f"{label}: {found}" for label, found in trained.items())
         raise ValueError(f"the models were trained on different tasks ({said}): say --task, and --set for its settings")
     settings = dict(known[0]) if known else {"name": task or "countdown"}
-    for setting in task_settings:
-        apply_override(settings, setting.removeprefix("task."))
+    said = [setting.removeprefix("task.") for setting in task_settings]
+    for setting in said:
+        apply_override(settings, setting)
+    if known:
+        run = next(named[label] for label, found in trained.items() if found == known[0])
+        check_said_again(run, {"task": settings}, [f"task.{setting}" for setting in said])
     return settings
 
 
@@ -68,5 +74,6 @@ def _trained_on(model: str) -> dict[str, Any] | None:
     folder = Path(model)
     for run in (folder, folder.parent.parent if folder.parent.name == CHECKPOINTS else folder):
         if (run / CONFIG).is_file():
-            return read_config(run)["task"]
+            read_config(run)  # whole, and not cut off
+            return load_recipe(str(run / CONFIG)).task
     return None

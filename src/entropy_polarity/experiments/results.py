@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,16 @@ def read_document(file: Path, kind: str, versions: tuple[int, ...] = (1,)) -> di
     if not isinstance(document, dict) or document.get(kind) not in versions:
         raise ValueError(f"{file} is no {kind} of this version: {expected}")
     return document
+
+
+@contextmanager
+def as_written(file: Path) -> Iterator[None]:
+    """A context that reads what is in `file`: where that has another form than papo gives it, it is one ValueError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} does not hold what papo writes there ({said}): take the file as it was") from error
 
 
 def rounded(value: float) -> float:

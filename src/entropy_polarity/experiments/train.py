@@ -25,10 +25,12 @@ from entropy_polarity._damage import damaged_file
 from entropy_polarity._errors import check_settings, unknown_name
 from entropy_polarity._files import locked
 from entropy_polarity._machine import kept_memory
+from entropy_polarity._text import one_line, valid
 from entropy_polarity.episodes import check_starts
 from entropy_polarity.evaluate import evaluate
 from entropy_polarity.generation.tools import check_tool_support
 from entropy_polarity.policy import resolve_model
+from entropy_polarity.policy.folder import check_folder
 from entropy_polarity.recipe import Recipe
 from entropy_polarity.record import (
     CHECKPOINTS,
@@ -53,12 +55,18 @@ _OWNED = {"output_dir", "seed", "method", "method_settings", "logging_steps", "d
 
 
 def load_policy(model: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder, a hub name or "embedded", in float32. No remote code is run."""
+    """(model, tokenizer) of a folder, a hub name or "embedded", in float32. No code that comes with it is run.
+
+    Raises ValueError or OSError, in a line, for what is no causal language model, and for what would bring in more than
+    safetensors and settings.
+    """
     path = resolve_model(model)
     local = Path(path).is_dir()
+    if local:
+        check_folder(Path(path))
     try:
         policy = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=local, trust_remote_code=False
+            path, dtype=torch.float32, local_files_only=local, trust_remote_code=False, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # of a dozen kinds, where a file is damaged
@@ -68,7 +76,7 @@ def load_policy(model: str) -> tuple[Any, Any]:
         if not isinstance(error, OSError):
             raise
         hint = "" if local else " (not a local folder; HF_HUB_OFFLINE=0 allows a download from the hub)"
-        raise FileNotFoundError(f"cannot load a model from {model!r}{hint}: {str(error).splitlines()[0]}") from None
+        raise FileNotFoundError(f"cannot load a model from {model!r}{hint}: {one_line(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return policy, tokenizer
@@ -118,7 +126,7 @@ class VerifiedReward:
         self.judged: list[Judged] = []
 
     def __call__(self, completions: list[Any], problem: list[int], log_metric: Callable, **_: Any) -> list[float]:
-        answers = [(self.problems[i], plain(text)) for i, text in zip(problem, completions, strict=True)]
+        answers = [(self.problems[i], valid(plain(text))) for i, text in zip(problem, completions, strict=True)]
         scores = self.task.scores(answers)
         verdicts = Counter(score.reason for score in scores)
         for reason in self.task.reasons:
@@ -135,7 +143,8 @@ def checked(recipe: Recipe, output: Path) -> tuple[Task | Game, PolarityConfig]:
     problems = distinct_problems(task, recipe.evaluation.seed, "test", recipe.evaluation.problems)  # may be too few
     if isinstance(task, Game):
         check_starts(task, problems)
-    resolve_model(recipe.policy.model)
+    if (folder := Path(resolve_model(recipe.policy.model))).is_dir():
+        check_folder(folder)
     return task, config
 
 

@@ -85,7 +85,7 @@ def free_bytes(device: torch.device) -> int | None:
     meminfo = Path("/proc/meminfo")
     if device.type != "cpu" or not meminfo.is_file():
         return None
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="utf-8").splitlines() if ":" in line)
     return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
 
 

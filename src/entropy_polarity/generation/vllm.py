@@ -25,7 +25,7 @@ class VllmGenerator:
                 f"--backend vllm needs vLLM ({error}): pip install 'entropy-polarity[vllm]', or --backend transformers"
             ) from error
         self._parameters = vllm.SamplingParams
-        self.engine = vllm.LLM(model=model, trust_remote_code=False)
+        self.engine = vllm.LLM(model=model, trust_remote_code=False, load_format="safetensors")
         self.tokenizer = self.engine.get_tokenizer()
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token

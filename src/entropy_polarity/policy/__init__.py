@@ -3,7 +3,10 @@
 from importlib.resources import files
 from pathlib import Path
 
+from entropy_polarity._text import one_line
+
 EMBEDDED = "embedded"
+MAX_NAME = 4096  # as long as a path can be
 _WEIGHTS = {EMBEDDED: "countdown", "embedded:guess": "guess", "embedded:keydoor": "keydoor"}
 
 
@@ -15,6 +18,10 @@ def resolve_model(model: str) -> str:
     """
     if model in _WEIGHTS:
         return str(files("entropy_polarity.policy") / "weights" / _WEIGHTS[model])
+    if "\0" in model or len(model) > MAX_NAME:
+        raise FileNotFoundError(
+            f"no model at {one_line(repr(model), 80)}: give a folder with config.json, or {EMBEDDED!r}"
+        )
     path = Path(model)
     if path.is_dir() and not (path / "config.json").is_file():
         adapter = (path / "adapter_config.json").is_file()

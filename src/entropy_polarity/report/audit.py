@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from entropy_polarity.report.asymmetry import family_chart, map_chart
 from entropy_polarity.report.audit_tables import audit_tables, probability
-from entropy_polarity.report.html import Chart, blank_figure, render, short
+from entropy_polarity.report.html import Chart, blank_figure, render, short, thinned
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6b4c9a")
 _INK, _EXPAND, _CONTRACT = "#1d2129", "#0072B2", "#D55E00"
@@ -64,7 +64,7 @@ def _scatter(runs: list[dict[str, Any]]) -> go.Figure:
     for column, name in enumerate(names, start=1):
         for run, colour in zip(runs, _cycle(len(runs)), strict=True):
             for states, symbol in (("batch", "circle"), ("held_out", "circle-open")):
-                points = [row[states] for row in run["updates"]]
+                points = [row[states] for row in thinned(run["updates"])]
                 figure.add_scatter(
                     x=[short(point[name]) for point in points],
                     y=[short(point["realised"]) for point in points],
@@ -84,12 +84,12 @@ def _scatter(runs: list[dict[str, Any]]) -> go.Figure:
 def _sums(runs: list[dict[str, Any]]) -> go.Figure:
     figure = blank_figure(height=300)
     for run, colour in zip(runs, _cycle(len(runs)), strict=True):
-        steps = [row["step"] for row in run["updates"]]
+        steps = thinned([row["step"] for row in run["updates"]])
         for name, dash in (("realised", "solid"), ("exact", "dot")):
             sums = np.cumsum([row["batch"][name] for row in run["updates"]])
             figure.add_scatter(
                 x=steps,
-                y=[*map(short, sums)],
+                y=[*map(short, thinned(sums))],
                 name=f"seed {run['seed']}, {name}",
                 line={"color": colour, "dash": dash},
             )

@@ -1,14 +1,14 @@
 """The page of a comparison: one self-contained HTML file with tables, differences and curves."""
 
 from collections.abc import Iterator
-from html import escape
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from entropy_polarity.report.forest import forest, styles
-from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render, short, smoothed
+from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render, short, smoothed, thinned
+from entropy_polarity.report.html import label as label_of
 from entropy_polarity.report.tables import comparison_tables, score_names
 
 _GREY = "#8a8f98"
@@ -74,7 +74,7 @@ def _seed_curves(runs: list[dict[str, Any]], name: str) -> go.Figure:
     for label, style in styles(labels).items():
         curves = [run[name] for run in runs if run["label"] == label]
         length = min(len(curve["values"]) for curve in curves)
-        steps = curves[0]["steps"][:length]
+        steps = thinned(curves[0]["steps"][:length])
         values = np.array([curve["values"][:length] for curve in curves], dtype=float)
         rows = np.array([smoothed(list(row), _SMOOTH) for row in values])
         line = {"color": style["colour"], "width": 2, "dash": style["dash"]}
@@ -83,7 +83,7 @@ def _seed_curves(runs: list[dict[str, Any]], name: str) -> go.Figure:
         if len(rows) > 1:
             figure.add_scatter(y=_shown(rows.min(axis=0)), **edge)
             figure.add_scatter(y=_shown(rows.max(axis=0)), fill="tonexty", fillcolor=_faint(style["colour"]), **edge)
-        figure.add_scatter(y=_shown(rows.mean(axis=0)), name=escape(label), line=line, **shared)
+        figure.add_scatter(y=_shown(rows.mean(axis=0)), name=label_of(label), line=line, **shared)
     figure.update_layout(xaxis_title="step", showlegend=True, legend=_LEGEND)
     return figure
 
@@ -99,7 +99,7 @@ def _pass_at_k(summary: dict[str, Any]) -> Chart:
         figure.add_scatter(
             x=[int(k) for k in curve],
             y=list(curve.values()),
-            name=escape(label),
+            name=label_of(label),
             mode="lines+markers",
             line={"color": style["colour"], "dash": style["dash"]},
             marker={"symbol": style["marker"]},
@@ -125,4 +125,4 @@ def _faint(colour: str) -> str:
 
 
 def _shown(values: np.ndarray) -> list[float]:
-    return [*map(short, values)]
+    return [*map(short, thinned(values))]

@@ -1,14 +1,15 @@
 """The page of an evaluation: one self-contained HTML file with tables, curves, and what the models answered."""
 
 import json
-from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
 
+from entropy_polarity._text import cut
 from entropy_polarity.report.evaluation_tables import evaluation_tables, shown_names, verdict_table
 from entropy_polarity.report.forest import forest, styles
 from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render
+from entropy_polarity.report.html import label as label_of
 
 MAX_SHOWN_CHARACTERS = 1500  # of a completion
 
@@ -74,7 +75,7 @@ def _curve(models: dict[str, Any], kind: str, looks: dict[str, dict[str, str]]) 
         figure.add_scatter(
             x=[int(k) for k in points],
             y=values,
-            name=escape(label),
+            name=label_of(label),
             mode="lines+markers",
             line={"color": looks[label]["colour"], "dash": looks[label]["dash"]},
             marker={"symbol": looks[label]["marker"]},
@@ -101,18 +102,19 @@ def _shown(example: dict[str, Any]) -> dict[str, Any]:
             "right": f"{found['successes']} of {found['samples']} right",
             "attempts": [
                 {
-                    "text": _cut(_text(one, example["prompt"])),
+                    "text": cut(_text(one, example["prompt"]), MAX_SHOWN_CHARACTERS),
                     "verdict": one["verdict"],
                     "good": one["reward"] >= 1,
                     "reward": f"{one['reward']:g}",
-                    "answer": _cut(one.get("answer") or ""),
+                    "answer": cut(one.get("answer") or "", MAX_SHOWN_CHARACTERS),
                 }
                 for one in found["attempts"]
             ],
         }
         for label, found in example["models"].items()
     ]
-    return {"number": example["number"], "prompt": _cut(example["prompt"]), "facts": facts, "models": models}
+    prompt = cut(example["prompt"], MAX_SHOWN_CHARACTERS)
+    return {"number": example["number"], "prompt": prompt, "facts": facts, "models": models}
 
 
 def _text(one: dict[str, Any], prompt: str) -> str:
@@ -121,7 +123,3 @@ def _text(one: dict[str, Any], prompt: str) -> str:
         return one["completion"]
     start = [] if one["observation"] == prompt else [one["observation"]]
     return "\n".join([*start, *(f"→ {action}\n{said}".rstrip() for action, said in one["turns"])])
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]} …"

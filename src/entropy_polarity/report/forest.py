@@ -1,13 +1,13 @@
 """Differences to a baseline as a picture, and the colours that tell labels apart in it and beside it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from entropy_polarity.report.html import blank_figure
+from entropy_polarity.report.html import label as label_of
 
 # Okabe and Ito's colours, which colour-blind eyes tell apart (black is the baselines' zero line, yellow too faint);
 # where there are more methods than colours, dashes and markers tell them apart.
@@ -37,7 +37,9 @@ def forest(
 
     A difference holds "difference", "bootstrap" (low, high) and "t", likewise or None.
     """
-    figure = make_subplots(rows=1, cols=len(names), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.03)
+    figure = make_subplots(
+        rows=1, cols=len(names), shared_yaxes=True, subplot_titles=[*map(label_of, names)], horizontal_spacing=0.03
+    )
     figure.update_layout(blank_figure(height=110 + 34 * len(rows)).layout, margin={"t": 30, "l": 120})
     for column, name in enumerate(names, start=1):
         for label, row in rows.items():
@@ -45,7 +47,7 @@ def forest(
                 figure.add_trace(trace, row=1, col=column)
         figure.update_xaxes(range=_room([row[name] for row in rows.values()]), col=column)
     figure.update_yaxes(
-        ticksuffix="  ", autorange="reversed", categoryorder="array", categoryarray=[*map(escape, rows)]
+        ticksuffix="  ", autorange="reversed", categoryorder="array", categoryarray=[*map(label_of, rows)]
     )
     figure.update_xaxes(zeroline=True, zerolinecolor=_INK, zerolinewidth=1)
     figure.update_layout(showlegend=False, hovermode="closest")
@@ -57,11 +59,11 @@ def _interval_traces(label: str, number: Mapping[str, Any], style: Mapping[str, 
     for bounds, width in ((number["t"], 1.5), (number["bootstrap"], 5)):
         if bounds:
             line = {"color": style["colour"], "width": width}
-            yield go.Scatter(x=bounds, y=[escape(label)] * 2, mode="lines", line=line, hoverinfo="skip")
+            yield go.Scatter(x=bounds, y=[label_of(label)] * 2, mode="lines", line=line, hoverinfo="skip")
     low, high = number["bootstrap"]
     yield go.Scatter(
         x=[number["difference"]],
-        y=[escape(label)],
+        y=[label_of(label)],
         mode="markers",
         marker={"color": "white", "size": 9, "symbol": style["marker"], "line": {"color": style["colour"], "width": 2}},
         hovertemplate=f"%{{y}}: %{{x:+.3f}} [{low:+.3f}, {high:+.3f}]<extra></extra>",

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from entropy_polarity._text import cut
 from entropy_polarity.record import ROLLOUTS, Run
 
 _FACTS = {"rollout", "prompt", "verdict", "reward", "advantage"}
-_FACTS = {"rollout", "prompt", "verdict", "reward", "advantage"}
+MAX_TOKENS = 1000  # of a rollout, half of them its first and half its last: each has a tip, which makes a page heavy
+MAX_TOKEN = 80  # characters of one
 EXPANDS, CONTRACTS = "33, 102, 214", "214, 48, 49"  # blue and red that survive colour-blind eyes
 
 
@@ -89,7 +91,7 @@ def _tokens_or_error(run: Run, step: int) -> list[dict[str, Any]] | str:
 
 def _turns(tokens: list[ColouredToken]) -> list[list[ColouredToken]]:
     turns: list[list[ColouredToken]] = [[]]
-    for token in tokens:
+    for token in _bounded(tokens):
         answered = turns[-1] and turns[-1][-1].colour is not None
         if token.colour is None and answered:
             turns.append([])
@@ -97,9 +99,16 @@ def _turns(tokens: list[ColouredToken]) -> list[list[ColouredToken]]:
     return turns
 
 
+def _bounded(tokens: list[ColouredToken]) -> list[ColouredToken]:
+    more, half = len(tokens) - MAX_TOKENS, MAX_TOKENS // 2
+    if more <= 0:
+        return tokens
+    return [*tokens[:half], ColouredToken(f" … {more:,} tokens left out … ", None, []), *tokens[-half:]]
+
+
 def _coloured(token: dict[str, Any], scale: float) -> ColouredToken:
     if not token.get("from_policy", True):
-        return ColouredToken(token["token"], None, [])
+        return ColouredToken(cut(token["token"], MAX_TOKEN), None, [])
     polarity = token["polarity"]
     strength = min(1.0, abs(polarity) / scale) if math.isfinite(polarity) else 0.0
     colour = EXPANDS if polarity > 0 else CONTRACTS
@@ -110,4 +119,6 @@ def _coloured(token: dict[str, Any], scale: float) -> ColouredToken:
         ("P", f"{polarity:+.4f}"),
         ("weight", f"{token['weight']:.2f}"),
     ]
-    return ColouredToken(token["token"], f"rgba({colour}, {0.08 + 0.72 * strength if strength else 0:.2f})", facts)
+    return ColouredToken(
+        cut(token["token"], MAX_TOKEN), f"rgba({colour}, {0.08 + 0.72 * strength if strength else 0:.2f})", facts
+    )

@@ -1,11 +1,34 @@
-"""What all pages share: self-contained HTML from a template, charts that look alike, one way to smooth."""
+"""What all pages share: self-contained HTML from a template, charts that look alike, one way to smooth.
 
-from collections.abc import Sequence
+A page shows text of other people, so three things hold for all: text is escaped and made printable where it is put in,
+none is longer than `MAX_TEXT` characters, and a policy in the page itself lets a browser run its two scripts and
+nothing else, and load nothing from anywhere.
+"""
+
+import base64
+import functools
+import hashlib
+import html
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader
+from jinja2 import ChainableUndefined, Environment, PackageLoader
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
+
+from entropy_polarity._text import cut, one_line, printable
+
+MAX_TEXT = 4000  # characters of one text
+MAX_LABEL = 120  # characters of a name in a chart
+MAX_POINTS = 2000  # of a line
+
+_DRAW = """
+for (const chart of document.querySelectorAll(".chart")) {
+  const figure = JSON.parse(chart.nextElementSibling.textContent);
+  Plotly.newPlot(chart, figure.data, figure.layout, {displayModeBar: false, responsive: true});
+}
+"""
 
 
 class Chart(NamedTuple):
@@ -17,20 +40,58 @@ class Chart(NamedTuple):
 
 
 def render(template: str, charts: Sequence[Chart], **values: Any) -> str:
-    """The page `template` with everything it needs inside. All text that is not ours is escaped."""
-    templates = Environment(loader=PackageLoader("entropy_polarity.report"), autoescape=True)
-    options: dict[str, Any] = {"displayModeBar": False, "responsive": True}
-    drawn = [
-        {
-            "title": chart.title,
-            "text": chart.text,
-            "html": chart.figure.to_html(
-                full_html=False, include_plotlyjs=False, div_id=f"chart-{number}", config=options
-            ),
-        }
-        for number, chart in enumerate(charts)
-    ]
-    return templates.get_template(template).render(charts=drawn, plotly=get_plotlyjs(), **values)
+    """The page `template` with everything it needs inside. All text that is not ours is escaped, made printable, and
+    cut where it is longer than `MAX_TEXT`."""
+    templates = Environment(
+        loader=PackageLoader("entropy_polarity.report"),
+        autoescape=True,
+        finalize=_shown,
+        undefined=ChainableUndefined,  # files of other versions lack something
+    )
+    templates.filters["listed"] = _listed
+    drawn = [{"title": chart.title, "text": chart.text, "figure": _figure(chart.figure)} for chart in charts]
+    plotly, policy = _scripts()
+    page = templates.get_template(template)
+    return page.render(charts=drawn, plotly=plotly, draw=Markup(_DRAW), policy=policy, **values)
+
+
+@functools.cache
+def _scripts() -> tuple[Markup, Markup]:
+    """Plotly, and the policy of a page that runs it and draws: scripts are known by their hashes."""
+    plotly = get_plotlyjs().replace("\r\n", "\n").replace("\r", "\n")  # as a browser reads it
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in (plotly, _DRAW))
+    allowed = " ".join(f"'sha256-{found}'" for found in hashes)
+    return Markup(plotly), Markup(
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
+
+
+def _figure(figure: go.Figure) -> Markup:
+    """As JSON in an element that no browser runs; nothing in it can end that element."""
+    return Markup(str(figure.to_json()).replace("<", "\\u003c"))
+
+
+def _shown(value: Any) -> Any:
+    return value if isinstance(value, Markup) else cut(printable(value), MAX_TEXT)
+
+
+def _listed(settings: Any) -> str:
+    """Names and values of a table in a line; of a file of other people it may be no table."""
+    if not isinstance(settings, Mapping):
+        return str(settings)
+    return ", ".join(f"{name} = {value}" for name, value in settings.items())
+
+
+def label(text: Any) -> str:
+    """A name as plotly may have it, which takes some tags in a text for markup."""
+    return html.escape(one_line(text, MAX_LABEL))
+
+
+def thinned(values: Sequence[Any]) -> list[Any]:
+    """At most about `MAX_POINTS` of the values, evenly spread, and the last: more cannot be told apart on a page."""
+    stride = -(-len(values) // MAX_POINTS) or 1
+    return [*values[:-1:stride], *values[-1:]]
 
 
 def blank_figure(height: int = 280) -> go.Figure:

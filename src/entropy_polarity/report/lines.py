@@ -7,6 +7,8 @@ from typing import Self, TextIO
 from rich.console import Console
 from rich.live import Live
 
+from entropy_polarity._text import printable
+
 
 class LiveOrLines:
     """A context. In it `live` is there in a terminal, to be updated; elsewhere it is None, and `line` prints."""
@@ -30,4 +32,4 @@ class LiveOrLines:
             self.live.__exit__(kind, error, trace)
 
     def line(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(printable(text), highlight=False, soft_wrap=True, markup=False)

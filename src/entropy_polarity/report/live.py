@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from entropy_polarity._text import one_line
 from entropy_polarity.report.lines import LiveOrLines
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -33,7 +34,7 @@ class LiveView(LiveOrLines):
 
     def __init__(self, title: str, max_steps: int, stream: TextIO | None = None) -> None:
         super().__init__(stream)
-        self.title, self.max_steps = title, max_steps
+        self.title, self.max_steps = one_line(title), max_steps
         self.latest: dict[str, float] = {}
         self.entropies: list[float] = []
         self.rewards: list[float] = []
@@ -41,7 +42,7 @@ class LiveView(LiveOrLines):
         self.stage = ""
 
     def say(self, line: str) -> None:
-        self.stage = line
+        self.stage = one_line(line)
         if self.live is None:
             self.line(line)
         else:

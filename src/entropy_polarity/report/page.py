@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from entropy_polarity.record import Run
 from entropy_polarity.report.evaluation_tables import is_of_game, name_of_pass
 from entropy_polarity.report.heatmap import coloured_rollouts, left_out
-from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render, smoothed
+from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render, smoothed, thinned
 
 _BLUE, _RED, _GREY, _GREEN = "#2166d6", "#d63031", "#8a8f98", "#1b9e77"
 
@@ -167,9 +167,13 @@ def _lines(run: Run, series: list[tuple[str, str, str]], smooth: int = 0, zero: 
         steps, values = run.series(name)
         line = {"color": colour, "width": 2, "dash": "dot" if colour == _GREY else "solid"}
         mode = "lines" if len(values) > 1 else "markers"  # one point makes no line
-        figure.add_scatter(x=steps, y=values, name=label, line=line, opacity=0.35 if smooth else 1, mode=mode)
+        figure.add_scatter(
+            x=thinned(steps), y=thinned(values), name=label, line=line, opacity=0.35 if smooth else 1, mode=mode
+        )
         if smooth and len(values) > 1:
-            figure.add_scatter(x=steps, y=smoothed(values, smooth), name=f"mean of {smooth}", line=line, mode="lines")
+            figure.add_scatter(
+                x=thinned(steps), y=thinned(smoothed(values, smooth)), name=f"mean of {smooth}", line=line, mode="lines"
+            )
     if zero:
         figure.add_hline(y=0, line={"color": "#c5c9d0", "width": 1})
     figure.update_layout(showlegend=len(figure.data) > 1, xaxis_title="step")  # type: ignore[arg-type]

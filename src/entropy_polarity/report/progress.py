@@ -7,6 +7,7 @@ from typing import TextIO
 from rich.table import Table
 from rich.text import Text
 
+from entropy_polarity._text import one_line
 from entropy_polarity.report.lines import LiveOrLines
 
 _STYLES = {
@@ -43,7 +44,7 @@ class ComparisonView(LiveOrLines):
 
     def __init__(self, title: str, stream: TextIO | None = None) -> None:
         super().__init__(stream)
-        self.title = title
+        self.title = one_line(title)
         self.said: dict[tuple[str, int], str] = {}
 
     def watch(self, states: Sequence[RunState]) -> None:
@@ -54,8 +55,8 @@ class ComparisonView(LiveOrLines):
         for state in states:
             run = (state.label, state.seed)
             if self.said.get(run, "waiting") != state.kind:
-                note = f": {state.note}" if state.note else ""
-                line = f"[{ended}/{len(states)}] {state.label}, seed {state.seed}: {state.kind}{note}"
+                note = f": {one_line(state.note)}" if state.note else ""
+                line = f"[{ended}/{len(states)}] {one_line(state.label)}, seed {state.seed}: {state.kind}{note}"
                 self.line(line)
             self.said[run] = state.kind
 
@@ -63,7 +64,7 @@ class ComparisonView(LiveOrLines):
         """Methods down, seeds across; what failed is told below."""
         labels, seeds = list(dict.fromkeys(s.label for s in states)), list(dict.fromkeys(s.seed for s in states))
         cells = {(state.label, state.seed): state.cell() for state in states}
-        failures = [f"{s.label}, seed {s.seed}: {s.note}" for s in states if s.note]
+        failures = [one_line(f"{s.label}, seed {s.seed}: {s.note}") for s in states if s.note]
         table = Table(
             title=Text(self.title), title_justify="left", caption=Text("\n".join(failures), "red") if failures else None
         )
@@ -71,5 +72,5 @@ class ComparisonView(LiveOrLines):
         for seed in seeds:
             table.add_column(f"seed {seed}")
         for label in labels:
-            table.add_row(Text(label), *(cells.get((label, seed), Text("")) for seed in seeds))
+            table.add_row(Text(one_line(label)), *(cells.get((label, seed), Text("")) for seed in seeds))
         return table

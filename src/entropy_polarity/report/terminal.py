@@ -1,4 +1,4 @@
-"""Results in a terminal: evaluations, comparisons, audits, searches."""
+"""Results in a terminal: evaluations, comparisons, audits, searches. Labels and reasons are other people's text."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from entropy_polarity._text import one_line, printable
 from entropy_polarity.report.audit_tables import audit_tables
 from entropy_polarity.report.evaluation_tables import evaluation_tables, name_of_pass
 from entropy_polarity.report.tables import TextTable, comparison_tables, search_table
@@ -16,7 +17,7 @@ def print_estimates(evaluations: dict[str, dict[str, Any]]) -> None:
     """A column for each evaluation, a row for each pass@k, the greedy answer and what a game's environments counted."""
     if not evaluations:
         return
-    table = Table("", *map(escape, evaluations))
+    table = Table("", *map(_cell, evaluations))
     estimates = {
         name: {name_of_pass(k, found): e for k, e in found["pass_at"].items()}
         | {"greedy": found.get("greedy_pass")}
@@ -24,7 +25,7 @@ def print_estimates(evaluations: dict[str, dict[str, Any]]) -> None:
         for name, found in evaluations.items()
     }
     for row in next(iter(estimates.values())):
-        table.add_row(row, *(_estimate(found.get(row)) for found in estimates.values()))
+        table.add_row(_cell(row), *(_estimate(found.get(row)) for found in estimates.values()))
     Console().print(table)
 
 
@@ -32,7 +33,7 @@ def print_comparison(document: dict[str, Any]) -> None:
     for table in comparison_tables(document["summary"]):
         _print_table(table)
     for name, line in document["failed"].items():
-        print(f"failed: {name}: {line}")
+        print(one_line(f"failed: {name}: {line}"))
 
 
 def print_evaluation(document: dict[str, Any]) -> None:
@@ -41,7 +42,7 @@ def print_evaluation(document: dict[str, Any]) -> None:
         _print_table(table)
     for label, model in document["models"].items():
         shares = ", ".join(f"{reason} {share:.1%}" for reason, share in model["verdicts"].items())
-        print(f"{label}: {shares}")
+        print(one_line(f"{label}: {shares}"))
     used = document["settings"]
     seeds = ", ".join(map(str, used["seeds"]))
     over = "problems and sampling seeds" if len(used["seeds"]) > 1 else "problems"
@@ -60,29 +61,34 @@ def print_audit(document: dict[str, Any]) -> None:
 def print_search(document: dict[str, Any]) -> None:
     """The candidates, and the method tables of the chosen, to paste into the plan."""
     _print_table(search_table(document))
-    print(f"chosen: {document['criterion']}; {document['problems']} problems that the comparison does not have")
+    chosen = f"chosen: {document['criterion']}; {document['problems']} problems that the comparison does not have"
+    print(one_line(chosen))
     for name, line in document["failed"].items():
-        print(f"failed: {name}: {line}")
-    print(tomli_w.dumps({"methods": document["chosen"]}))
+        print(one_line(f"failed: {name}: {line}"))
+    print(printable(tomli_w.dumps({"methods": document["chosen"]})))
 
 
 def _print_table(table: TextTable) -> None:
     """As a table, as wide as it is; in a terminal too narrow for it one method after the other."""
-    shown = Table(title=escape(table.title), title_justify="left", show_lines=True)
+    shown = Table(title=_cell(table.title), title_justify="left", show_lines=True)
     for column in table.columns:
-        shown.add_column(escape(column.name), no_wrap=True)
+        shown.add_column(_cell(column.name), no_wrap=True)
     for row in table.rows:
-        shown.add_row(*map(escape, row))
+        shown.add_row(*map(_cell, row))
     console = Console()
     width = Console(width=10_000).measure(shown).maximum
     if console.is_terminal and width > console.width:
-        shown = Table(title=escape(table.title), title_justify="left", show_header=False)
+        shown = Table(title=_cell(table.title), title_justify="left", show_header=False)
         for row in table.rows:
             for column, cell in zip(table.columns, row, strict=True):
                 if cell:
-                    shown.add_row(escape(column.name), escape(cell.replace("\n", "  ")))
+                    shown.add_row(_cell(column.name), _cell(cell.replace("\n", "  ")))
             shown.add_section()
     Console(width=max(width, console.width)).print(shown)
+
+
+def _cell(text: str) -> str:
+    return escape(printable(text))
 
 
 def _estimate(estimate: dict[str, float] | None) -> str:

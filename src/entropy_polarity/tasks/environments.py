@@ -26,11 +26,13 @@ _NUMBERS = itertools.count()
 
 
 class Made(NamedTuple):
-    """How a worker makes an environment: a class, "module:Class", its keyword arguments, what to import beforehand."""
+    """How a worker makes an environment: a class, "module:Class", its keyword arguments, what to import beforehand, and
+    a folder where modules are looked for last."""
 
     factory: str
     settings: Mapping[str, Any]
     library: str
+    also: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,10 @@ class GameElsewhere:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment(GameElsewhere):
-    """The game of a class of one's own: `factory` names it, "module:Class", `settings` are its keyword arguments."""
+    """The game of a class of one's own: `factory` names it, "module:Class", `settings` are its keyword arguments.
+
+    The module is imported in workers, from wherever this process finds its modules, then from the current folder.
+    """
 
     factory: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -123,7 +128,7 @@ class Environment(GameElsewhere):
         return "env"
 
     def made(self) -> Made:
-        return Made(self.factory, self.settings, library=self.factory.partition(":")[0])
+        return Made(self.factory, self.settings, library=self.factory.partition(":")[0], also=os.getcwd())
 
 
 class _Lane:
@@ -137,6 +142,7 @@ class _Lane:
             memory_bytes=int(game.memory_gib * 2**30),
             count=1,
             preload=game.made().library,
+            also=game.made().also,
         )
 
     def ask(self, *request: Any) -> Outcome:

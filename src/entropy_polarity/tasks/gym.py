@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from entropy_polarity._errors import unknown_name
+from entropy_polarity._text import valid_parts
 from entropy_polarity.tasks import Problem, Score, Split
 from entropy_polarity.tasks.workers import DIED, OUT_OF_MEMORY, TIMED_OUT, Outcome, Workers
 
@@ -77,6 +78,7 @@ class GymTask:
             raise ValueError(
                 f"task {self.name} has no {split} problem among {DRAWS} draws: allow more variety in its config"
             )
+        made = valid_parts(made)
         question = made["question"]
         messages = [{"role": "system", "content": self.system}] if self.system else []
         facts = {"seed": seed, "position": made["position"], "answer": made["answer"]}

@@ -20,6 +20,10 @@ MAX_LIVE = 256  # episodes; one that had to go is played again when it is needed
 MAX_MESSAGE_CHARACTERS = 200
 
 
+class _NoEnvironmentError(TypeError):
+    """The name that was given is none of an environment's class."""
+
+
 class _Live:
     """An environment and its random state: libraries reseed the global generators, and must not touch each other's."""
 
@@ -62,10 +66,9 @@ def _check(factory: str, settings: dict[str, Any]) -> dict[str, Any]:
     """What is wrong with that class, in a line, and the reasons that it lists."""
     try:
         env = _Live(factory, settings, seed=0).env
-        missing = [method for method in ("reset", "step", "facts") if not callable(getattr(env, method, None))]
-        if missing:
-            return {"wrong": f"it has no {' and no '.join(missing)}"}
         return {"wrong": "", "reasons": [str(reason) for reason in getattr(env, "reasons", ())]}
+    except _NoEnvironmentError as error:
+        return {"wrong": str(error)}
     except Exception as error:
         return {"wrong": _line(error)}
 
@@ -113,8 +116,15 @@ def _outcome(number: int, act: Callable[[], tuple[_Live, Answer]], limit: int) -
 
 
 def _class(factory: str) -> Callable[..., Any]:
+    """The class of that name. What is no environment is never called."""
     module, _, name = factory.partition(":")
-    return getattr(importlib.import_module(module), name)
+    found = getattr(importlib.import_module(module), name)
+    if not isinstance(found, type):
+        raise _NoEnvironmentError(f"it is a {type(found).__name__}; expected a class with reset, step and facts")
+    missing = [method for method in ("reset", "step", "facts") if not callable(getattr(found, method, None))]
+    if missing:
+        raise _NoEnvironmentError(f"it has no {' and no '.join(missing)}")
+    return found
 
 
 def _facts(env: TextEnv) -> dict[str, float]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from entropy_polarity._text import valid_parts
 from entropy_polarity.tasks import Messages, Problem
 
 PROMPT_COLUMNS = ("problem", "question", "prompt")
@@ -147,4 +148,4 @@ def _cell(row: dict[str, Any], column: str, data: str) -> Any:
         if not isinstance(found, dict) or part not in found:
             raise ValueError(f"{data} has no column {column!r}; it has {', '.join(row)}")
         found = found[part]
-    return found
+    return valid_parts(found)

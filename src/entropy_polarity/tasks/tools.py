@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from entropy_polarity._errors import unknown_name
+from entropy_polarity._text import valid
 from entropy_polarity.tasks.arithmetic import shown, value_of
 from entropy_polarity.tasks.workers import Workers
 
@@ -61,7 +62,7 @@ def python(code: str) -> str:
     if len(code) > MAX_CODE_CHARACTERS:
         return f"error: the code has {len(code)} characters; at most {MAX_CODE_CHARACTERS} are run"
     (outcome,) = _interpreters().map([(code, SECONDS)])
-    return f"error: {outcome.failure}" if outcome.failure else outcome.value
+    return f"error: {outcome.failure}" if outcome.failure else valid(outcome.value)
 
 
 TOOLS: dict[str, Callable[..., str]] = {"calculator": calculator, "python": python}

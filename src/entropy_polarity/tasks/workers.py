@@ -43,6 +43,7 @@ class _Terms(NamedTuple):
     clock: Literal["wall", "processor"]
     preload: str
     isolated: bool
+    also: str
 
 
 class Outcome(NamedTuple):
@@ -65,9 +66,9 @@ class Workers:
     machine is. Failures: "timed out", "out of memory", "worker died", or the name of the exception. Processes start
     at the first call and end with `close`, with the object or with this process, even when it is killed. They
     import the function, and the module `preload`, before the clock of a call runs; what this process can import,
-    they can. `isolated` ones get nothing else of this process's environment, where keys to services may be. `map`
-    may be called from any thread. Raises ValueError for limits that are not positive; the first call raises
-    NoWorkerError, with the reason, where no worker can import these.
+    they can, and last of all from the folder `also`. `isolated` ones get nothing else of this process's environment,
+    where keys to services may be. `map` may be called from any thread. Raises ValueError for limits that are not
+    positive; the first call raises NoWorkerError, with the reason, where no worker can import these.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Workers:
         clock: Literal["wall", "processor"] = "wall",
         preload: str = "",
         isolated: bool = False,
+        also: str = "",
     ) -> None:
         count = max(1, os.cpu_count() or 1) if count is None else count
         if not (seconds > 0 and memory_bytes > 0 and count > 0):
@@ -89,7 +91,7 @@ class Workers:
         self.count = count
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for _ in range(count):
-            self._idle.put(_Worker(_Terms(function, seconds, memory_bytes, clock, preload, isolated)))
+            self._idle.put(_Worker(_Terms(function, seconds, memory_bytes, clock, preload, isolated, also)))
 
     def map(self, calls: Sequence[Sequence[Any]]) -> list[Outcome]:
         """The outcome of every call, in order."""
@@ -151,8 +153,9 @@ class _Worker:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         path = os.pathsep.join(entry for entry in sys.path if entry)
-        # -I would leave out the path and the order of sets too.
-        flags = ["-P", "-s"] if self.terms.isolated else []
+        # The current folder may be anybody's: a module in it must not take the place of one of ours. -I would leave out
+        # the path and the order of sets too.
+        flags = ["-P", "-s"] if self.terms.isolated else ["-P"]
         inherited = {name: value for name, value in os.environ.items() if not self.terms.isolated or name in _NEEDED}
         process = subprocess.Popen(
             [sys.executable, *flags, "-m", "entropy_polarity.tasks.workers", json.dumps(self.terms)],
@@ -210,7 +213,7 @@ def _read_line(process: "subprocess.Popen[bytes]", deadline: float) -> bytes | N
 
 def _serve(terms: _Terms) -> None:
     """The loop of a worker: a line of arguments in, a line of outcome out, until the parent is gone."""
-    calls, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    calls, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no answer
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # and what it reads is no call
 
@@ -218,6 +221,8 @@ def _serve(terms: _Terms) -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
+    if terms.also:
+        sys.path.append(terms.also)
     try:
         module, _, attribute = terms.function.partition(":")
         function = getattr(importlib.import_module(module), attribute)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainerCallback
 
+from entropy_polarity._text import valid, valid_parts
 from entropy_polarity.record import TOKEN_COLUMNS, RunWriter
 from entropy_polarity.trainers.trl import PolarityTrainer, Rollout
 from entropy_polarity.transforms import token_polarity
@@ -69,7 +70,7 @@ class RunRecorder(TrainerCallback):
             {
                 "step": step,
                 "rollout": number,
-                **judged[row]._asdict(),
+                **valid_parts(judged[row]._asdict()),
                 "reward": tokens.known("reward")[row].item(),
                 "advantage": tokens.advantages[row, 0].item(),
             }
@@ -95,7 +96,7 @@ class RunRecorder(TrainerCallback):
         }
         return {
             "position": kept.tolist(),
-            "token": [decode([token]) for token in inputs["completion_ids"][row, kept].tolist()],
+            "token": [valid(decode([token])) for token in inputs["completion_ids"][row, kept].tolist()],
             **{name: column[row].where(learnt, torch.nan)[kept].tolist() for name, column in values.items()},
             "from_policy": learnt[kept].tolist(),
         }

@@ -22,9 +22,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+try:
+    from trl import GRPOTrainer
+except ModuleNotFoundError as error:
+    raise ImportError(f"PolarityTrainer needs TRL ({error}): pip install 'entropy-polarity[trl]'") from None
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
 from entropy_polarity.checkpoints import begin, finish, last_of, rotate

@@ -13,7 +13,7 @@ from entropy_polarity.experiments.compare.plan import Plan
 from entropy_polarity.experiments.compare.runs import Job, Queue, claim, locked, refuse_others
 from entropy_polarity.experiments.compare.search import candidates_of, choose, judge, search_plan, unseen_problems
 from entropy_polarity.experiments.compare.summary import Facts, summarise
-from entropy_polarity.experiments.results import provenance, read_document, write_document
+from entropy_polarity.experiments.results import as_written, provenance, read_document, write_document
 from entropy_polarity.record import Run
 from entropy_polarity.report.comparison import render_comparison
 from entropy_polarity.report.progress import RunState
@@ -153,15 +153,19 @@ def _known(files: Sequence[Path], plan: Plan) -> dict[tuple[str, int], Facts]:
     """The runs of `plan` that result files hold. Raises ValueError for a file of another setting."""
     runs: dict[tuple[str, int], Facts] = {}
     for file in files:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            document = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            document = None
         if not isinstance(document, dict) or "runs" not in document:
             raise ValueError(f"{file} is no result of papo compare: give a comparison.json or a search.json")
         if document.get("plan", {}).get("resolved") != json.loads(json.dumps(_portable(plan)["resolved"])):
             raise ValueError(f"{file} is of another recipe than the plan: its runs cannot be taken over")
-        for run in (Facts(**run) for run in document["runs"]):
-            # By what was run, not by its label: a search calls the candidates of a method by numbers.
-            same = [label for label, table in plan.methods.items() if table == run.method]
-            runs |= {(label, run.seed): replace(run, label=label) for label in same}
+        with as_written(file):
+            for run in (Facts(**run) for run in document["runs"]):
+                # By what was run, not by its label: a search calls the candidates of a method by numbers.
+                same = [label for label, table in plan.methods.items() if table == run.method]
+                runs |= {(label, run.seed): replace(run, label=label) for label in same}
     return runs
 
 

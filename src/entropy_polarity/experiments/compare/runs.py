@@ -28,7 +28,8 @@ from entropy_polarity.recipe import Recipe, load_recipe
 from entropy_polarity.record import CONFIG, ENVIRONMENT, METRICS, SUMMARY, read_config, read_summary
 from entropy_polarity.report.progress import RunState
 
-TRAIN = [sys.executable, "-m", "entropy_polarity.cli", "train"]
+# Without the current folder, which may be anybody's, in front of the path of modules.
+TRAIN = [sys.executable, "-P", "-m", "entropy_polarity.cli", "train"]
 # What a run directory can hold before it is a run (`RunWriter.create`), drafts included.
 _UNBORN = {ENVIRONMENT, SUMMARY, LOCK}
 _LOOK = 0.5  # seconds between two looks at the runs
@@ -64,7 +65,7 @@ class Job:
     def prepare(self) -> list[str]:
         """The command that trains this run, from its beginning or from where it stopped; all it needs is written."""
         if (self.directory / CONFIG).is_file():
-            return [*TRAIN, "--resume", str(self.directory)]
+            return [*TRAIN, "--resume", str(self.directory), *said_again(self.recipe.to_dict())]
         shutil.rmtree(self.directory, ignore_errors=True)  # `refuse_others` looked into it
         recipe = self.root / "recipes" / f"{self.name}.toml"
         write_text(recipe, tomli_w.dumps(self.recipe.to_dict()))
