@@ -23,6 +23,7 @@ from transformers import (
 
 from entropy_polarity._errors import check_settings, unknown_name
 from entropy_polarity._machine import kept_memory
+from entropy_polarity._weights import load_whole
 from entropy_polarity.episodes import check_starts
 from entropy_polarity.evaluate import evaluate
 from entropy_polarity.generation.tools import check_tool_support
@@ -43,12 +44,19 @@ _OWNED = {"output_dir", "seed", "method", "method_settings", "logging_steps", "d
 
 
 def load_policy(model: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder, a hub name or "embedded", in float32. No remote code is run."""
+    """(model, tokenizer) of a folder, a hub name or "embedded", in float32. No remote code is run.
+
+    Raises ValueError where the file's weights are not those of the model, FileNotFoundError where there is none.
+    """
     path = resolve_model(model)
     local = Path(path).is_dir()
     try:
-        policy = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=local, trust_remote_code=False
+        policy = load_whole(
+            AutoModelForCausalLM.from_pretrained,
+            path,
+            dtype=torch.float32,
+            local_files_only=local,
+            trust_remote_code=False,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, trust_remote_code=False)
     except OSError as error:

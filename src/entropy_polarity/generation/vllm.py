@@ -8,13 +8,17 @@ import hashlib
 import importlib
 from collections.abc import Sequence
 
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from entropy_polarity._weights import check_whole
 from entropy_polarity.generation import Sampling
 
 
 class VllmGenerator:
     """A `Generator` of the model in a folder, in the number format that its configuration names.
 
-    Raises ImportError, with what to install, where vLLM is missing.
+    Raises ImportError, with what to install, where vLLM is missing, and ValueError where the file's weights are not
+    those of the model (of a quantised one vLLM alone can tell).
     """
 
     def __init__(self, model: str) -> None:
@@ -24,6 +28,8 @@ class VllmGenerator:
             raise ImportError(
                 f"--backend vllm needs vLLM ({error}): pip install 'entropy-polarity[vllm]', or --backend transformers"
             ) from error
+        if getattr(AutoConfig.from_pretrained(model, trust_remote_code=False), "quantization_config", None) is None:
+            check_whole(AutoModelForCausalLM.from_pretrained, model, trust_remote_code=False)
         self._parameters = vllm.SamplingParams
         self.engine = vllm.LLM(model=model, trust_remote_code=False)
         self.tokenizer = self.engine.get_tokenizer()

@@ -30,10 +30,10 @@ from trl.trainer import grpo_trainer
 from entropy_polarity.method_state import load_state, save_state
 from entropy_polarity.methods import make_transform
 from entropy_polarity.tokens import Tokens, concatenate
-from entropy_polarity.trainers.trl_config import PolarityConfig
+from entropy_polarity.trainers.trl_config import PolarityConfig, polarity_config
 from entropy_polarity.trainers.trl_exact import exact_sensitivity_of
 from entropy_polarity.trainers.trl_loss import averaged, importance, restrict
-from entropy_polarity.trainers.trl_seam import Request, StatisticsHead
+from entropy_polarity.trainers.trl_seam import Request, StatisticsHead, loading_whole
 from entropy_polarity.transforms import loss_terms, measure
 
 # Extra per-row columns that travel with TRL's batch through its shuffle and split.
@@ -80,8 +80,9 @@ class _RolloutBoundaries(TrainerCallback):
 class PolarityTrainer(GRPOTrainer):
     """GRPOTrainer whose advantages go through a method of `entropy_polarity.methods`.
 
-    Takes GRPOTrainer's arguments, with a PolarityConfig. With λ = 0 and `statistics_head="trl"` it is GRPOTrainer to
-    the last bit; with our head, whose sums are more exact, to the rounding of float32. The state
+    Takes GRPOTrainer's arguments; `args` is a PolarityConfig, or what `polarity_config` makes one of. With λ = 0 and
+    `statistics_head="trl"` it is GRPOTrainer to the last bit; with our head, whose sums are more exact, to the
+    rounding of float32. What it loads by name must have all its weights: ValueError otherwise. The state
     of the method is in every checkpoint (`polarity_state.json`); metrics appear under `polarity/`.
     `on_rollout`, if set, is called with each finished `Rollout`; `on_loss` with each micro-batch as TRL trained on it,
     and its tokens as they went into the loss.
@@ -92,9 +93,9 @@ class PolarityTrainer(GRPOTrainer):
     on_rollout: Callable[[Rollout], None] | None
     on_loss: Callable[[dict[str, Any], Tokens], None] | None
 
-    def __init__(self, model, reward_funcs=None, args: PolarityConfig | None = None, **kwargs) -> None:
-        if not isinstance(args, PolarityConfig):
-            raise TypeError(f"PolarityTrainer needs args=PolarityConfig(...), got {type(args).__name__}")
+    def __init__(self, *given: Any, **named: Any) -> None:
+        call = inspect.signature(GRPOTrainer).bind(*given, **named)
+        args = call.arguments["args"] = polarity_config(call.arguments.get("args"), call.arguments["model"])
         self.transform = make_transform(args.method, args.settings)
         self.method_state = self._next_state = self.transform.init()
         self.on_rollout = self.on_loss = None
@@ -104,7 +105,8 @@ class PolarityTrainer(GRPOTrainer):
         self._loss_inputs: dict[str, Any] | None = None
         self._live: Tokens | None = None
         self._rollout_inputs: dict[str, Any] = {}
-        super().__init__(model, reward_funcs, args, **kwargs)
+        with loading_whole():
+            super().__init__(*call.args, **call.kwargs)
         if "reuse" in self.transform.needs and self.micro_steps_per_rollout <= args.gradient_accumulation_steps:
             warnings.warn(
                 f"method {args.method!r} does nothing with a single update on each rollout, where the importance ratio "
@@ -114,6 +116,8 @@ class PolarityTrainer(GRPOTrainer):
         if self.transform.exact_every and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("sign_from='exact' needs whole parameters on every process: not with FSDP or DeepSpeed")
         self.add_callback(_RolloutBoundaries(self))
+
+    __init__.__signature__ = inspect.signature(GRPOTrainer.__init__)  # pyright: ignore[reportFunctionMemberAccess]
 
     @property
     def micro_steps_per_rollout(self) -> int:
