@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from entropy_polarity._success import SUCCESS
 from entropy_polarity.episodes import Episode, mean_facts, play
 from entropy_polarity.generation import GREEDY, Generator, Sampling
 from entropy_polarity.generation.sampling import TransformersGenerator
@@ -40,7 +41,7 @@ class Attempt:
 
     @property
     def right(self) -> bool:
-        return self.score.reward >= 1
+        return self.score.reward >= SUCCESS
 
     def to_json(self) -> dict[str, Any]:
         judged = {"verdict": self.score.reason, "reward": self.score.reward}

@@ -242,7 +242,8 @@ def _append(path: Path, label: str, seed: int, made: Attempts) -> None:
 
 
 def examples(attempts: dict[str, list[Attempts]]) -> list[dict[str, Any]]:
-    """For the page: problems, those first on which the models differ most, with a few attempts of each model."""
+    """For the page: problems, those first whose numbers of right samples differ most between the models (with the first
+    sampling seed), with a few attempts of each model; of one model the first problems."""
     first = {label: rows[0] for label, rows in attempts.items()}
     problems = next(iter(first.values())).problems
     counts = np.array([made.successes for made in first.values()])
@@ -262,7 +263,7 @@ def examples(attempts: dict[str, list[Attempts]]) -> list[dict[str, Any]]:
                 for label, made in first.items()
             },
         }
-        for number in sorted(order)
+        for number in order
     ]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from entropy_polarity._success import degree
 from entropy_polarity.report.evaluation_tables import evaluation_tables, shown_names, verdict_table
 from entropy_polarity.report.forest import forest, styles
 from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render
@@ -103,7 +104,7 @@ def _shown(example: dict[str, Any]) -> dict[str, Any]:
                 {
                     "text": _cut(_text(one, example["prompt"])),
                     "verdict": one["verdict"],
-                    "good": one["reward"] >= 1,
+                    "degree": degree(one["reward"]),
                     "reward": f"{one['reward']:g}",
                     "answer": _cut(one.get("answer") or ""),
                 }

@@ -33,7 +33,7 @@ class Problem:
 class Score(NamedTuple):
     """A verdict: the reward, and in one or two words why. Reasons are counted and shown, never swallowed.
 
-    A reward of 1 or more is a success; between 0 and 1 it is a part of one.
+    A reward of 1 or more is a success, between 0 and 1 it is a part of one: `_success.degree` says so for all.
     """
 
     reward: float
