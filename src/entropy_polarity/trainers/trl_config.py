@@ -12,6 +12,10 @@ from trl.trainer.utils import get_config_model_id
 from entropy_polarity.methods import make_transform
 from entropy_polarity.trainers.trl_loss import fix_loss
 from entropy_polarity.trainers.trl_seam import HEADS
+from entropy_polarity.transforms.core import REWARD_FACTS
+
+# What a method may look at if all tokens of a response are to get one advantage.
+WHOLE_SEQUENCES = REWARD_FACTS | {"entropy_grad"}
 
 
 @dataclass
@@ -45,19 +49,15 @@ class PolarityConfig(GRPOConfig):
 
     def _settle(self) -> None:
         """Check what GRPOConfig does not know, and put in what the method fixes of the loss."""
-        if self.importance_sampling_level != "token":
-            raise ValueError(
-                f"importance_sampling_level={self.importance_sampling_level!r} averages the advantage over each "
-                "sequence, which cancels token weights: use importance_sampling_level='token'"
-            )
-        if self.loss_type == "luspo":
-            raise ValueError(
-                "loss_type='luspo' weighs whole sequences, which cancels token weights: use 'dapo', 'grpo', "
-                "'bnpo', 'dr_grpo', 'cispo', 'sapo' or 'vespo'"
-            )
         if self.statistics_head not in HEADS:
             raise ValueError(f"statistics_head={self.statistics_head!r}: expected {' or '.join(map(repr, HEADS))}")
         transform = make_transform(self.method, self.settings)  # unknown names fail here, before a model is loaded
+        if self.importance_sampling_level != "token" and not transform.needs <= WHOLE_SEQUENCES:
+            raise ValueError(
+                f"importance_sampling_level={self.importance_sampling_level!r} averages the advantage over each "
+                f"sequence, which cancels the token weights of method {self.method!r}: use "
+                "importance_sampling_level='token', or method='grpo', which monitors alone"
+            )
         fix_loss(self, self.method, transform.loss)
 
     @property
