@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 from entropy_polarity._errors import check_settings
 from entropy_polarity.cli.common import Json, Overrides, print_json
-from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, apply_override, load_recipe, with_flags
+from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, apply_override, fitting, load_recipe, with_flags
 from entropy_polarity.report.terminal import print_estimates, print_evaluation
 
 
@@ -46,7 +46,9 @@ def train(
 
     steps = chosen.trainer.get("max_steps", -1)
     with LiveView(chosen.title or str(directory), steps, sys.stderr if as_json else sys.stdout) as view:
-        summary = run(chosen, directory, resume=resume is not None, watch=view.watch, say=view.say)
+        summary = run(
+            chosen, directory, resume=resume is not None, watch=view.watch, say=view.say, progress=view.progress
+        )
     if as_json:
         print_json({"run": str(directory), **summary})
     else:
@@ -70,6 +72,7 @@ def _what_to_train(
         chosen = with_flags(
             load_recipe(recipe, (*named, *overrides), method), max_steps=max_steps, seed=seed, model=model
         )
+        chosen = fitting(chosen, load_recipe(recipe))
         return chosen, output or Path("runs") / f"{Path(recipe).stem}-{chosen.method['name']}-{chosen.seed}"
     fixed = {
         "--output": output,
@@ -94,8 +97,8 @@ def evaluate(
     model: tuple[str, ...] = ("embedded",),
     baseline: str | None = None,
     task: str | None = None,
-    samples: int = 16,
-    problems: int = 200,
+    samples: int | None = None,
+    problems: int | None = None,
     seed: int = 0,
     seeds: tuple[int, ...] = (),
     temperature: float = 1.0,
@@ -112,8 +115,8 @@ def evaluate(
         model: model folders, runs (their last checkpoints), checkpoints of runs, or "embedded"; LABEL=MODEL names one
         baseline: label of the model that the others are compared with (default: the first)
         task: name of a task (default: the runs' own, or countdown)
-        samples: completions a problem, the largest k
-        problems: number of held-out problems
+        samples: completions a problem, the largest k (default: 16, or 4 where the weights of a model exceed 100 MB)
+        problems: number of held-out problems (default: 200, or 100 as above, or all that the task has)
         seed: seed of the problems, and of sampling unless --seeds are given
         seeds: seeds of sampling; intervals are then over problems and seeds
         temperature: sampling temperature
@@ -136,6 +139,7 @@ def evaluate(
             baseline=baseline,
             output=output,
             say=view.line,
+            progress=view.progress,
         )
     if as_json:
         return print_json(document)

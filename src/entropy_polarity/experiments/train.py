@@ -26,6 +26,7 @@ from entropy_polarity._machine import kept_memory
 from entropy_polarity._weights import load_whole
 from entropy_polarity.episodes import check_starts
 from entropy_polarity.evaluate import evaluate
+from entropy_polarity.generation import Progress, silent
 from entropy_polarity.generation.tools import check_tool_support
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.recipe import Recipe
@@ -208,11 +209,13 @@ def train(
     resume: bool = False,
     watch: Callable[[dict[str, Any]], None] = lambda row: None,
     say: Callable[[str], None] = lambda line: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run `recipe` into `output`; with `resume`, go on from its last checkpoint. Returns the summary.
 
-    `watch` gets each step's metrics, `say` a line at each stage. What a user can get wrong raises ValueError or an
-    OSError before anything is written. A run stopped while it was being evaluated is only evaluated again.
+    `watch` gets each step's metrics, `say` a line at each stage, `progress` how far an evaluation is. What a user can
+    get wrong raises ValueError or an OSError before anything is written. A run stopped while it was being evaluated is
+    only evaluated again.
     """
     quiet()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -229,7 +232,8 @@ def train(
 
     def held_out(policy: Any) -> dict[str, Any]:
         say(f"evaluating on {recipe.evaluation.problems} held-out problems x {recipe.evaluation.samples} samples")
-        return evaluate(policy, tokenizer, task, **asdict(recipe.evaluation)).to_json()
+        budget = asdict(recipe.evaluation)
+        return evaluate(policy, tokenizer, task, **budget, progress=progress, say=say).to_json()
 
     try:
         if "before" not in summary:

@@ -6,7 +6,7 @@ may round otherwise in another batch, and its draws are not those of transformer
 
 import hashlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -36,6 +36,7 @@ class VllmGenerator:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.batch_sizes: list[int] = []  # it has none to tell
+        self.watch: Callable[[float, int], None] | None = None  # the engine has a bar of its own
         self.context: int | None = self.engine.llm_engine.model_config.max_model_len
 
     def complete(
@@ -53,7 +54,7 @@ class VllmGenerator:
             )
             for number in range(len(prompts))
         ]
-        answered = self.engine.generate(asked, parameters, use_tqdm=False)
+        answered = self.engine.generate(asked, parameters, use_tqdm=True)
         return [[list(one.token_ids) for one in request.outputs] for request in answered]
 
 

@@ -364,7 +364,7 @@ class PolarityTrainer(GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.model.training:
-            for name, value in self._evaluated.take(flows=self.num_generations_eval > 1).items():
+            for name, value in self._evaluated.take(flows=(self.num_generations_eval or 0) > 1).items():
                 self._metrics["eval"][name].append(value)
         super().log(logs, start_time)
 
