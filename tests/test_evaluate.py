@@ -122,6 +122,7 @@ class Answering:
 
     def __init__(self, says):
         self.says, self.tokenizer, self.batch_sizes, self.context, self.asked = says, self, [7], None, []
+        self.watch = None
 
     def __call__(self, text):
         return {"input_ids": list(map(ord, text))}

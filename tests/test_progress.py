@@ -198,8 +198,8 @@ def test_what_a_policy_cannot_read_is_said(embedded):
     assert said == []
     foreign = [Problem("Natalia sold clips to 48 friends", {}, "1")] * 3
     warn_before(generator, Countdown(), foreign, said.append, "mine")
-    # 24 letters of 32 characters
-    assert said == ["warning: mine: 75% of the prompts' tokens are unknown to its tokenizer: it cannot read this task"]
+    # 25 letters of 32 characters
+    assert said == ["warning: mine: 78% of the prompts' tokens are unknown to its tokenizer: it cannot read this task"]
     assert unreadable([[3] * 40, [3] * 10], tokenizer, 16, 64) is None
     long = unreadable([[3] * 50, [3] * 10], tokenizer, 16, 64)
     assert long == "1 of 2 prompts, with an answer of 16 tokens, are longer than the 64 tokens that it can read"

@@ -258,7 +258,7 @@ def _in_parts(judge: Callable[[list[Any]], list[Any]], answers: list[Any], what:
     judged: list[Any] = []
     while len(judged) < len(answers):
         judged += judge(answers[len(judged) : len(judged) + JUDGED_AT_A_TIME])
-        progress(what, len(judged), len(answers))
+        progress(what, float(len(judged)), len(answers))
     return judged
 
 

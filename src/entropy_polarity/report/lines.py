@@ -34,7 +34,7 @@ class Part:
     def due(self, done: float, now: float) -> bool:
         share, waited = done / self.total, now - self.said_at
         ended = share >= 1 and self.spoken and self.said_share < 1
-        moved = share - self.said_share >= SHARE or not self.spoken
+        moved = share - self.said_share > SHARE - 1e-9 or not self.spoken  # tenths are not exact
         if not ended and (share >= 1 or waited < FIRST or (waited < LONGEST and not moved)):
             return False
         self.said_at, self.said_share, self.spoken = now, share, True
