@@ -38,7 +38,10 @@ def run_papo(monkeypatch, capfd, tmp_path):
         (("train", "--set", "task.nmbers=[3]"), "did you mean 'numbers'"),
         (("train", "--set", "trainer.learning_rate"), "has no '='"),
         (("train", "--set", "method.gian=2"), "did you mean 'gain'"),
-        (("train", "--set", "trainer.loss_type=luspo"), "luspo"),
+        (
+            ("train", "--set", "trainer.importance_sampling_level=sequence"),
+            "cancels the token weights of method 'papo'",
+        ),
         (("train", "--set", "trainer.num_generations=7"), "7"),
         (("train", "--set", "method.gain=high"), "expected float"),
         (("train", "--set", "method.name=5"), "unknown method 5"),

@@ -122,6 +122,7 @@ class Answering:
 
     def __init__(self, says):
         self.says, self.tokenizer, self.batch_sizes, self.context, self.asked = says, self, [7], None, []
+        self.watch = None
 
     def __call__(self, text):
         return {"input_ids": list(map(ord, text))}
@@ -243,6 +244,39 @@ def test_the_page_shows_model_text_and_does_not_run_it(compared):
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", outside_plotly)
     for text in ("Against none", "Difference to none", "pass@k", "maj@4", "3 of 4 right", "batches of 7"):
         assert text in page
+
+
+def test_the_page_begins_with_what_the_models_differ_on(compared):
+    """Of four problems "even" solves the first and the third, 3 of 4 samples each; nobody solves the others."""
+    _, folder = compared()
+    page = (folder / "evaluation.html").read_text()
+    assert "those first on which the numbers of right samples differ most" in page
+    assert [int(number) for number in re.findall(r">problem (\d+)", page)] == [0, 2, 1, 3]
+
+
+def test_of_all_problems_the_page_has_those_with_the_largest_difference():
+    """Right samples by problem: 0 to 3 of one model against 3 of the other, so the last differ least."""
+    wrong, right = Attempt("a", Score(0.0, "wrong")), Attempt("b", Score(1.0, "correct"))
+    problems = distinct_problems(Countdown(), 0, "test", 16)
+    counts = [3, 2, 1, 0] * 4
+    mixed = Attempts(problems, [[right] * n + [wrong] * (3 - n) for n in counts], [wrong] * 16)
+    always = Attempts(problems, [[right] * 3] * 16, [right] * 16)
+    shown = [example["number"] for example in experiment.examples({"mixed": [mixed], "always": [always]})]
+    assert shown == [3, 7, 11, 15, 2, 6, 10, 14, 1, 5, 9, 13]
+    alone = [example["number"] for example in experiment.examples({"mixed": [mixed]})]
+    assert alone == list(range(12)), "of one model, in the order of the problems"
+
+
+@pytest.mark.parametrize(
+    ("reward", "colour"),
+    [(1.0, "right"), (2.0, "right"), (0.99, "partly"), (0.5, "partly"), (0.0, "wrong"), (-1, "wrong")],
+)
+def test_a_verdict_has_the_colour_of_its_reward(compared, monkeypatch, reward, colour):
+    monkeypatch.setattr(Countdown, "scores", lambda self, answers: [Score(reward, "judged") for _ in answers])
+    document, folder = compared()
+    page = (folder / "evaluation.html").read_text()
+    assert set(re.findall(r'<span class="(\w+)">judged</span>', page)) == {colour}
+    assert document["models"]["none"]["scores"]["pass@1"]["value"] == (colour == "right")
 
 
 @pytest.mark.browser

@@ -168,7 +168,7 @@ class FakeEngine:
         return load_policy("embedded")[1]
 
     def generate(self, prompts, parameters, use_tqdm):
-        assert use_tqdm is False
+        assert use_tqdm is True  # its own bar
         self.requests += zip(prompts, parameters, strict=True)
         tokenizer = self.get_tokenizer()
 

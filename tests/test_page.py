@@ -50,6 +50,18 @@ def test_colours_follow_the_polarity(run):
                 assert strength == 0
 
 
+@pytest.mark.parametrize(
+    ("reward", "colour", "shown"),
+    [(1.0, "right", "1"), (0.96, "partly", "0.96"), (0.5, "partly", "0.5"), (0.0, "wrong", "0"), (None, "wrong", "-")],
+)
+def test_a_verdict_has_the_colour_of_its_reward(run, reward, colour, shown):
+    """None is what a reward that nothing could give is in the file."""
+    rows = [row | {"reward": reward, "verdict": "judged"} for row in run.rollouts]
+    page = render_page(replace(run, rollouts=rows))
+    assert set(re.findall(r'<span class="(\w+)">judged<br>', page)) == {colour}
+    assert f"reward {shown}, A" in page
+
+
 def test_a_run_without_rollouts_or_evaluation_still_has_a_page(run):
     bare = replace(run, rollouts=[], metrics=[], summary={"status": "running"})
     assert "No rollouts were recorded" in render_page(bare)

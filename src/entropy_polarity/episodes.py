@@ -156,8 +156,11 @@ def play(
     top_p: float = 1.0,
     batch_size: int = 256,
     context: type[Any] = CachedContext,
+    tick: Callable[[float], None] = lambda share: None,
 ) -> list[Episode]:
     """One episode of every problem, sampled at `temperature` from the likeliest tokens worth `top_p`; greedy at 0.
+
+    `tick(share)` is called with each turn of a batch, with the share of its turns that is played.
 
     An action ends with <eos>, which is a token of the policy; one that is longer than the game's `max_action_tokens`
     ends the episode. The same random state plays the same episodes. The mode of the model is left as it was.
@@ -166,7 +169,7 @@ def play(
     with torch.no_grad(), evaluating(model):
         for start in range(0, len(problems), batch_size):
             batch = problems[start : start + batch_size]
-            episodes += _play_batch(model, Format(tokenizer), game, batch, temperature, top_p, context)
+            episodes += _play_batch(model, Format(tokenizer), game, batch, temperature, top_p, context, tick)
     return episodes
 
 
@@ -178,6 +181,7 @@ def _play_batch(
     temperature: float,
     top_p: float,
     context: type[Any],
+    tick: Callable[[float], None],
 ) -> list[Episode]:
     lanes = _Lanes(game, len(problems))
     envs, seeds = lanes.envs, [problem.facts["seed"] for problem in problems]
@@ -185,6 +189,7 @@ def _play_batch(
     episodes = [Episode(start.observation, form.first(start.observation), reason=start.reason) for start in starts]
     policy, unread = context(model, len(episodes)), [list(episode.prompt_ids) for episode in episodes]
     for turn in range(game.max_turns):
+        tick(turn / game.max_turns)
         going = [i for i, episode in enumerate(episodes) if not episode.reason]
         if not going:
             break

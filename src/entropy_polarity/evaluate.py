@@ -1,25 +1,28 @@
 """Evaluation: have a policy answer held-out problems, judge its answers, and count successes problem by problem."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from entropy_polarity._success import SUCCESS
 from entropy_polarity._text import valid, valid_parts
 from entropy_polarity.episodes import Episode, mean_facts, play
-from entropy_polarity.generation import GREEDY, Generator, Sampling
+from entropy_polarity.generation import GREEDY, Generator, Progress, Sampling, silent
 from entropy_polarity.generation.sampling import TransformersGenerator
 from entropy_polarity.statistics.intervals import Estimate
 from entropy_polarity.statistics.success import maj_at_k, pass_at_k
 from entropy_polarity.tasks import Problem, Score, Task, distinct_problems
 from entropy_polarity.tasks.games import Game
-from entropy_polarity.tasks.prompts import encoded, for_tokenizer, plain
+from entropy_polarity.tasks.prompts import encoded, for_tokenizer, plain, unreadable
 from entropy_polarity.tasks.tools import tools_of
 
 LARGEST_BATCH_OF_EPISODES = 256
+JUDGED_AT_A_TIME = 512
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Attempt:
 
     @property
     def right(self) -> bool:
-        return self.score.reward >= 1
+        return self.score.reward >= SUCCESS
 
     def to_json(self) -> dict[str, Any]:
         judged = {"verdict": self.score.reason, "reward": self.score.reward}
@@ -140,14 +143,20 @@ def evaluate(
     samples: int = 16,
     seed: int = 0,
     temperature: float = 1.0,
+    progress: Progress = silent,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
     """pass@1, @2, @4, ... @`samples` and of the greedy answer, on the task's test split, with intervals over problems.
 
-    The random state of the caller and the mode of the model are left as they were.
+    `say` is told of a policy that cannot do the task at all. The random state of the caller and the mode of the model
+    are left as they were.
     """
     check_counts(problems, samples)
     chosen = distinct_problems(task, seed, "test", problems)
-    made = attempt(TransformersGenerator(model, tokenizer), task, chosen, samples, seed, Sampling(temperature))
+    generator = TransformersGenerator(model, tokenizer)
+    warn_before(generator, task, chosen, say)
+    made = attempt(generator, task, chosen, samples, seed, Sampling(temperature), progress=progress)
+    warn_after(made, say)
     successes = np.array(made.successes)
     return Evaluation(
         problems,
@@ -178,15 +187,43 @@ def attempt(
     *,
     final_answers: bool = False,
     greedy: list[Attempt] | None = None,
+    progress: Progress = silent,
 ) -> Attempts:
     """`samples` attempts at each problem with the random state of `seed`, and the greedy one, unless it is known.
 
+    `progress` is told of samples, greedy answers and verdicts as they come.
+
     Raises TypeError for a game and a generator that cannot play it.
     """
-    sampled = _attempts(generator, task, problems, samples, seed, sampling, final_answers)
+    sampled = _attempts(generator, task, problems, samples, seed, sampling, final_answers, progress)
     if greedy is None:
-        greedy = [first for (first,) in _attempts(generator, task, problems, 1, seed, GREEDY, final_answers)]
+        drawn = _attempts(generator, task, problems, 1, seed, GREEDY, final_answers, progress)
+        greedy = [first for (first,) in drawn]
     return Attempts(problems, sampled, greedy)
+
+
+def warn_before(
+    generator: Generator,
+    task: Task | Game,
+    problems: list[Problem],
+    say: Callable[[str], None],
+    label: str = "the policy",
+) -> None:
+    """Say so where a policy cannot read the problems of a task. What a game says is known only when it is played."""
+    if isinstance(task, Game):
+        return
+    prompts = [encoded(for_tokenizer(problem, generator.tokenizer), generator.tokenizer) for problem in problems]
+    why = unreadable(prompts, generator.tokenizer, task.max_completion_tokens, generator.context)
+    if why is not None:
+        say(f"warning: {label}: {why}")
+
+
+def warn_after(made: Attempts, say: Callable[[str], None], label: str = "the policy") -> None:
+    """Say so where all samples got the same verdict and none a reward: most often nothing that could be judged."""
+    scores = [attempt.score for row in made.sampled for attempt in row]
+    reasons = {score.reason for score in scores}
+    if len(reasons) == 1 and not any(score.reward > 0 for score in scores):
+        say(f"warning: {label}: all {len(scores):,} attempts were judged {reasons.pop()!r}: look at what it answers")
 
 
 def _attempts(
@@ -197,7 +234,9 @@ def _attempts(
     seed: int,
     sampling: Sampling,
     final_answers: bool,
+    progress: Progress,
 ) -> list[list[Attempt]]:
+    generator.watch = partial(progress, "greedy answers" if sampling == GREEDY else "samples")
     repeated = [problem for problem in problems for _ in range(samples)]
     if isinstance(task, Game):
         made = [
@@ -207,12 +246,21 @@ def _attempts(
     else:
         said = [one for row in _said(generator, task, problems, samples, seed, sampling) for one in row]
         asked = [(problem, one.text) for problem, one in zip(repeated, said, strict=True)]
-        finals = task.final_answers(asked) if final_answers else [None] * len(asked)
-        judged = zip(said, task.scores(asked), finals, strict=True)
+        finals = _in_parts(task.final_answers, asked, "votes", progress) if final_answers else [None] * len(asked)
+        judged = zip(said, _in_parts(task.scores, asked, "verdicts", progress), finals, strict=True)
         made = [
             Attempt(one.text, score, answer, facts=one.facts, messages=one.messages) for one, score, answer in judged
         ]
     return [made[i * samples : (i + 1) * samples] for i in range(len(problems))]
+
+
+def _in_parts(judge: Callable[[list[Any]], list[Any]], answers: list[Any], what: str, progress: Progress) -> list[Any]:
+    """What `judge` says of each of the answers, some hundreds at a time."""
+    judged: list[Any] = []
+    while len(judged) < len(answers):
+        judged += judge(answers[len(judged) : len(judged) + JUDGED_AT_A_TIME])
+        progress(what, float(len(judged)), len(answers))
+    return judged
 
 
 class _Said(NamedTuple):
@@ -247,7 +295,7 @@ def _played(generator: Generator, game: Game, problems: list[Problem], seed: int
         raise TypeError(f"task {game.name!r} is a game: it is played with a TransformersGenerator")
     model, tokenizer = generator.model, generator.tokenizer
 
-    def episodes_of(batch: Sequence[Problem]) -> list[Episode]:
+    def episodes_of(batch: Sequence[Problem], tick: Callable[[float], None]) -> list[Episode]:
         return play(
             model,
             tokenizer,
@@ -256,6 +304,7 @@ def _played(generator: Generator, game: Game, problems: list[Problem], seed: int
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             batch_size=len(batch),
+            tick=tick,
         )
 
     # As if every observation were as long as the first.

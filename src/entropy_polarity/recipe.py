@@ -202,3 +202,13 @@ def with_flags(
     if model is not None:
         recipe = replace(recipe, policy=replace(recipe.policy, model=model), title="", cost="", expected="")
     return recipe
+
+
+def fitting(chosen: Recipe, written: Recipe) -> Recipe:
+    """`chosen` with an evaluation of at most 100 problems x 4 samples where it has another task or model than the
+    recipe as it is `written`, and still the evaluation that was made to that one's measure."""
+    same = (chosen.task["name"], chosen.policy) == (written.task["name"], written.policy)
+    if same or chosen.evaluation != written.evaluation:
+        return chosen
+    made = written.evaluation
+    return replace(chosen, evaluation=replace(made, problems=min(100, made.problems), samples=min(4, made.samples)))

@@ -11,7 +11,7 @@ from entropy_polarity._reading import read_config
 from entropy_polarity._text import printable
 from entropy_polarity.cli.common import Json, Overrides, print_json
 from entropy_polarity.consent import check_said_again, stay_offline
-from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, apply_override, load_recipe, with_flags
+from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, apply_override, fitting, load_recipe, with_flags
 from entropy_polarity.report.terminal import print_estimates, print_evaluation
 
 
@@ -56,7 +56,13 @@ def train(
     steps = chosen.trainer.get("max_steps", -1)
     with LiveView(chosen.title or str(directory), steps, sys.stderr if as_json else sys.stdout) as view:
         summary = run(
-            chosen, directory, resume=resume is not None, from_step=from_checkpoint, watch=view.watch, say=view.say
+            chosen,
+            directory,
+            resume=resume is not None,
+            from_step=from_checkpoint,
+            watch=view.watch,
+            say=view.say,
+            progress=view.progress,
         )
     if as_json:
         print_json({"run": str(directory), **summary})
@@ -81,6 +87,7 @@ def _what_to_train(
         chosen = with_flags(
             load_recipe(recipe, (*named, *overrides), method), max_steps=max_steps, seed=seed, model=model
         )
+        chosen = fitting(chosen, load_recipe(recipe))
         return chosen, output or Path("runs") / f"{Path(recipe).stem}-{chosen.method['name']}-{chosen.seed}"
     fixed = {
         "--output": output,
@@ -111,8 +118,8 @@ def evaluate(
     model: tuple[str, ...] = ("embedded",),
     baseline: str | None = None,
     task: str | None = None,
-    samples: int = 16,
-    problems: int = 200,
+    samples: int | None = None,
+    problems: int | None = None,
     seed: int = 0,
     seeds: tuple[int, ...] = (),
     temperature: float = 1.0,
@@ -129,8 +136,8 @@ def evaluate(
         model: model folders, runs (their last checkpoints), checkpoints of runs, or "embedded"; LABEL=MODEL names one
         baseline: label of the model that the others are compared with (default: the first)
         task: name of a task (default: the runs' own, or countdown)
-        samples: completions a problem, the largest k
-        problems: number of held-out problems
+        samples: completions a problem, the largest k (default: 16, or 4 where the weights of a model exceed 100 MB)
+        problems: number of held-out problems (default: 200, or 100 as above, or all that the task has)
         seed: seed of the problems, and of sampling unless --seeds are given
         seeds: seeds of sampling; intervals are then over problems and seeds
         temperature: sampling temperature
@@ -154,6 +161,7 @@ def evaluate(
             baseline=baseline,
             output=output,
             say=view.line,
+            progress=view.progress,
         )
     if as_json:
         return print_json(document)

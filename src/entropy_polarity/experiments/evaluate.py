@@ -4,7 +4,8 @@ import gc
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,11 @@ import torch
 from entropy_polarity._errors import unknown_name
 from entropy_polarity._files import append_text, locked, write_text
 from entropy_polarity.episodes import check_starts
-from entropy_polarity.evaluate import Attempts, attempt, check_counts
+from entropy_polarity.evaluate import Attempts, attempt, check_counts, warn_after, warn_before
 from entropy_polarity.experiments.models import labelled, settle_task, weights_of
 from entropy_polarity.experiments.results import provenance, rounded, write_document
 from entropy_polarity.experiments.train import load_policy, quiet
-from entropy_polarity.generation import Generator, Sampling
+from entropy_polarity.generation import Generator, Progress, Sampling, silent
 from entropy_polarity.generation.sampling import TransformersGenerator
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.policy.folder import check_folder
@@ -31,15 +32,16 @@ from entropy_polarity.tasks.games import Game
 EVALUATION, PROBLEMS, PAGE = "evaluation.json", "problems.jsonl", "evaluation.html"
 Backend = Literal["transformers", "vllm"]
 SHOWN_PROBLEMS, SHOWN_ATTEMPTS = 12, 4  # on the page
+SMALL = 100_000_000  # bytes of weights
 
 
 @dataclass(frozen=True)
 class Settings:
     """How models are evaluated: on `problems` held-out problems of the stream `seed`, with `samples` samples for each
-    of the sampling `seeds`."""
+    of the sampling `seeds`. A count that is None is chosen by `budget`, and by what the task has."""
 
-    problems: int = 200
-    samples: int = 16
+    problems: int | None = None
+    samples: int | None = None
     seed: int = 0
     seeds: tuple[int, ...] = ()
     temperature: float = 1.0
@@ -48,7 +50,7 @@ class Settings:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        check_counts(self.problems, self.samples)
+        check_counts(*(1 if count is None else count for count in (self.problems, self.samples)))
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; expected a positive number")
         if not 0 < self.top_p <= 1:
@@ -64,6 +66,17 @@ class Settings:
             )
 
 
+def budget(weights: Sequence[str]) -> tuple[int, int]:
+    """(problems, samples) of an evaluation where nobody says: 200 x 16 if the weights of every model are a folder of at
+    most 100 MB, else 100 x 4. It looks at no clock: the same command has the same counts on every machine."""
+    return (200, 16) if all(0 < _bytes_of(Path(resolve_model(place))) <= SMALL for place in weights) else (100, 4)
+
+
+def _bytes_of(folder: Path) -> int:
+    """Of the weights in a folder; 0 for what is none, as a name of the hub."""
+    return sum(file.stat().st_size for kind in ("safetensors", "bin") for file in folder.glob(f"*model*.{kind}"))
+
+
 def evaluate_models(
     models: Sequence[str],
     settings: Settings,
@@ -73,6 +86,7 @@ def evaluate_models(
     baseline: str | None = None,
     output: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Evaluate every one of `models` on the same problems; where there are several, compare them with `baseline`.
 
@@ -92,7 +106,10 @@ def evaluate_models(
     judged = make_task(**of_task)
     if isinstance(judged, Game) and settings.backend != "transformers":
         raise ValueError(f"task {judged.name!r} is a game, which only --backend transformers can play")
-    chosen = distinct_problems(judged, settings.seed, "test", settings.problems)
+    most, samples = budget(list(weights.values()))
+    said = settings.problems is not None
+    chosen = distinct_problems(judged, settings.seed, "test", settings.problems or most, or_all=not said)
+    settings = replace(settings, problems=len(chosen), samples=settings.samples or samples)
     if output is not None:
         refuse_occupied(output)
     if isinstance(judged, Game):
@@ -103,7 +120,9 @@ def evaluate_models(
         if output is not None:
             refuse_occupied(output)  # again: another evaluation may just have ended there
         for label, place in weights.items():
-            attempts[label], batch_sizes[label] = _attempts_of(label, place, judged, chosen, settings, output, say)
+            attempts[label], batch_sizes[label] = _attempts_of(
+                label, place, judged, chosen, settings, output, say, progress
+            )
     document = {
         "evaluation": 1,  # version of this layout
         "task": of_task,
@@ -129,12 +148,16 @@ def _attempts_of(
     settings: Settings,
     output: Path | None,
     say: Callable[[str], None],
+    progress: Progress,
 ) -> tuple[list[Attempts], list[int]]:
     """The attempts of one model with each sampling seed, written as they come, and its batch sizes."""
     generator, made = _generator(place, settings), []
+    warn_before(generator, task, problems, say, label)
     for seed in settings.seeds:
         say(f"{label}, seed {seed}: {settings.problems} problems x {settings.samples} samples")
-        made.append(_attempted(generator, task, problems, seed, settings, made[0].greedy if made else None))
+        told = partial(_told, progress, f"{label}, seed {seed}")
+        made.append(_attempted(generator, task, problems, seed, settings, made[0].greedy if made else None, told))
+        warn_after(made[-1], say, f"{label}, seed {seed}")
         if output is not None:
             _append(output / PROBLEMS, label, seed, made[-1])
     batch_sizes = generator.batch_sizes
@@ -224,10 +247,26 @@ def _attempted(
     seed: int,
     settings: Settings,
     greedy: list[Any] | None,
+    progress: Progress,
 ) -> Attempts:
+    assert settings.samples is not None  # chosen by now
     sampling = Sampling(settings.temperature, settings.top_p)
     voted = not isinstance(task, Game)
-    return attempt(generator, task, problems, settings.samples, seed, sampling, final_answers=voted, greedy=greedy)
+    return attempt(
+        generator,
+        task,
+        problems,
+        settings.samples,
+        seed,
+        sampling,
+        final_answers=voted,
+        greedy=greedy,
+        progress=progress,
+    )
+
+
+def _told(progress: Progress, about: str, what: str, done: float, total: int) -> None:
+    progress(f"{about}, {what}", done, total)
 
 
 def _append(path: Path, label: str, seed: int, made: Attempts) -> None:
@@ -247,7 +286,8 @@ def _append(path: Path, label: str, seed: int, made: Attempts) -> None:
 
 
 def examples(attempts: dict[str, list[Attempts]]) -> list[dict[str, Any]]:
-    """For the page: problems, those first on which the models differ most, with a few attempts of each model."""
+    """For the page: problems, those first whose numbers of right samples differ most between the models (with the first
+    sampling seed), with a few attempts of each model; of one model the first problems."""
     first = {label: rows[0] for label, rows in attempts.items()}
     problems = next(iter(first.values())).problems
     counts = np.array([made.successes for made in first.values()])
@@ -267,7 +307,7 @@ def examples(attempts: dict[str, list[Attempts]]) -> list[dict[str, Any]]:
                 for label, made in first.items()
             },
         }
-        for number in sorted(order)
+        for number in order
     ]
 
 

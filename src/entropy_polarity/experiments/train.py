@@ -26,8 +26,10 @@ from entropy_polarity._errors import check_settings, unknown_name
 from entropy_polarity._files import locked
 from entropy_polarity._machine import kept_memory
 from entropy_polarity._text import one_line, valid
+from entropy_polarity._weights import load_whole
 from entropy_polarity.episodes import check_starts
 from entropy_polarity.evaluate import evaluate
+from entropy_polarity.generation import Progress, silent
 from entropy_polarity.generation.tools import check_tool_support
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.policy.folder import check_folder
@@ -57,16 +59,21 @@ _OWNED = {"output_dir", "seed", "method", "method_settings", "logging_steps", "d
 def load_policy(model: str) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder, a hub name or "embedded", in float32. No code that comes with it is run.
 
-    Raises ValueError or OSError, in a line, for what is no causal language model, and for what would bring in more than
-    safetensors and settings.
+    Raises ValueError or OSError, in a line, for what is no causal language model, for weights that are not those of the
+    model, and for what would bring in more than safetensors and settings.
     """
     path = resolve_model(model)
     local = Path(path).is_dir()
     if local:
         check_folder(Path(path))
     try:
-        policy = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=local, trust_remote_code=False, use_safetensors=True
+        policy = load_whole(
+            AutoModelForCausalLM.from_pretrained,
+            path,
+            dtype=torch.float32,
+            local_files_only=local,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # of a dozen kinds, where a file is damaged
@@ -225,16 +232,17 @@ def train(
     from_step: int | None = None,
     watch: Callable[[dict[str, Any]], None] = lambda row: None,
     say: Callable[[str], None] = lambda line: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run `recipe` into `output`; with `resume`, go on from its last checkpoint, or that of `from_step`. Returns the
     summary.
 
-    `watch` gets each step's metrics, `say` a line at each stage. What a user can get wrong raises ValueError or an
-    OSError before anything is written. A run stopped while it was being evaluated is only evaluated again. While it
-    works, the run directory is locked.
+    `watch` gets each step's metrics, `say` a line at each stage, `progress` how far an evaluation is. What a user can
+    get wrong raises ValueError or an OSError before anything is written. A run stopped while it was being evaluated is
+    only evaluated again. While it works, the run directory is locked.
     """
     with ExitStack() as held:
-        return _train(recipe, output, resume, from_step, watch, say, held)
+        return _train(recipe, output, resume, from_step, watch, say, progress, held)
 
 
 def _train(
@@ -244,6 +252,7 @@ def _train(
     from_step: int | None,
     watch: Callable[[dict[str, Any]], None],
     say: Callable[[str], None],
+    progress: Progress,
     held: ExitStack,
 ) -> dict[str, Any]:
     quiet()
@@ -269,7 +278,8 @@ def _train(
 
     def held_out(policy: Any) -> dict[str, Any]:
         say(f"evaluating on {recipe.evaluation.problems} held-out problems x {recipe.evaluation.samples} samples")
-        return evaluate(policy, tokenizer, task, **asdict(recipe.evaluation)).to_json()
+        budget = asdict(recipe.evaluation)
+        return evaluate(policy, tokenizer, task, **budget, progress=progress, say=say).to_json()
 
     try:
         if "before" not in summary:

@@ -1,6 +1,6 @@
 """Completions of prompts: who writes them is a `Generator`, of transformers (sampling.py) or vLLM (vllm.py)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
@@ -15,14 +15,24 @@ class Sampling(NamedTuple):
 GREEDY = Sampling(temperature=0.0)
 
 
+# What is being done, how much of it is done, of how much.
+Progress = Callable[[str, float, int], None]
+
+
+def silent(what: str, done: float, total: int) -> None:
+    """A `Progress` that nobody wants to see."""
+
+
 @runtime_checkable
 class Generator(Protocol):
     """A policy that completes prompts, from token ids to token ids. `batch_sizes` are those it used so far, in order, a
-    change an entry; `context` how many tokens it can read, where that is known."""
+    change an entry; `context` how many tokens it can read, where that is known. `watch(done, total)`, where it is set,
+    is told how many completions are made; what tells of its progress in its own way need not call it."""
 
     tokenizer: Any
     batch_sizes: list[int]
     context: int | None
+    watch: Callable[[float, int], None] | None
 
     def complete(
         self, prompts: Sequence[list[int]], samples: int, max_new_tokens: int, sampling: Sampling, seed: int

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from entropy_polarity._modes import evaluating
 from entropy_polarity.generation import Sampling
@@ -22,11 +23,31 @@ class Sampled(NamedTuple):
     completion_ids: Int[Tensor, "B T"]
 
 
+class _Ticking(StoppingCriteria):
+    """Stops nothing: `tick(share)` is called with each token, with the share of `longest` that is written."""
+
+    def __init__(self, tick: Callable[[float], None], longest: int) -> None:
+        self.tick, self.longest, self.written = tick, longest, 0
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        self.written += 1
+        self.tick(self.written / self.longest)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 @torch.no_grad()
 def sample_tokens(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, sampling: Sampling
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    tick: Callable[[float], None] = lambda share: None,
 ) -> Sampled:
-    """One completion of every prompt. What a model's own generation settings would add (penalties, top-k) is off."""
+    """One completion of every prompt. What a model's own generation settings would add (penalties, top-k) is off.
+
+    `tick(share)` is called with each token, with the share of `max_new_tokens` that is written.
+    """
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids, mask = _left_padded(prompts, pad, model.device)
     drawn = sampling.temperature > 0
@@ -40,6 +61,7 @@ def sample_tokens(
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
         repetition_penalty=1.0,
+        stopping_criteria=StoppingCriteriaList([_Ticking(tick, max_new_tokens)]),
         **settings,
     )
     return Sampled(ids, mask, output[:, ids.shape[1] :])
@@ -64,13 +86,14 @@ class TransformersGenerator:
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None = None) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.batch_sizes: list[int] = []
+        self.watch: Callable[[float, int], None] | None = None
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def complete(
         self, prompts: Sequence[list[int]], samples: int, max_new_tokens: int, sampling: Sampling, seed: int
     ) -> list[list[list[int]]]:
-        def completions_of(batch: Sequence[list[int]]) -> list[list[int]]:
-            sampled = sample_tokens(self.model, self.tokenizer, batch, max_new_tokens, sampling)
+        def completions_of(batch: Sequence[list[int]], tick: Callable[[float], None]) -> list[list[int]]:
+            sampled = sample_tokens(self.model, self.tokenizer, batch, max_new_tokens, sampling, tick)
             return [_ended(row, self._ends) for row in sampled.completion_ids.tolist()]
 
         longest = max(map(len, prompts), default=0)
@@ -87,14 +110,28 @@ class TransformersGenerator:
     def draw(
         self,
         items: Sequence[Item],
-        run: Callable[[Sequence[Item]], list[Made]],
+        run: Callable[[Sequence[Item], Callable[[float], None]], list[Made]],
         seed: int,
         tokens: int,
         largest: int,
         logit_rows: int = 1,
     ) -> list[Made]:
-        """What `run` makes of `items`, batch by batch from the random state of `seed`; the other arguments are those of
-        `first_size`."""
+        """What `run(batch, tick)` makes of `items`, batch by batch from the random state of `seed`; it calls tick with
+        the share of the batch that is made. The other arguments are those of `first_size`."""
+        done = 0
+
+        def watched(batch: Sequence[Item]) -> list[Made]:
+            nonlocal done
+
+            def tick(share: float) -> None:
+                if self.watch is not None:
+                    self.watch(done + min(share, 1.0) * len(batch), len(items))
+
+            made = run(batch, tick)
+            tick(1.0)
+            done += len(made)
+            return made
+
         if self.batch_sizes:
             start = self.batch_sizes[-1]
         else:
@@ -102,7 +139,7 @@ class TransformersGenerator:
             self.batch_sizes.append(start)
         with evaluating(self.model), torch.random.fork_rng():
             torch.manual_seed(seed)
-            made, sizes = in_batches(items, start, run)
+            made, sizes = in_batches(items, start, watched)
         self.batch_sizes += sizes[1:]
         return made
 

@@ -6,15 +6,19 @@ may round otherwise in another batch, and its draws are not those of transformer
 
 import hashlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from entropy_polarity._weights import check_whole
 from entropy_polarity.generation import Sampling
 
 
 class VllmGenerator:
     """A `Generator` of the model in a folder, in the number format that its configuration names.
 
-    Raises ImportError, with what to install, where vLLM is missing.
+    Raises ImportError, with what to install, where vLLM is missing, and ValueError where the file's weights are not
+    those of the model (of a quantised one vLLM alone can tell).
     """
 
     def __init__(self, model: str) -> None:
@@ -24,12 +28,15 @@ class VllmGenerator:
             raise ImportError(
                 f"--backend vllm needs vLLM ({error}): pip install 'entropy-polarity[vllm]', or --backend transformers"
             ) from error
+        if getattr(AutoConfig.from_pretrained(model, trust_remote_code=False), "quantization_config", None) is None:
+            check_whole(AutoModelForCausalLM.from_pretrained, model, trust_remote_code=False)
         self._parameters = vllm.SamplingParams
         self.engine = vllm.LLM(model=model, trust_remote_code=False, load_format="safetensors")
         self.tokenizer = self.engine.get_tokenizer()
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.batch_sizes: list[int] = []  # it has none to tell
+        self.watch: Callable[[float, int], None] | None = None  # the engine has a bar of its own
         self.context: int | None = self.engine.llm_engine.model_config.max_model_len
 
     def complete(
@@ -47,7 +54,7 @@ class VllmGenerator:
             )
             for number in range(len(prompts))
         ]
-        answered = self.engine.generate(asked, parameters, use_tqdm=False)
+        answered = self.engine.generate(asked, parameters, use_tqdm=True)
         return [[list(one.token_ids) for one in request.outputs] for request in answered]
 
 

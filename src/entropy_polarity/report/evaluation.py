@@ -5,6 +5,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from entropy_polarity._success import degree
 from entropy_polarity._text import cut
 from entropy_polarity.report.evaluation_tables import evaluation_tables, shown_names, verdict_table
 from entropy_polarity.report.forest import forest, styles
@@ -104,7 +105,7 @@ def _shown(example: dict[str, Any]) -> dict[str, Any]:
                 {
                     "text": cut(_text(one, example["prompt"]), MAX_SHOWN_CHARACTERS),
                     "verdict": one["verdict"],
-                    "good": one["reward"] >= 1,
+                    "degree": degree(one["reward"]),
                     "reward": f"{one['reward']:g}",
                     "answer": cut(one.get("answer") or "", MAX_SHOWN_CHARACTERS),
                 }

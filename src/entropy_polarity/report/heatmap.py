@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from entropy_polarity._success import degree
 from entropy_polarity._text import cut
 from entropy_polarity.record import ROLLOUTS, Run
 
@@ -26,12 +27,14 @@ class ColouredToken:
 
 @dataclass(frozen=True)
 class ColouredRollout:
-    """`turns` begin where the environment speaks again; a completion without environment is one."""
+    """`turns` begin where the environment speaks again; a completion without environment is one. `degree` is how far
+    the reward is a success, the class of the verdict's colour."""
 
     step: int
     prompt: str
     verdict: str
-    reward: float
+    degree: str
+    reward: str
     advantage: float
     turns: list[list[ColouredToken]]
 
@@ -55,7 +58,8 @@ def coloured_rollouts(run: Run, count: int = 12) -> list[ColouredRollout]:
             row["step"],
             row["prompt"],
             row["verdict"],
-            row["reward"],
+            degree(row["reward"]),
+            "-" if row["reward"] is None else f"{row['reward']:.3g}",
             row["advantage"],
             _turns([_coloured(t, scale) for t in tokens[row["step"]] if t["rollout"] == row["rollout"]]),
         )

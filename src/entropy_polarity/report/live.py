@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from entropy_polarity._text import one_line
-from entropy_polarity.report.lines import LiveOrLines
+from entropy_polarity.report.lines import LiveOrLines, clock
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -36,6 +36,7 @@ class LiveView(LiveOrLines):
         super().__init__(stream)
         self.title, self.max_steps = one_line(title), max_steps
         self.latest: dict[str, float] = {}
+        self.row: dict[str, Any] = {}
         self.entropies: list[float] = []
         self.rewards: list[float] = []
         self.ticks: deque[tuple[int, float]] = deque(maxlen=21)
@@ -48,9 +49,17 @@ class LiveView(LiveOrLines):
         else:
             self.live.update(self._panel())
 
+    def show(self, text: str) -> None:
+        assert self.live is not None
+        self.stage = text
+        self.live.update(self._panel())
+
     def watch(self, row: dict[str, Any]) -> None:
+        """A step's metrics. Where several updates are made on a rollout, its reward and polarity are in the first row
+        alone; "update" and "updates" say which of them this is."""
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         self.latest |= numbers
+        self.row = numbers
         self.ticks.append((int(numbers["step"]), time.monotonic()))
         if "polarity/entropy" in numbers:
             self.entropies.append(numbers["polarity/entropy"])
@@ -69,15 +78,27 @@ class LiveView(LiveOrLines):
             ("D+", "polarity/positive_flow", "{:.4f}".format),
             ("D-", "polarity/negative_flow", "{:.4f}".format),
         ]
-        known = [f"{label} {show(self.latest[key])}" for label, key, show in fields if key in self.latest]
-        return "  ".join([f"step {int(self.latest['step'])}/{self.max_steps}", *known, f"left {self._left()}"])
+        if self._again:  # what belongs to the rollout was said with its first update
+            fields = [("entropy", "entropy", "{:.3f}".format), ("gradient norm", "grad_norm", "{:.3f}".format)]
+        known = [f"{label} {show(self.row[key])}" for label, key, show in fields if key in self.row]
+        return "  ".join([self._place(), *known, f"left {self._left()}"])
+
+    @property
+    def _again(self) -> bool:
+        return self.row.get("update", 1) > 1
+
+    def _place(self) -> str:
+        """Which step this is, and where several updates are made on a rollout, which of them."""
+        updates = int(self.row.get("updates", 1))
+        of = f", update {int(self.row['update'])} of {updates} on its rollout" if updates > 1 else ""
+        return f"step {int(self.latest.get('step', 0))}/{self.max_steps}{of}"
 
     def _left(self) -> str:
         if len(self.ticks) < 2:
             return "?"
         (first, start), (last, end) = self.ticks[0], self.ticks[-1]
         seconds = (end - start) / max(1, last - first) * max(0, self.max_steps - last)
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        return clock(seconds)
 
     def _panel(self) -> Panel:
         step = int(self.latest.get("step", 0))
@@ -99,9 +120,10 @@ class LiveView(LiveOrLines):
         add("λ", "polarity/lambda", "{:+.3f}", "above 0: towards expansion, below: towards contraction")
         add("D+ expands", "polarity/positive_flow", "{:.4f}")
         add("D- contracts", "polarity/negative_flow", "{:.4f}")
+        add("gradient norm", "grad_norm", "{:.3f}", "of each update; what is above is the rollout's")
         progress = Table.grid(padding=(0, 2))
         progress.add_row(
-            f"step {step}/{self.max_steps}",
+            self._place(),
             ProgressBar(total=self.max_steps, completed=step, width=40),
             f"{self._left()} left" if step else "",
         )

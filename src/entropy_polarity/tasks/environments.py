@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from entropy_polarity._success import SUCCESS
 from entropy_polarity.tasks import Problem, Split
 from entropy_polarity.tasks.games import OUT_OF_TURNS, RAISED, TOO_LONG, WON, Answer, EpisodeOverError, TextEnv
 from entropy_polarity.tasks.workers import DIED, OUT_OF_MEMORY, TIMED_OUT, NoWorkerError, Outcome, Workers
@@ -188,7 +189,7 @@ class _Played:
         answer = Answer(*outcome.value["answer"])
         self.reward += answer.reward
         if answer.done and answer.reason not in self.game.reasons:
-            answer = answer._replace(reason=WON if self.reward >= 1 else LOST)
+            answer = answer._replace(reason=WON if self.reward >= SUCCESS else LOST)
         return answer
 
     def _ask(self, action: str | None) -> Outcome:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from entropy_polarity._errors import unknown_name
+from entropy_polarity._success import degree
 from entropy_polarity._text import valid_parts
 from entropy_polarity.tasks import Problem, Score, Split
 from entropy_polarity.tasks.workers import DIED, OUT_OF_MEMORY, TIMED_OUT, Outcome, Workers
@@ -122,7 +123,8 @@ def _score(outcome: Outcome) -> Score:
         known = outcome.failure in GymTask.reasons
         return Score(0.0, outcome.failure if known else "scorer failed")
     reward = float(outcome.value)
-    return Score(reward, "correct" if reward >= 1 else "partly" if reward > 0 else "wrong")
+    found = degree(reward)
+    return Score(reward, "correct" if found == "right" else found)
 
 
 @functools.cache

@@ -29,3 +29,22 @@ def plain(completion: str | Sequence[dict[str, Any]]) -> str:
     if isinstance(completion, str):
         return completion
     return "\n".join(str(message.get("content") or "") for message in completion if message["role"] == "assistant")
+
+
+def unreadable(prompts: Sequence[list[int]], tokenizer: Any, answer: int, context: int | None) -> str | None:
+    """Why a policy cannot read a task, in one line, or None where it can.
+
+    More than one in a hundred tokens of the prompts stand for what its tokenizer does not know; or one prompt in ten,
+    with an answer of up to `answer` tokens, is longer than its `context`.
+    """
+    unknown, written = getattr(tokenizer, "unk_token_id", None), sum(map(len, prompts))
+    strange = 0 if unknown is None else sum(row.count(unknown) for row in prompts)
+    if strange > 0.01 * written:
+        return f"{strange / written:.0%} of the prompts' tokens are unknown to its tokenizer: it cannot read this task"
+    long = sum(context is not None and len(row) + answer > context for row in prompts)
+    if long > 0.1 * len(prompts):
+        return (
+            f"{long} of {len(prompts)} prompts, with an answer of {answer} tokens, are longer than the {context} "
+            "tokens that it can read"
+        )
+    return None

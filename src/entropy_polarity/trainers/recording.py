@@ -27,7 +27,8 @@ class RunRecorder(TrainerCallback):
     """Attach with `RunRecorder(writer, ...).attach(trainer)`.
 
     `completions` of each rollout batch are kept; `judged()` gives the texts of the last one, in order of generation;
-    `watch(row)` is called with each metrics row.
+    `watch(row)` is called with each metrics row, and which of how many updates on a rollout it is about: "update" of
+    "updates".
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class RunRecorder(TrainerCallback):
             self.writer.metrics(row)
             if control.should_save:
                 self.writer.sync()
-            self.watch(row)
+            updates = max(1, self.trainer.micro_steps_per_rollout // args.gradient_accumulation_steps)
+            self.watch(row | {"update": (state.global_step - 1) % updates + 1, "updates": updates})
 
     def record_rollout(self, rollout: Rollout) -> None:
         """A few completions, evenly spread over the batch and moving on each step, so that all prompts get a turn."""

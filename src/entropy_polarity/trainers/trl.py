@@ -14,6 +14,7 @@ are added after TRL's loss, averaged as TRL averages. All the seams are private 
 """
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -36,10 +37,11 @@ from entropy_polarity.method_state import load_state
 from entropy_polarity.methods import make_transform
 from entropy_polarity.tokens import Tokens, concatenate
 from entropy_polarity.trainers.trl_checkpoints import naming_the_file, refuse_what_cannot_resume
-from entropy_polarity.trainers.trl_config import PolarityConfig
+from entropy_polarity.trainers.trl_config import PolarityConfig, polarity_config
+from entropy_polarity.trainers.trl_evaluation import EvaluatedTokens
 from entropy_polarity.trainers.trl_exact import exact_sensitivity_of
 from entropy_polarity.trainers.trl_loss import averaged, importance, restrict
-from entropy_polarity.trainers.trl_seam import Request, StatisticsHead
+from entropy_polarity.trainers.trl_seam import Request, StatisticsHead, loading_whole
 from entropy_polarity.transforms import loss_terms, measure
 
 # Extra per-row columns that travel with TRL's batch through its shuffle and split.
@@ -86,9 +88,11 @@ class _RolloutBoundaries(TrainerCallback):
 class PolarityTrainer(GRPOTrainer):
     """GRPOTrainer whose advantages go through a method of `entropy_polarity.methods`.
 
-    Takes GRPOTrainer's arguments, with a PolarityConfig. With λ = 0 and `statistics_head="trl"` it is GRPOTrainer to
-    the last bit; with our head, whose sums are more exact, to the rounding of float32. The state
-    of the method is in every checkpoint (`polarity_state.json`); metrics appear under `polarity/`.
+    Takes GRPOTrainer's arguments; `args` is a PolarityConfig, or what `polarity_config` makes one of. With λ = 0 and
+    `statistics_head="trl"` it is GRPOTrainer to the last bit; with our head, whose sums are more exact, to the
+    rounding of float32. What it loads by name must have all its weights: ValueError otherwise. The state
+    of the method is in every checkpoint (`polarity_state.json`); metrics appear under `polarity/`,
+    those of an evaluation under `eval_polarity/`.
     `on_rollout`, if set, is called with each finished `Rollout`; `on_loss` with each micro-batch as TRL trained on it,
     and its tokens as they went into the loss.
     """
@@ -98,9 +102,9 @@ class PolarityTrainer(GRPOTrainer):
     on_rollout: Callable[[Rollout], None] | None
     on_loss: Callable[[dict[str, Any], Tokens], None] | None
 
-    def __init__(self, model, reward_funcs=None, args: PolarityConfig | None = None, **kwargs) -> None:
-        if not isinstance(args, PolarityConfig):
-            raise TypeError(f"PolarityTrainer needs args=PolarityConfig(...), got {type(args).__name__}")
+    def __init__(self, *given: Any, **named: Any) -> None:
+        call = inspect.signature(GRPOTrainer).bind(*given, **named)
+        args = call.arguments["args"] = polarity_config(call.arguments.get("args"), call.arguments["model"])
         self.transform = make_transform(args.method, args.settings)
         self.method_state = self._next_state = self.transform.init()
         self.on_rollout = self.on_loss = None
@@ -109,9 +113,11 @@ class PolarityTrainer(GRPOTrainer):
         self._passes: list[tuple[Tensor, tuple[Tensor, ...]]] | None = None
         self._loss_inputs: dict[str, Any] | None = None
         self._live: Tokens | None = None
+        self._evaluated = EvaluatedTokens()
         self._rollout_inputs: dict[str, Any] = {}
         self._limit: int | None = None  # of checkpoints
-        super().__init__(model, reward_funcs, args, **kwargs)
+        with loading_whole():
+            super().__init__(*call.args, **call.kwargs)
         if "reuse" in self.transform.needs and self.micro_steps_per_rollout <= args.gradient_accumulation_steps:
             warnings.warn(
                 f"method {args.method!r} does nothing with a single update on each rollout, where the importance ratio "
@@ -121,6 +127,8 @@ class PolarityTrainer(GRPOTrainer):
         if self.transform.exact_every and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("sign_from='exact' needs whole parameters on every process: not with FSDP or DeepSpeed")
         self.add_callback(_RolloutBoundaries(self))
+
+    __init__.__signature__ = inspect.signature(GRPOTrainer.__init__)  # pyright: ignore[reportFunctionMemberAccess]
 
     @property
     def micro_steps_per_rollout(self) -> int:
@@ -186,7 +194,7 @@ class PolarityTrainer(GRPOTrainer):
     def _put(self, batch: dict[str, Any], decision: Decision) -> None:
         """A decision into the batch that TRL trains on."""
         tokens = decision.tokens
-        batch["advantages"] = tokens.advantages
+        batch["advantages"] = self._for_the_loss(tokens)
         if tokens.entropy_bonus is not None:
             batch[BONUS] = tokens.entropy_bonus
         if tokens.ratio_penalty is not None:
@@ -194,6 +202,10 @@ class PolarityTrainer(GRPOTrainer):
         if decision.kept is not None:
             batch[WRITTEN] = self._tokens(batch).mask
             restrict(batch, tokens.mask, decision.kept)
+
+    def _for_the_loss(self, tokens: Tokens) -> Tensor:
+        """The advantages as TRL reads them: where its ratio is of whole sequences, one for each."""
+        return tokens.advantages[:, 0] if self.importance_sampling_level == "sequence" else tokens.advantages
 
     def _whole_batch_tokens(self, batch: dict[str, Any]) -> Tokens:
         """The facts of this process's rows from one pass without gradient, before any update on them."""
@@ -225,7 +237,8 @@ class PolarityTrainer(GRPOTrainer):
 
     def _report(self, local: Tokens, decided: Tokens, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
-            self._metrics["train"][name].append(value)
+            if not math.isnan(value):  # where nothing was written there is no entropy: TRL would log None for it
+                self._metrics["train"][name].append(value)
         if self.on_rollout is not None:
             weight = torch.where(local.advantages == 0, 1.0, decided.advantages / local.advantages)
             self.on_rollout(Rollout(self._rollout_inputs, local, weight, metrics))
@@ -244,14 +257,14 @@ class PolarityTrainer(GRPOTrainer):
     # ---- the loss ---------------------------------------------------------------------------------------
 
     def _compute_loss(self, model, inputs):
-        if not self.model.training:
-            return super()._compute_loss(model, inputs)
         position = self._step % self.micro_steps_per_rollout
         self._loss_inputs = dict(inputs)  # TRL serves the same dict again: never rewrite it in place
         try:
             loss = super()._compute_loss(model, self._loss_inputs)
         finally:
             self._loss_inputs, live, self._live = None, self._live, None
+        if not self.model.training:
+            return loss
         if live is not None and (terms := loss_terms(live)) is not None:
             loss = loss + averaged(self, terms, live.mask, inputs)
         if live is not None and self.on_loss is not None:
@@ -288,7 +301,11 @@ class PolarityTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **kwargs)
 
     def _loss_pass(self, inputs: dict[str, Any], model, *args, **kwargs):
-        """The forward pass of the loss, and the advantages that TRL reads right after it."""
+        """The forward pass of the loss, and the advantages that TRL reads right after it, but in an evaluation."""
+        if not self.model.training:
+            result, captured = self._with_statistics(model, *args, **kwargs)
+            self._evaluated.add(self._gather(self._tokens(inputs, result[0], result[1], *captured)))
+            return result
         if self.transform.decides == "whole batch":  # decided when the rollout was generated
             with StatisticsHead.serving(self._request(statistics=False)):
                 result = super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=True, **kwargs)
@@ -299,8 +316,9 @@ class PolarityTrainer(GRPOTrainer):
             if self._in_first_pass:
                 self._seen.append(tokens)  # later visits see an already updated policy
             if self.transform.local is not None:
-                tokens = self.transform.local(tokens, self.method_state)
-                inputs["advantages"] = tokens.advantages
+                seen, tokens = tokens, self.transform.local(tokens, self.method_state)
+                if tokens.advantages is not seen.advantages:
+                    inputs["advantages"] = self._for_the_loss(tokens)
         old_logp = inputs.get("old_per_token_logps", result[0].detach())
         self._live = replace(tokens, logp=result[0], entropy=result[1], old_logp=old_logp)
         return result
@@ -341,15 +359,21 @@ class PolarityTrainer(GRPOTrainer):
             sum_p2=sum_p2,
             sum_p2_logp=sum_p2_logp,
             sensitivity=sensitivity,
-            reward=inputs[REWARD],
-            group=inputs[GROUP],
-            sample_id=inputs[SAMPLE_ID],
+            reward=inputs.get(REWARD),
+            group=inputs.get(GROUP),
+            sample_id=inputs.get(SAMPLE_ID),
             entropy_bonus=inputs.get(BONUS),
             ratio_penalty=inputs.get(PENALTY),
         )
         if logp is None:
             return tokens
         return replace(tokens, importance=importance(self, tokens, inputs.get("importance_sampling_ratio")))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not self.model.training:
+            for name, value in self._evaluated.take(flows=(self.num_generations_eval or 0) > 1).items():
+                self._metrics["eval"][name].append(value)
+        super().log(logs, start_time)
 
     # ---- checkpoints ------------------------------------------------------------------------------------
 

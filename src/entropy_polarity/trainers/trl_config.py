@@ -1,14 +1,21 @@
 """The settings of PolarityTrainer: TRL's own, and the method."""
 
 import json
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass, field, fields
+from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
 from trl import GRPOConfig
+from trl.trainer.utils import get_config_model_id
 
 from entropy_polarity.methods import make_transform
 from entropy_polarity.trainers.trl_loss import fix_loss
 from entropy_polarity.trainers.trl_seam import HEADS
+from entropy_polarity.transforms.core import REWARD_FACTS
+
+# What a method may look at if all tokens of a response are to get one advantage.
+WHOLE_SEQUENCES = REWARD_FACTS | {"entropy_grad"}
 
 
 @dataclass
@@ -38,21 +45,46 @@ class PolarityConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.importance_sampling_level != "token":
-            raise ValueError(
-                f"importance_sampling_level={self.importance_sampling_level!r} averages the advantage over each "
-                "sequence, which cancels token weights: use importance_sampling_level='token'"
-            )
-        if self.loss_type == "luspo":
-            raise ValueError(
-                "loss_type='luspo' weighs whole sequences, which cancels token weights: use 'dapo', 'grpo', "
-                "'bnpo', 'dr_grpo', 'cispo', 'sapo' or 'vespo'"
-            )
+        self._settle()
+
+    def _settle(self) -> None:
+        """Check what GRPOConfig does not know, and put in what the method fixes of the loss."""
         if self.statistics_head not in HEADS:
             raise ValueError(f"statistics_head={self.statistics_head!r}: expected {' or '.join(map(repr, HEADS))}")
         transform = make_transform(self.method, self.settings)  # unknown names fail here, before a model is loaded
+        if self.importance_sampling_level != "token" and not transform.needs <= WHOLE_SEQUENCES:
+            raise ValueError(
+                f"importance_sampling_level={self.importance_sampling_level!r} averages the advantage over each "
+                f"sequence, which cancels the token weights of method {self.method!r}: use "
+                "importance_sampling_level='token', or method='grpo', which monitors alone"
+            )
         fix_loss(self, self.method, transform.loss)
 
     @property
     def settings(self) -> dict[str, Any]:
         return json.loads(self.method_settings) if isinstance(self.method_settings, str) else self.method_settings or {}
+
+
+def polarity_config(args: GRPOConfig | None, model: Any) -> PolarityConfig:
+    """The configuration of a trainer that was given `args`, as GRPOTrainer takes them.
+
+    None is the default configuration, its folder named by the model; a GRPOConfig keeps all its settings and gets the
+    default method, with a warning. Raises TypeError for anything else.
+    """
+    if isinstance(args, PolarityConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return PolarityConfig(f"{PurePosixPath(name).name}-PAPO")
+    if not isinstance(args, GRPOConfig):
+        raise TypeError(f"PolarityTrainer takes args=PolarityConfig(...), got {type(args).__name__}")
+    config = PolarityConfig.__new__(PolarityConfig)
+    # Settled settings are not settled again: GRPOConfig refuses some that it has filled in itself.
+    vars(config).update({f.name: f.default for f in fields(PolarityConfig)} | vars(args))
+    config._settle()
+    warnings.warn(
+        f"args is a GRPOConfig, which names no method: {config.method!r} is used, the default of PolarityConfig, which "
+        "takes the same settings",
+        stacklevel=3,
+    )
+    return config

@@ -14,7 +14,7 @@ from entropy_polarity.tokens import Tokens
 from entropy_polarity.trainers.fixing import to_set
 from entropy_polarity.transforms import Loss
 
-CLIPPED_LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo")
+CLIPPED_LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo", "luspo")
 
 
 def fix_loss(config: GRPOConfig, method: str, loss: Loss) -> None:
@@ -36,20 +36,25 @@ def fix_loss(config: GRPOConfig, method: str, loss: Loss) -> None:
 
 def importance(trainer: Any, tokens: Tokens, correction: Tensor | None) -> Tensor:
     """w: what the loss of `trainer`, a GRPOTrainer, leaves of each token's policy gradient, as a factor on
-    A grad log p.
+    A grad log p, in a loss averaged as it averages tokens.
 
-    Not counted: tokens that TRL masks by `top_entropy_quantile` or `off_policy_mask_threshold`.
+    Where the ratio is of whole sequences, s = exp(mean_t log r_t), each model token t of n has the gradient
+    ds/dlog p_t = s / n of it, and the sequence counts as n tokens: w is s while the clip leaves the sequence alive,
+    else 0, one value for all its tokens; a rollout engine's correction enters by its mean over them.
+
+    Not counted: tokens that TRL masks by `top_entropy_quantile` or `off_policy_mask_threshold`. Source: TRL's losses.
     """
     args, advantages = trainer.args, tokens.advantages
     log_ratio = tokens.known("logp") - tokens.known("old_logp")
-    ratio = log_ratio.exp()
+    sequences = trainer.importance_sampling_level == "sequence"
+    ratio = (_sequence_mean(log_ratio, tokens.mask) if sequences else log_ratio).exp()
     if trainer.loss_type == "vespo":  # its weight holds the correction already
         return trainer.get_gamma_weights(
             advantages, log_ratio, tokens.mask, correction,
             args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg,
         ).expand_as(ratio)  # fmt: skip
-    if trainer.loss_type == "cispo":
-        weight = ratio.clamp(max=trainer.epsilon_high)
+    if trainer.loss_type == "cispo":  # its ratio has no gradient: each token has its own log p, and its own correction
+        weight, sequences = ratio.clamp(max=trainer.epsilon_high), False
     elif trainer.loss_type == "sapo":
         gate = torch.sigmoid(
             torch.where(advantages > 0, args.sapo_temperature_pos, args.sapo_temperature_neg) * (ratio - 1)
@@ -59,7 +64,15 @@ def importance(trainer: Any, tokens: Tokens, correction: Tensor | None) -> Tenso
         weight = surviving_ratio(ratio, advantages, (trainer.epsilon_low, trainer.epsilon_high))
         if args.delta is not None:  # TRL's second, outer clip
             weight = torch.where((advantages < 0) & (ratio > args.delta), 0.0, weight)
-    return weight if correction is None else weight * correction
+    if correction is None:
+        return weight
+    return weight * (_sequence_mean(correction.expand_as(weight), tokens.mask) if sequences else correction)
+
+
+def _sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """(B, T): the mean over the model tokens of each row, repeated; as TRL takes it, 0 where there are none."""
+    means = torch.where(mask, values, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return means.expand_as(values)
 
 
 def averaged(trainer: Any, values: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -68,6 +81,8 @@ def averaged(trainer: Any, values: Tensor, mask: Tensor, inputs: dict[str, Any])
     values = torch.where(mask, values, 0.0)
     if trainer.loss_type in ("grpo", "sapo"):
         return (values.sum(-1) / mask.sum(-1).clamp(min=1)).mean() / accumulation
+    if trainer.loss_type == "luspo":
+        return values.sum(-1).mean() / accumulation
     if trainer.loss_type == "bnpo":
         return values.sum() / mask.sum().clamp(min=1) / accumulation
     if trainer.loss_type == "dr_grpo":

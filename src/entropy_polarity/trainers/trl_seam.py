@@ -1,9 +1,11 @@
-"""Where TRL's private parts are checked, and where its fused output head becomes ours."""
+"""Where TRL's private parts are checked, where its fused output head becomes ours, and what it loads is looked at."""
 
 import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -11,8 +13,10 @@ import trl
 from packaging.version import Version
 from torch import Tensor
 from trl import GRPOTrainer
+from trl.trainer import grpo_trainer
 from trl.trainer import utils as trl_utils
 
+from entropy_polarity._weights import load_whole
 from entropy_polarity.kernels import linear_token_stats
 
 logger = logging.getLogger("entropy_polarity")
@@ -37,6 +41,7 @@ def seams() -> dict[str, set[str]]:
             trl_utils._ChunkedLogProbFunction.forward,
             {"hidden", "weight", "bias", "targets", "temperature", "outputs"},
         ),
+        "create_model_from_path": (grpo_trainer.create_model_from_path, {"model_id", "kwargs"}),
     }
     return {name: names - inspect.signature(hooked).parameters.keys() for name, (hooked, names) in wanted.items()}
 
@@ -55,6 +60,20 @@ def check_trl() -> None:
                 f"TRL {trl.__version__}: {name} has no parameter {', '.join(sorted(missing))}; this is not the "
                 f"TRL that entropy-polarity was tested with ({low})"
             )
+
+
+@contextmanager
+def loading_whole() -> Iterator[None]:
+    """While TRL loads what it was given by name, policy, reference and reward models, weights that do not fit raise
+    ValueError; see `load_whole`."""
+    by_path, reward = grpo_trainer.create_model_from_path, grpo_trainer.AutoModelForSequenceClassification
+    grpo_trainer.create_model_from_path = partial(load_whole, by_path)
+    checked = SimpleNamespace(from_pretrained=partial(load_whole, reward.from_pretrained))
+    grpo_trainer.AutoModelForSequenceClassification = checked  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        grpo_trainer.create_model_from_path, grpo_trainer.AutoModelForSequenceClassification = by_path, reward
 
 
 check_trl()
