@@ -103,8 +103,10 @@ def test_a_method_is_written_as_a_word(specification, tables):
 def test_a_plan_of_flags_is_the_plan_of_a_file(tmp_path):
     (tmp_path / "plan.toml").write_text(PLAN)
     planned = load_plan(str(tmp_path / "plan.toml"))
-    flags = ("grpo", "held=papo:controller=reference,level=0.4")
-    assert replace(planned, search=Search()) == load_plan("countdown", flags, overrides=["task.numbers=[4]"])
+    flags = load_plan("countdown", ("grpo", "held=papo:level=0.4"), overrides=["task.numbers=[4]"])
+    # What a flag says stands beside the recipe's method; the table of a file is all that its method is told.
+    assert flags.methods["held"] == load_recipe("countdown").method | planned.methods["held"]
+    assert replace(planned, search=Search()) == replace(flags, methods=planned.methods)
     shorter = load_plan(str(tmp_path / "plan.toml"), seeds=[7], baselines=["held"], overrides=["trainer.max_steps=5"])
     assert (shorter.seeds, shorter.baselines) == ([7], ["held"])
     recipe = shorter.recipe_of("held", 7)
@@ -113,14 +115,13 @@ def test_a_plan_of_flags_is_the_plan_of_a_file(tmp_path):
 
 def test_baselines_are_grpo_and_dapo_where_they_are_else_the_first():
     assert load_plan("countdown", ["papo", "dapo=grpo", "grpo"]).baselines == ["grpo", "dapo"]
-    assert load_plan("countdown", ["papo", "other=papo:controller=trend"]).baselines == ["papo"]
+    assert load_plan("countdown", ["papo", "other=papo:gain=2"]).baselines == ["papo"]
 
 
 def test_a_method_that_is_only_named_has_the_settings_of_a_recipe_about_it():
-    plan = load_plan("countdown", ["papo", "grpo", "trend=papo:controller=trend"])
+    plan = load_plan("countdown", ["papo", "grpo"])
     assert plan.methods["papo"]["level"] == 0.35  # as `papo train --method papo`
     assert plan.methods["grpo"] == {"name": "grpo"}
-    assert plan.methods["trend"] == {"name": "papo", "controller": "trend"}
 
 
 @pytest.mark.parametrize(

@@ -273,6 +273,7 @@ def describe_methods() -> list[dict[str, Any]]:
             "settings": _defaults(method.build),
             "controllers": {
                 name: {
+                    "default": name == _controller_of({}),
                     "decides": make_transform(method.name, {"controller": name}).decides,
                     "settings": _defaults(build),
                 }

@@ -92,8 +92,8 @@ def load_recipe(
 ) -> Recipe:
     """The recipe of that name or at that path, with `overrides` like "trainer.learning_rate=1e-4" applied.
 
-    Overrides like "method.gain=3" are settings beside the method's name, whose rules are `methods.given_beside`'s, which
-    has `say`; one like 'method={name="papo", level=0.3}' is all that the method is told. With `method` the recipe is
+    Overrides like "method.gain=3" are settings beside the method's name, by the rules of `methods.given_beside`, which
+    gets `say`; one like 'method={name="papo", level=0.3}' is all that the method is told. With `method` the recipe is
     about that one: only the same name keeps the settings of the recipe. What it says of its cost and its result holds
     for nothing else, nor does its title for another task or model.
 

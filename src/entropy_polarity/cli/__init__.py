@@ -35,7 +35,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="papo",
-            description="Measure and control entropy. papo --version prints the version, papo COMMAND --help its flags.",
+            description="Measure and control entropy. papo --version: which one; papo COMMAND --help: its flags.",
             config=(tyro.conf.DisallowNone,),
         )
     except KeyboardInterrupt as stop:

@@ -45,8 +45,8 @@ def note(line: str) -> None:
 
 
 def check_early(recipe: Recipe) -> None:
-    """Raise ValueError or FileNotFoundError for what can be said of a recipe without torch and TRL, which take seconds to
-    import: names and settings of its method and its task, and the folder of its model."""
+    """Raise ValueError or FileNotFoundError for what can be said of a recipe without the seconds that torch and TRL
+    take to load: names and settings of its method and its task, and the folder of its model."""
     from entropy_polarity.methods import check_method
     from entropy_polarity.policy import resolve_model
     from entropy_polarity.tasks import check_task

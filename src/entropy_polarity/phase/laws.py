@@ -15,8 +15,7 @@ from entropy_polarity.phase.core import (
     entropy_path,
 )
 
-# Where `reference` leads the entropy unless told, in parts of the first one: what the embedded policy's 0.35 nats are of
-# its 0.59.
+# Where `reference` leads the entropy unless told, in parts of the first one: 0.35 nats of the embedded policy's 0.59.
 FRACTION = 0.6
 
 
@@ -76,9 +75,9 @@ def reference(
 ) -> Controller:
     """Lead the entropy to a level and hold it there: λ = clip(gain (H_ref(k) - H_k) / H_ref(k), ±lambda_max).
 
-    The reference ends at `level` nats, or at `fraction` of the first rollout's entropy H_0 (give one; with neither it is
-    0.6 H_0). `path` "linear" and "cosine" go from H_0 to it over `horizon` rollouts and stay; "constant" is there from
-    the start, and has no use for the horizon. Causal. Source: our reconstruction.
+    The reference ends at `level` nats, or at `fraction` of the first rollout's entropy H_0 (give one; with neither it
+    is 0.6 H_0). `path` "linear" and "cosine" go from H_0 to it over `horizon` rollouts and stay; "constant" is there
+    from the start, and has no use for the horizon. Causal. Source: our reconstruction.
 
     >>> law = reference(gain=2.0, level=0.5, path="constant")
     >>> round(law.update(Observation(0.4, 0, 0), law.init())[0], 6)

@@ -26,7 +26,7 @@ class PolarityConfig(GRPOConfig):
     method: str = field(default="papo", metadata={"help": "Name of a method in entropy_polarity.methods."})
     method_settings: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": 'Settings of the method, e.g. \'{"controller": "trend", "gain": 5}\'.'},
+        metadata={"help": 'Settings of the method, e.g. \'{"controller": "thermostat", "level": 0.4}\'.'},
     )
     statistics_head: str = field(
         default="fused",

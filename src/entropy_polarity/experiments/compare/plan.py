@@ -109,8 +109,8 @@ def load_plan(
 
     What `methods` say stands beside the name of a method, as in `load_recipe`, which has `say`; a table of a file with
     more than a name is all that its method is told. `seeds` (for every method) and `baselines` take the place of the
-    file's, `overrides` come after its own. Raises ValueError or FileNotFoundError for whatever is wrong but the settings
-    of the methods, which need the methods' code to check.
+    file's, `overrides` come after its own. Raises ValueError or FileNotFoundError for whatever is wrong but the
+    settings of the methods, which need the methods' code to check.
     """
     document = read_recipe(source)
     if not document.keys() & {f.name for f in fields(Plan)}:
