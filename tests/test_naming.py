@@ -22,8 +22,8 @@ RESULTS, PLANS = ROOT / "benchmarks/results", ROOT / "benchmarks/comparisons"
 DEMO = {"name": "papo", "controller": "reference", "path": "linear", "level": 0.35, "horizon": 50}
 DEFAULT = {"controller": "reference", "path": "linear", "fraction": 0.6, "horizon": 50, "gain": 5.0, "lambda_max": 0.8}
 CONTROLLER_LINE = (
-    "method.controller=thermostat: the recipe's path='linear', level=0.35, horizon=50 belonged to controller 'reference' "
-    "and are dropped"
+    "method.controller=thermostat: the recipe's path='linear', level=0.35, horizon=50 belonged to controller "
+    "'reference' and are dropped"
 )
 
 
@@ -144,7 +144,7 @@ def recorded(document) -> list[dict]:
 
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
 def test_no_recorded_method_leans_on_a_default_that_has_changed(file):
-    """A table says its controller, and one of `reference` its end, path and horizon: no default can move what it was."""
+    """A table says its controller, and one of `reference` its end, path and horizon: no default moves what it was."""
     for table in recorded(json.loads(file.read_text())):
         if table["name"] == "papo":
             assert table.get("controller") in CONTROLLERS, table

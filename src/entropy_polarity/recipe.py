@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_polarity._errors import unknown_name
-from entropy_polarity.methods import check_name, given_beside
+from entropy_polarity.methods import given_beside
 
 DEFAULT_RECIPE = "countdown"
 
@@ -167,7 +167,6 @@ def _recipe(document: dict[str, Any]) -> Recipe:
     for table in ("task", "method"):
         if "name" not in getattr(recipe, table):
             raise ValueError(f"recipe table [{table}] has no name")
-    check_name(recipe.method["name"])
     return recipe
 
 

@@ -30,6 +30,7 @@ def main() -> None:
     """Bad input ends in one clear line and exit code 2; PAPO_DEBUG=1 shows the traceback instead."""
     if sys.argv[1:] == ["--version"]:
         return print(f"entropy-polarity {__version__}")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every trainer: nobody here asked for that
     warnings.filterwarnings("ignore")
     try:
         tyro.extras.subcommand_cli_from_dict(

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from entropy_polarity._errors import check_settings, unknown_name
+from entropy_polarity._hub import why_not_asked
 from entropy_polarity._machine import kept_memory
 from entropy_polarity.episodes import check_starts
 from entropy_polarity.evaluate import evaluate
@@ -43,17 +44,21 @@ _OWNED = {"output_dir", "seed", "method", "method_settings", "logging_steps", "d
 
 
 def load_policy(model: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder, a hub name or "embedded", in float32. No remote code is run."""
+    """(model, tokenizer) of a folder, a hub name or "embedded", in float32. No remote code is run, and the hub is asked
+    for nothing but a name that is no folder."""
     path = resolve_model(model)
     local = Path(path).is_dir()
+    silent = None if local else why_not_asked()
+    here_only = local or silent is not None
     try:
         policy = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=local, trust_remote_code=False
+            path, dtype=torch.float32, local_files_only=here_only, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=here_only, trust_remote_code=False)
     except OSError as error:
-        hint = "" if local else " (not a local folder; HF_HUB_OFFLINE=0 allows a download from the hub)"
-        raise FileNotFoundError(f"cannot load a model from {model!r}{hint}: {str(error).splitlines()[0]}") from None
+        said = str(error).splitlines()[0] if silent is None else f"nothing in this machine's cache, and {silent}"
+        hint = "" if local else " (no such folder here)"
+        raise FileNotFoundError(f"cannot load a model from {model!r}{hint}: {said}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return policy, tokenizer
