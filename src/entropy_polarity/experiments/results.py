@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_polarity.record import environment
+from entropy_polarity.statistics.intervals import Estimate
 
 
 def provenance() -> dict[str, Any]:
@@ -43,6 +44,11 @@ def read_document(file: Path, kind: str, versions: tuple[int, ...] = (1,)) -> di
 def rounded(value: float) -> float:
     """Six decimals: far below any interval here, and zero stays zero."""
     return round(value, 6) + 0.0
+
+
+def bounds(estimate: Estimate) -> list[float] | None:
+    """The interval of an estimate, rounded; None where too little was seen to say."""
+    return None if math.isnan(estimate.low) else [rounded(estimate.low), rounded(estimate.high)]
 
 
 def without_nan(document: Any) -> Any:
