@@ -427,11 +427,11 @@ def facts(label: str, seed: int, successes: list[int], reward: list[float], gree
 def test_a_summary_pairs_seeds_and_problems():
     rising = [0.1 * i for i in range(20)]
     runs = [
-        facts("grpo", 0, [2, 4], rising, [0, 1]),
-        facts("grpo", 1, [2, 4], rising, [0, 1]),
-        facts("papo", 0, [4, 6], [r + 0.5 for r in rising], [1, 1], seconds=2.0),
-        facts("papo", 1, [3, 5], [r - 0.5 for r in rising], [0, 1], seconds=2.0),
-        facts("papo", 7, [8, 8], rising, [1, 1]),  # grpo has no seed 7
+        facts("grpo", 0, [2, 4] * 5, rising, [0, 1] * 5),
+        facts("grpo", 1, [2, 4] * 5, rising, [0, 1] * 5),
+        facts("papo", 0, [4, 6] * 5, [r + 0.5 for r in rising], [1, 1] * 5, seconds=2.0),
+        facts("papo", 1, [3, 5] * 5, [r - 0.5 for r in rising], [0, 1] * 5, seconds=2.0),
+        facts("papo", 7, [8, 8] * 5, rising, [1, 1] * 5),  # grpo has no seed 7
     ]
     found = summarise(runs, ["grpo", "absent"])
     assert found["methods"]["grpo"]["after"]["pass@1"] == {"mean": 3 / 8, "sd": 0.0}
@@ -461,7 +461,10 @@ def test_a_single_pair_has_no_t_interval_and_no_pair_no_numbers():
     assert found["methods"]["grpo"]["reward_area"] == {"mean": 0.1, "sd": None}
     assert found["against"]["grpo"]["late"] == {"seeds": []}
     rows = {row[0]: row for row in comparison_tables(found)[1].rows}
-    assert rows["papo"][2] == "+0.250\n[+0.250, +0.250]\nt: one seed"
+    assert rows["papo"][2] == "+0.250\n[-]\nt [-]"
+    # Of problems enough, all of one difference: q = 1 - 0.025^(1/10) = 0.3085 of them could lie anywhere in [-1, 1].
+    alike = [facts("grpo", 0, [2] * 10, [0.1], [0] * 10), facts("papo", 0, [4] * 10, [0.3], [0] * 10)]
+    assert comparison_tables(summarise(alike, ["grpo"]))[1].rows[0][2] == "+0.250\n[-0.136, +0.481]\nt [-]"
     assert rows["late"][1:3] == ["0", ""]
     json.dumps(found, allow_nan=False)
 

@@ -13,7 +13,7 @@ from entropy_polarity.statistics.intervals import UNKNOWN, Estimate, unvaried
 BLOCK = 5
 # Whole blocks of updates that an interval takes, in every run. Of one block every draw is the sample itself, turned
 # round; of two, 10 updates, the 95 % interval holds the truth in 75 of 100 simulated runs of independent updates, of
-# four in 86, of eight in 89 (benchmarks/coverage.py).
+# four in 85, of eight in 91 (benchmarks/coverage.py).
 LEAST_BLOCKS = 4
 
 Columns = tuple[Float[np.ndarray, " _"], ...]
@@ -41,10 +41,10 @@ def agreement(
 ) -> Agreement:
     """The agreement of x and y over all pairs of `runs`, each of which holds (x, y) of updates in order.
 
-    The intervals are those of `block_bootstrap`, NaN where a run has too few updates. Where all of the n signs agree, or
-    none, every draw says the same: the interval is then the binomial one, `unvaried`: it takes updates as independent.
-    Raises ValueError for fewer than three updates, for x and y of different lengths, and
-    for what is not finite.
+    The intervals are those of `block_bootstrap`, NaN where a run has too few updates. Where all of the n signs agree,
+    or none, every draw says the same: the interval is then the binomial one, `unvaried`: it takes updates as
+    independent. Raises ValueError for fewer than three updates, for x and y of different lengths, and for what is not
+    finite.
 
     >>> x = np.arange(20.0)
     >>> agreement([(x, 2 * x + 1)]).slope
@@ -80,8 +80,9 @@ def block_bootstrap(
 
     Updates of one run are no independent draws: each draw takes runs as they are and, in each, blocks of `block`
     consecutive updates, around the end. Draws in which the statistic is not defined are left out. With fewer than
-    `LEAST_BLOCKS` whole blocks in one of the runs there is too little to draw from: NaN. The intervals are short where updates hang together for longer than a block: docs/theory.md has the share that hold the truth.
-    Source: Politis and Romano, "A circular block-resampling procedure", 1992.
+    `LEAST_BLOCKS` whole blocks in one of the runs there is too little to draw from: NaN. The intervals are short where
+    updates hang together for longer than a block: docs/theory.md has the share that hold the truth. Source: Politis and
+    Romano, "A circular block-resampling procedure", 1992.
     """
     joined = [np.concatenate(column) for column in zip(*runs, strict=True)]
     if min(len(run[0]) for run in runs) < LEAST_BLOCKS * block:

@@ -138,7 +138,7 @@ def audit(
         model: "embedded", a model folder, or a run directory (its last checkpoint, on its own recipe)
         task: name of a task (default: the recipe's)
         method: a name of `papo methods` (default: that of a run as --model, else grpo)
-        steps: updates to audit, for each seed; one update a rollout
+        steps: updates to audit, for each seed, one a rollout: 4 or more; intervals take 20, those of forecasts 25
         seeds: seeds of prompts, sampling and training; what is finished in --output is kept
         optimizer: adamw, or sgd without momentum at a learning rate of 0.1 (default: the recipe's)
         output: where audit.json and audit.html go (default: runs/audit-<recipe>-<method>-<optimizer>)

@@ -16,8 +16,8 @@ _STATES = {"batch": "on the states that were trained on", "held_out": "on held-o
 
 
 _INTERVALS = (
-    "in brackets 95 % block-bootstrap intervals, which are short where updates hang together for long; a dash for runs of "
-    "too few updates"
+    "in brackets 95 % block-bootstrap intervals, which are short where updates hang together for long; a dash for runs "
+    "of too few updates"
 )
 _DETRENDED = "Spearman of what a cubic in the update's number leaves of both: curves that only fall together have none."
 _MISSING = "-"  # not known of this audit

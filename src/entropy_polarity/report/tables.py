@@ -90,8 +90,8 @@ def _difference_table(baseline: str, rows: dict[str, Summary]) -> TextTable:
             Column(
                 f"Δ {name}",
                 f"{name} minus that of {baseline}; in brackets the 95 % bootstrap interval over seeds and problems, "
-                "after t that of Student's t over seeds; a dash where there are too few problems, a single seed, or no spread. "
-                "Above zero: better than the baseline.",
+                "after t that of Student's t over seeds; a dash where there are too few problems, a single seed, or no "
+                "spread. Above zero: better than the baseline.",
             )
             for name in names
         ),
