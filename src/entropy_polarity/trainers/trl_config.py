@@ -1,6 +1,7 @@
 """The settings of PolarityTrainer: TRL's own, and the method."""
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -9,6 +10,11 @@ from trl import GRPOConfig
 from entropy_polarity.methods import make_transform
 from entropy_polarity.trainers.trl_loss import fix_loss
 from entropy_polarity.trainers.trl_seam import HEADS
+
+# TRL 1.16 sets these names itself, which later transformers call otherwise: nothing that a user could change.
+warnings.filterwarnings(
+    "ignore", r".*gradient_checkpointing\w*` is deprecated and will be removed in v6", FutureWarning
+)
 
 
 @dataclass
