@@ -23,7 +23,7 @@ from torch import nn
 
 from entropy_polarity.agreement import agreement
 from entropy_polarity.exact import entropy_gradient
-from entropy_polarity.experiments.audit import audit_recipe
+from entropy_polarity.experiments.audit_recipe import audit_recipe
 from entropy_polarity.experiments.results import provenance, write_document
 from entropy_polarity.experiments.train import checked, load_policy, prompts_of, quiet, quiet_trainer, trainer_config
 from entropy_polarity.forecast import Forecaster, dot, followed, moving

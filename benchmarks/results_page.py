@@ -81,6 +81,7 @@ def theory(text: str, folder: Path = RESULTS) -> str:
         "audit:variants": _variants(found) if found else MISSING,
         "audit:forecast": _forecasts(found) if found else MISSING,
         "audit:coverage": coverage.table(covered) if covered else MISSING,
+        "audit:few": coverage.tables_of_few(covered) if covered else MISSING,
         "audit:parts": parts.table(restricted) if restricted else MISSING,
     }
     return filled(text, blocks, THEORY.name)

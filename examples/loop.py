@@ -79,7 +79,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("embedded"))
     task = make_task("countdown", numbers=[4])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    transform = make_transform("papo", {"controller": "reference", "level": 0.45})
+    transform = make_transform("papo")
     state = transform.init()
 
     for step in range(arguments.steps):

@@ -7,7 +7,8 @@ import sys
 import pytest
 from small import SMALL
 
-from entropy_polarity.experiments.audit import ON_POLICY, audit, audit_recipe, audited_before, default_output
+from entropy_polarity.experiments.audit import audit, audited_before
+from entropy_polarity.experiments.audit_recipe import ON_POLICY, audit_recipe, default_output
 from entropy_polarity.recipe import load_recipe
 
 TINY = (*SMALL, "evaluation.problems=8", "trainer.max_completion_length=16")

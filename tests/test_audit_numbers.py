@@ -52,10 +52,25 @@ def test_intervals_hold_what_the_docstring_says_where_updates_hang_together():
 
 
 def test_signs_that_all_agree_are_bounded():
-    x = np.arange(1.0, 11.0)
-    for y, low, high in ((x, 0.025 ** (1 / 30), 1.0), (-x, 0.0, 1 - 0.025 ** (1 / 30))):
+    x = np.arange(1.0, 21.0)
+    for y, low, high in ((x, 0.025 ** (1 / 60), 1.0), (-x, 0.0, 1 - 0.025 ** (1 / 60))):
         found = agreement([(x, y)] * 3).sign_agreement
         assert (found.low, found.high) == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize("lengths", [(4,), (19,), (5, 5, 5, 5, 5), (40, 19)])
+def test_too_few_updates_in_a_run_have_no_interval(lengths):
+    """Blocks as long as the sample only turn it round: every draw would say the same."""
+    draw = np.random.default_rng(0)
+    found = agreement([tuple(draw.normal(size=(2, length))) for length in lengths])
+    for figure in ("pearson", "spearman", "sign_agreement", "slope", "offset"):
+        estimate = getattr(found, figure)
+        assert np.isfinite(estimate.value)
+        assert np.isnan([estimate.low, estimate.high]).all()
+    all_agree = agreement([(np.arange(1.0, length + 1),) * 2 for length in lengths]).sign_agreement
+    assert (all_agree.value, str(all_agree)) == (1.0, "1.000 [-]")
+    enough = agreement([tuple(draw.normal(size=(2, 20)))])
+    assert enough.pearson.low < enough.pearson.value < enough.pearson.high
 
 
 def test_two_curves_that_only_fall_together_agree_by_their_trend():

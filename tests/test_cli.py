@@ -60,7 +60,7 @@ def run_papo(monkeypatch, capfd, tmp_path):
         (("train", "--method", "pappo"), "did you mean 'papo'"),
         (("train", "--max-steps", "0"), "max_steps"),
         (("train", "--model", "./nowhere"), "no model at ./nowhere"),
-        (("train", "--model", "someone/some-model"), "HF_HUB_OFFLINE=0"),
+        (("train", "--model", "someone/some-model"), "HF_HUB_OFFLINE is set, so that the hub is not asked"),
         (("train", "--resume", "nowhere"), "nowhere holds no run"),
         (("train", "--resume", "nowhere", "--seed", "1"), "--seed cannot be given with --resume"),
         (("eval", "--model", "./nowhere"), "no model at ./nowhere"),

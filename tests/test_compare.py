@@ -103,8 +103,10 @@ def test_a_method_is_written_as_a_word(specification, tables):
 def test_a_plan_of_flags_is_the_plan_of_a_file(tmp_path):
     (tmp_path / "plan.toml").write_text(PLAN, encoding="utf-8")
     planned = load_plan(str(tmp_path / "plan.toml"))
-    flags = ("grpo", "held=papo:controller=reference,level=0.4")
-    assert replace(planned, search=Search()) == load_plan("countdown", flags, overrides=["task.numbers=[4]"])
+    flags = load_plan("countdown", ("grpo", "held=papo:level=0.4"), overrides=["task.numbers=[4]"])
+    # What a flag says stands beside the recipe's method; the table of a file is all that its method is told.
+    assert flags.methods["held"] == load_recipe("countdown").method | planned.methods["held"]
+    assert replace(planned, search=Search()) == replace(flags, methods=planned.methods)
     shorter = load_plan(str(tmp_path / "plan.toml"), seeds=[7], baselines=["held"], overrides=["trainer.max_steps=5"])
     assert (shorter.seeds, shorter.baselines) == ([7], ["held"])
     recipe = shorter.recipe_of("held", 7)
@@ -113,14 +115,13 @@ def test_a_plan_of_flags_is_the_plan_of_a_file(tmp_path):
 
 def test_baselines_are_grpo_and_dapo_where_they_are_else_the_first():
     assert load_plan("countdown", ["papo", "dapo=grpo", "grpo"]).baselines == ["grpo", "dapo"]
-    assert load_plan("countdown", ["papo", "other=papo:controller=trend"]).baselines == ["papo"]
+    assert load_plan("countdown", ["papo", "other=papo:gain=2"]).baselines == ["papo"]
 
 
 def test_a_method_that_is_only_named_has_the_settings_of_a_recipe_about_it():
-    plan = load_plan("countdown", ["papo", "grpo", "trend=papo:controller=trend"])
+    plan = load_plan("countdown", ["papo", "grpo"])
     assert plan.methods["papo"]["level"] == 0.35  # as `papo train --method papo`
     assert plan.methods["grpo"] == {"name": "grpo"}
-    assert plan.methods["trend"] == {"name": "papo", "controller": "trend"}
 
 
 @pytest.mark.parametrize(
@@ -430,11 +431,11 @@ def facts(label: str, seed: int, successes: list[int], reward: list[float], gree
 def test_a_summary_pairs_seeds_and_problems():
     rising = [0.1 * i for i in range(20)]
     runs = [
-        facts("grpo", 0, [2, 4], rising, [0, 1]),
-        facts("grpo", 1, [2, 4], rising, [0, 1]),
-        facts("papo", 0, [4, 6], [r + 0.5 for r in rising], [1, 1], seconds=2.0),
-        facts("papo", 1, [3, 5], [r - 0.5 for r in rising], [0, 1], seconds=2.0),
-        facts("papo", 7, [8, 8], rising, [1, 1]),  # grpo has no seed 7
+        facts("grpo", 0, [2, 4] * 5, rising, [0, 1] * 5),
+        facts("grpo", 1, [2, 4] * 5, rising, [0, 1] * 5),
+        facts("papo", 0, [4, 6] * 5, [r + 0.5 for r in rising], [1, 1] * 5, seconds=2.0),
+        facts("papo", 1, [3, 5] * 5, [r - 0.5 for r in rising], [0, 1] * 5, seconds=2.0),
+        facts("papo", 7, [8, 8] * 5, rising, [1, 1] * 5),  # grpo has no seed 7
     ]
     found = summarise(runs, ["grpo", "absent"])
     assert found["methods"]["grpo"]["after"]["pass@1"] == {"mean": 3 / 8, "sd": 0.0}
@@ -464,7 +465,10 @@ def test_a_single_pair_has_no_t_interval_and_no_pair_no_numbers():
     assert found["methods"]["grpo"]["reward_area"] == {"mean": 0.1, "sd": None}
     assert found["against"]["grpo"]["late"] == {"seeds": []}
     rows = {row[0]: row for row in comparison_tables(found)[1].rows}
-    assert rows["papo"][2] == "+0.250\n[+0.250, +0.250]\nt: one seed"
+    assert rows["papo"][2] == "+0.250\n[-]\nt [-]"
+    # Of problems enough, all of one difference: q = 1 - 0.025^(1/10) = 0.3085 of them could lie anywhere in [-1, 1].
+    alike = [facts("grpo", 0, [2] * 10, [0.1], [0] * 10), facts("papo", 0, [4] * 10, [0.3], [0] * 10)]
+    assert comparison_tables(summarise(alike, ["grpo"]))[1].rows[0][2] == "+0.250\n[-0.136, +0.481]\nt [-]"
     assert rows["late"][1:3] == ["0", ""]
     json.dumps(found, allow_nan=False)
 

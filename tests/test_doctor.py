@@ -98,6 +98,10 @@ def test_each_framework_brings_its_own_requirements(monkeypatch):
     assert "transformers" not in with_verl
     with_trl = {f.part: f.status for f in doctor._versions(["trl"])}
     assert with_trl["transformers"] == "problem"
+    for here, there in (("trl", "verl"), ("verl", "trl")):
+        (other,) = (f for f in doctor._versions([here]) if f.part == there)
+        assert other.status == "note"
+        assert f"pip install 'entropy-polarity[{there}]' in an environment of its own" in other.detail
     (missing,) = (f for f in doctor._versions([]) if f.part == "a framework to train with")
     assert missing.status == "problem"
     assert "entropy-polarity[trl]' or pip install 'entropy-polarity[verl]" in missing.detail

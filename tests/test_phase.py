@@ -54,17 +54,25 @@ def test_trend_leans_against_a_falling_and_a_rising_entropy(first, rate, rollout
 
 def test_reference_is_proportional_to_the_relative_distance_and_clipped():
     # gain (level - H) / level = 2 (0.5 - H) / 0.5: 0.4, 0, -0.4; H = 0.1 asks for 1.6 and H = 2 for -6.
-    lambdas = follow(reference(gain=2.0, level=0.5, lambda_max=0.8), [0.4, 0.5, 0.6, 0.1, 2.0])[0]
+    lambdas = follow(reference(gain=2.0, level=0.5, lambda_max=0.8, path="constant"), [0.4, 0.5, 0.6, 0.1, 2.0])[0]
     assert lambdas == pytest.approx([0.4, 0, -0.4, 0.8, -0.8])
 
 
-def test_reference_without_an_end_holds_the_first_entropy():
-    assert follow(reference(gain=1.0), [2.0, 1.5, 2.5])[0] == pytest.approx([0, 0.25, -0.25])
+def test_reference_at_the_whole_first_entropy_holds_it():
+    assert follow(reference(gain=1.0, fraction=1.0), [2.0, 1.5, 2.5])[0] == pytest.approx([0, 0.25, -0.25])
+
+
+def test_reference_untold_goes_to_six_tenths_of_the_first_entropy_in_fifty_rollouts():
+    line = targets(reference(), [2.0] * 60)
+    assert line[:50] == pytest.approx([2.0 - 0.8 * k / 50 for k in range(50)])
+    assert line[50:] == pytest.approx([1.2] * 10)
+    assert targets(reference(level=0.5), [2.0] * 51)[-1] == pytest.approx(0.5)
+    assert targets(CONTROLLERS["thermostat"](), [2.0, 1.0]) == [2.0, 2.0]  # its own defaults hold what it finds
 
 
 def test_reference_at_a_fraction_of_the_first_entropy_holds_from_the_start():
-    # H_ref = 0.5 · 2 = 1: λ = 0.1 (1 - H)
-    assert follow(reference(gain=0.1, fraction=0.5), [2.0, 1.0, 0.0])[0] == pytest.approx([-0.1, 0, 0.1])
+    law = reference(gain=0.1, fraction=0.5, path="constant")
+    assert follow(law, [2.0, 1.0, 0.0])[0] == pytest.approx([-0.1, 0, 0.1])  # H_ref = 0.5 · 2 = 1: λ = 0.1 (1 - H)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +183,7 @@ def test_balance_never_leaves_its_bounds(positive, negative, bound):
 
 
 def test_a_law_that_asks_for_more_than_a_float_holds_is_clipped_not_dropped():
-    assert follow(reference(gain=inf, level=1.0, lambda_max=0.8), [0.5])[0] == [0.8]
+    assert follow(reference(gain=inf, level=1.0, lambda_max=0.8, path="constant"), [0.5])[0] == [0.8]
 
 
 @pytest.mark.parametrize("law", [trend(), reference(), reference(level=0.9)])
@@ -210,7 +218,7 @@ def test_one_rollout_of_unknown_entropy_does_not_end_the_control(law, entropies)
         (lambda: reference(fraction=-0.5), "fraction is -0.5; expected a positive part"),
         (lambda: reference(fraction=nan), "fraction is nan"),
         (lambda: reference(path="sine"), "path is 'sine'; expected 'constant', 'linear' or 'cosine'"),
-        (lambda: reference(path="linear"), "path 'linear' needs horizon >= 1 rollouts, got 0"),
+        (lambda: reference(horizon=0), "path 'linear' needs horizon >= 1 rollouts, got 0"),
         (lambda: reference(path="cosine", horizon=-3), "got -3"),
         (lambda: balance(lambda_max=1.0), "lambda_max is 1.0"),
     ],

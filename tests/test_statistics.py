@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 
 from entropy_polarity.statistics.curves import area_under_curve, moving_average, steps_to_reach
 from entropy_polarity.statistics.intervals import (
+    DIFFERENCE,
+    LEAST,
+    RATE,
     Estimate,
     bootstrap_interval,
+    is_constant,
     paired_bootstrap,
     t_interval,
     t_quantile,
@@ -116,10 +120,36 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(level):
     assert level - 0.05 < coverage < level + 0.04
 
 
-def test_the_interval_of_equal_values_is_the_value_and_of_different_ones_holds_the_mean():
-    assert bootstrap_interval(np.full(10, 0.25)) == (0.25, 0.25)
-    low, high = bootstrap_interval(np.array([0.0, 0.0, 1.0, 1.0]))
-    assert 0 <= low < 0.5 < high <= 1
+def test_the_interval_of_few_values_is_not_known_and_that_of_ten_holds_the_mean():
+    for few in (np.array([0.5]), np.array([0.0, 1.0]), np.arange(LEAST - 1.0)):
+        assert np.isnan(bootstrap_interval(few, within=(0.0, 10.0))).all()
+        assert np.isnan([Estimate.of(few).low, paired_bootstrap(few[None], 0 * few[None]).high]).all()
+    low, high = bootstrap_interval(np.array([0.0, 1.0] * 5))
+    assert 0 < low < 0.5 < high < 1
+    several = paired_bootstrap(np.arange(9.0)[None].repeat(3, 0), np.zeros((3, 9)))
+    assert (several.value, str(several)) == (4.0, "4.000 [-]")
+
+
+def test_the_interval_of_equal_values_is_what_they_rule_out():
+    # Of 200 problems none is solved: (1 - q)^200 = 0.025 at q = 0.018275, Clopper and Pearson's upper bound.
+    assert bootstrap_interval(np.zeros(200), within=RATE) == pytest.approx((0.0, 0.0182751), abs=1e-6)
+    assert bootstrap_interval(np.ones(200), within=RATE) == pytest.approx((1 - 0.0182751, 1.0), abs=1e-6)
+    # Each solved in 4 of 16 samples: a share q of others could be 0 or 1. q = 1 - 0.025^(1/10) = 0.308497
+    assert bootstrap_interval(np.full(10, 0.25), within=RATE) == pytest.approx((0.75 * 0 + 0.25 * 0.691503, 0.481373))
+    assert np.isnan(bootstrap_interval(np.full(10, 6.0))).all()  # turns of an episode have no bounds that are known
+    same = paired_bootstrap(np.zeros((2, 10)), np.zeros((2, 10)), within=DIFFERENCE)
+    assert (same.value, same.low, same.high) == pytest.approx((0.0, -0.308497, 0.308497), abs=1e-6)
+    assert is_constant(np.array([0.1 + 0.2, 0.3]))
+
+
+@pytest.mark.parametrize("rate", [0.005, 0.02])
+def test_the_interval_of_equal_values_holds_a_rare_success(rate):
+    rng = np.random.default_rng(4)
+    held = [low <= rate <= high for low, high in (
+        bootstrap_interval((rng.random(100) < rate).astype(float), draws=200, within=RATE) for _ in range(300)
+    )]  # fmt: skip
+    # Without it every draw that sees no success, 61 or 13 of 100, would miss.
+    assert np.mean(held) > 0.85
 
 
 def test_intervals_are_repeatable_and_leave_the_global_random_state_alone():
@@ -138,7 +168,7 @@ def test_no_values_have_no_interval():
 
 def test_an_estimate_prints_its_interval():
     assert str(Estimate(0.5, 0.41, 0.59)) == "0.500 [0.410, 0.590]"
-    assert Estimate.of(np.array([1.0, 1.0])) == Estimate(1.0, 1.0, 1.0)
+    assert str(Estimate.of(np.array([1.0, 0.0]))) == "0.500 [-]"
 
 
 def test_an_estimate_of_several_seeds_is_wider_where_they_differ():
@@ -180,7 +210,10 @@ def test_a_t_interval_by_hand():
     # 1, 2, 3, 6: mean 3, sd √(14/3), half 3.18245 · √(14/3) / 2 = 3.43743
     interval = t_interval(np.array([1.0, 2.0, 3.0, 6.0]))
     assert (interval.value, interval.low, interval.high) == pytest.approx((3, 3 - 3.43743, 3 + 3.43743), abs=1e-5)
-    assert t_interval(np.full(3, 0.5)) == Estimate(0.5, 0.5, 0.5)
+    for equal in (np.full(3, 0.5), np.zeros(2), np.array([0.1 + 0.2, 0.3])):
+        assert np.isnan([t_interval(equal).low, t_interval(equal).high]).all()  # no spread to go by
+    # Two seeds: half 12.7062 · √½ / √2
+    assert t_interval(np.array([0.0, 1.0])).high == pytest.approx(0.5 + 12.7062 / 2, abs=1e-4)
     with pytest.raises(ValueError, match="1 differences; a spread over seeds needs at least two"):
         t_interval(np.array([0.5]))
 
@@ -193,11 +226,11 @@ def test_a_t_interval_of_three_seeds_covers_the_truth_as_often_as_it_says():
 
 
 def test_a_paired_bootstrap_sees_only_the_difference():
-    """What seeds and problems have in common cancels: a constant difference has an interval without width."""
+    """What seeds and problems have in common cancels: of a constant difference nothing varies."""
     rng = np.random.default_rng(0)
     b = rng.normal(size=(4, 1)) + rng.normal(size=(1, 50))
     constant = paired_bootstrap(b + 0.25, b)
-    assert (constant.value, constant.low, constant.high) == pytest.approx((0.25, 0.25, 0.25))
+    assert (constant.value, str(constant)) == (pytest.approx(0.25), "0.250 [-]")
     a = b + rng.normal(0.1, 1.0, size=(4, 50))
     there, back = paired_bootstrap(a, b, seed=1), paired_bootstrap(b, a, seed=1)
     assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low))
@@ -205,13 +238,12 @@ def test_a_paired_bootstrap_sees_only_the_difference():
 
 
 def test_a_paired_bootstrap_by_enumeration():
-    """Two seeds, one problem, differences 0 and 1: the draws are 0, 1/2, 1/2, 1 with equal chance."""
-    interval = paired_bootstrap(np.array([[0.0], [1.0]]), np.zeros((2, 1)), level=0.4)
-    assert (interval.value, interval.low, interval.high) == (0.5, 0.5, 0.5)  # the middle half of them
-    interval = paired_bootstrap(np.array([[0.0], [1.0]]), np.zeros((2, 1)), level=0.6)
-    assert (interval.low, interval.high) == (0.0, 1.0)
-    # The same over problems, and of a single seed nothing else is resampled.
-    assert paired_bootstrap(np.array([[0.0, 1.0]]), np.zeros((1, 2)), level=0.6) == interval
+    """Two seeds, problems alike, differences 0 and 1: the draws are 0, 1/2, 1/2, 1 with equal chance."""
+    differences = np.array([[0.0], [1.0]]).repeat(LEAST, axis=1)
+    interval = paired_bootstrap(differences, 0 * differences, level=0.4)
+    assert (interval.value, interval.low, interval.high) == pytest.approx((0.5, 0.5, 0.5))  # the middle half of them
+    interval = paired_bootstrap(differences, 0 * differences, level=0.6)
+    assert (interval.low, interval.high) == pytest.approx((0.0, 1.0))
 
 
 @pytest.mark.parametrize(("seeds", "problems", "noise"), [(1.0, 1.0, 0.0), (0.3, 1.0, 1.0), (1.0, 0.0, 1.0)])

@@ -161,7 +161,7 @@ def test_conserve_of_a_batch_without_pressure_is_zero_not_nan():
 
 def test_a_causal_lambda_is_used_on_the_next_rollout_and_a_batch_lambda_on_this_one():
     batch = hand_made([1.0, 1.0], [0.3, -0.1], entropy=0.5)
-    causal = polarity_weights(phase.reference(gain=1.0, level=1.0))
+    causal = polarity_weights(phase.reference(gain=1.0, level=1.0, path="constant"))
     first, state, metrics = causal.update(batch, causal.init())
     assert metrics["polarity/lambda"] == 0
     assert first.advantages.equal(batch.advantages)
@@ -314,7 +314,7 @@ def test_an_update_leaves_the_batch_it_was_given_alone(name, settings):
         ("pappo", {}, "unknown method 'pappo': did you mean 'papo'[?] Known: adaptive_coefficient, clip_b"),
         ("grpo", {"gain": 1}, "unknown setting of method 'grpo' 'gain'"),
         ("papo", {"controller": "trand"}, "unknown controller 'trand': did you mean 'trend'"),
-        ("papo", {"gian": 1}, "unknown setting .*'trend' 'gian': did you mean 'gain'"),
+        ("papo", {"gian": 1}, "unknown setting .*'reference' 'gian': did you mean 'gain'"),
         (
             "papo",
             {"controller": "balance", "gain": 1},
@@ -341,13 +341,18 @@ def test_make_transform_names_what_was_meant(name, settings, told):
 def test_a_method_lists_its_settings_with_their_defaults():
     rows = {row["name"]: row for row in describe_methods()}
     assert rows["papo"]["settings"] == {
-        "controller": "trend",
+        "controller": "reference",
         "soft_sign": 0.0,
         "conserve": False,
         "sign_from": "local",
         "every": 1,
     }
-    assert rows["papo"]["controllers"]["balance"] == {"decides": "whole batch", "settings": {"lambda_max": 0.8}}
+    assert rows["papo"]["controllers"]["balance"] == {
+        "default": False,
+        "decides": "whole batch",
+        "settings": {"lambda_max": 0.8},
+    }
+    assert [name for name, row in rows["papo"]["controllers"].items() if row["default"]] == ["reference"]
     assert rows["grpo"]["settings"] == rows["grpo"]["controllers"] == {}
 
 
@@ -355,7 +360,7 @@ def test_a_method_lists_its_settings_with_their_defaults():
     ("settings", "said"),
     [
         ({"controller": 5}, "setting 'controller' of method 'papo' is 5; expected str"),
-        ({"gain": "high"}, "setting 'gain' of papo's controller 'trend' is 'high'; expected float"),
+        ({"gain": "high"}, "setting 'gain' of papo's controller 'reference' is 'high'; expected float"),
         ({"conserve": "no"}, "setting 'conserve' of method 'papo' is 'no'; expected bool"),
         ({"soft_sign": "x"}, "setting 'soft_sign' of method 'papo' is 'x'; expected float"),
         ({"controller": "reference", "path": "linear", "horizon": "x"}, "setting 'horizon' .* expected int"),
@@ -368,7 +373,7 @@ def test_settings_of_the_wrong_type_are_refused(settings, said):
 
 
 @pytest.mark.parametrize("broken", ["no model tokens", "every entropy NaN"])
-@pytest.mark.parametrize("controller", [{"controller": "trend"}, {"controller": "reference"}])
+@pytest.mark.parametrize("controller", [{"controller": "trend"}, {"controller": "reference", "fraction": 1.0}])
 def test_a_batch_without_a_usable_token_leaves_the_controller_as_it_was(controller, broken):
     """λ = 0 after it, and the batches before and after give what they give without it."""
     good = Tokens(

@@ -1,11 +1,12 @@
 """One wording for one mistake: a name that is not known, a setting of the wrong type."""
 
+import inspect
 import math
 import types
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from enum import Enum
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 def unknown_name(kind: str, given: Any, known: Iterable[str]) -> ValueError:
@@ -27,8 +28,8 @@ def check_settings(owner: str, build: Callable[..., Any], settings: Mapping[str,
 
     `also` are names known elsewhere, for the suggestion. Callers keep a `**settings` of `build` out of this.
     """
-    hints = get_type_hints(build if not isinstance(build, type) else build.__init__)
-    hints.pop("return", None)
+    # Not get_type_hints: what a builder returns may be written as the name of something that is not loaded yet.
+    hints = {name: parameter.annotation for name, parameter in inspect.signature(build).parameters.items()}
     for name, value in settings.items():
         if name not in hints:
             raise unknown_name(f"setting of {owner}", name, [*hints, *also])

@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from entropy_polarity.statistics.intervals import Estimate
+from entropy_polarity.statistics.intervals import UNKNOWN, Estimate, unvaried
+
+BLOCK = 5
+# Whole blocks of updates that an interval takes, in every run. Of one block every draw is the sample itself, turned
+# round; of two, 10 updates, the 95 % interval holds the truth in 75 of 100 simulated runs of independent updates, of
+# four in 85, of eight in 91 (benchmarks/coverage.py).
+LEAST_BLOCKS = 4
 
 Columns = tuple[Float[np.ndarray, " _"], ...]
 Pairs = tuple[Float[np.ndarray, " _"], Float[np.ndarray, " _"]]
@@ -31,16 +37,16 @@ class Agreement:
 
 
 def agreement(
-    runs: Sequence[Pairs], *, block: int = 5, draws: int = 2000, level: float = 0.95, seed: int = 0
+    runs: Sequence[Pairs], *, block: int = BLOCK, draws: int = 2000, level: float = 0.95, seed: int = 0
 ) -> Agreement:
     """The agreement of x and y over all pairs of `runs`, each of which holds (x, y) of updates in order.
 
-    The intervals are those of `block_bootstrap`. Where all of the n signs agree, or none, every draw says the same: the
-    far bound is then the binomial one, (α/2)^(1/n) or 1 minus that, with α = 1 - level: it takes updates as independent
-    (Clopper and Pearson 1934). Raises ValueError for fewer than three updates, for x and y of different lengths, and
-    for what is not finite.
+    The intervals are those of `block_bootstrap`, NaN where a run has too few updates. Where all of the n signs agree,
+    or none, every draw says the same: the interval is then the binomial one, `unvaried`: it takes updates as
+    independent. Raises ValueError for fewer than three updates, for x and y of different lengths, and for what is not
+    finite.
 
-    >>> x = np.arange(10.0)
+    >>> x = np.arange(20.0)
     >>> agreement([(x, 2 * x + 1)]).slope
     Estimate(value=2.0, low=2.0, high=2.0)
     """
@@ -55,9 +61,9 @@ def agreement(
         statistic.__name__: block_bootstrap(runs, statistic, block=block, draws=draws, level=level, seed=seed)
         for statistic in (pearson, spearman, sign_agreement, slope, offset)
     }
-    signs, far = found["sign_agreement"].value, ((1 - level) / 2) ** (1 / sum(len(x) for x, _ in runs))
-    if signs in (0.0, 1.0):
-        found["sign_agreement"] = Estimate(signs, *((far, 1.0) if signs else (0.0, 1 - far)))
+    signs, length = found["sign_agreement"], sum(len(x) for x, _ in runs)
+    if signs.value in (0.0, 1.0) and not np.isnan(signs.low):
+        found["sign_agreement"] = Estimate(signs.value, *unvaried(signs.value, length, level=level))
     return Agreement(**found)
 
 
@@ -65,7 +71,7 @@ def block_bootstrap(
     runs: Sequence[Columns],
     statistic: Callable[..., Any],
     *,
-    block: int = 5,
+    block: int = BLOCK,
     draws: int = 2000,
     level: float = 0.95,
     seed: int = 0,
@@ -73,11 +79,14 @@ def block_bootstrap(
     """`statistic` of the columns of all runs joined, with a percentile interval that knows that updates hang together.
 
     Updates of one run are no independent draws: each draw takes runs as they are and, in each, blocks of `block`
-    consecutive updates, around the end. Draws in which the statistic is not defined are left out. The intervals are
-    short where updates hang together for longer than a block: docs/theory.md has the share that hold the truth.
-    Source: Politis and Romano, "A circular block-resampling procedure", 1992.
+    consecutive updates, around the end. Draws in which the statistic is not defined are left out. With fewer than
+    `LEAST_BLOCKS` whole blocks in one of the runs there is too little to draw from: NaN. The intervals are short where
+    updates hang together for longer than a block: docs/theory.md has the share that hold the truth. Source: Politis and
+    Romano, "A circular block-resampling procedure", 1992.
     """
     joined = [np.concatenate(column) for column in zip(*runs, strict=True)]
+    if min(len(run[0]) for run in runs) < LEAST_BLOCKS * block:
+        return Estimate(float(statistic(*joined)), *UNKNOWN)
     places = _draws(tuple(len(run[0]) for run in runs), block, draws, seed)
     values, tail = statistic(*(column[places] for column in joined)), (1 - level) / 2
     low, high = np.nanquantile(values, [tail, 1 - tail]) if not np.isnan(values).all() else (np.nan, np.nan)

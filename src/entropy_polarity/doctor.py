@@ -58,6 +58,9 @@ def _versions(frameworks: list[str]) -> Iterator[Finding]:
             yield Finding(package, "problem", f"{found} is older than {oldest}, the oldest that is supported")
         else:
             yield Finding(package, "ok", found)
+    for name in (name for name in FRAMEWORKS if frameworks and name not in frameworks):
+        own = f"pip install 'entropy-polarity[{name}]' in an environment of its own, with another transformers"
+        yield Finding(name, "note", f"not installed, and not needed beside {frameworks[0]}: {own}")
     if not frameworks:
         installs = " or ".join(f"pip install 'entropy-polarity[{name}]'" for name in FRAMEWORKS)
         yield Finding("a framework to train with", "problem", f"neither TRL nor verl is installed: {installs}")

@@ -14,7 +14,7 @@ from entropy_polarity._text import valid, valid_parts
 from entropy_polarity.episodes import Episode, mean_facts, play
 from entropy_polarity.generation import GREEDY, Generator, Progress, Sampling, silent
 from entropy_polarity.generation.sampling import TransformersGenerator
-from entropy_polarity.statistics.intervals import Estimate
+from entropy_polarity.statistics.intervals import RATE, Estimate
 from entropy_polarity.statistics.success import maj_at_k, pass_at_k
 from entropy_polarity.tasks import Problem, Score, Task, distinct_problems
 from entropy_polarity.tasks.games import Game
@@ -163,8 +163,8 @@ def evaluate(
         samples,
         seed,
         temperature,
-        {k: Estimate.of(pass_at_k(successes, samples, k)) for k in sizes_up_to(samples)},
-        Estimate.of(np.array(made.greedy_right, dtype=float)),
+        {k: Estimate.of(pass_at_k(successes, samples, k), RATE) for k in sizes_up_to(samples)},
+        Estimate.of(np.array(made.greedy_right, dtype=float), RATE),
         made.verdicts(task.reasons),
         made.successes,
         made.greedy_right,

@@ -1,63 +1,64 @@
 """The table of methods: a name, and the documented transform behind it.
 
-To add one: write the function that builds its transform, whose arguments are its settings, and add a row.
+To add one: write the function that builds its transform, whose arguments are its settings, and add a row. Torch is
+loaded when a transform is built, so that a wrong name, and a wrong setting of PAPO, is answered at once.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
 from entropy_polarity import phase
 from entropy_polarity._errors import check_settings, unknown_name
-from entropy_polarity.transforms import Transform, identity, monitored, polarity_weights
-from entropy_polarity.transforms.rewards import dapo, nsr, psr, qae, w_reinforce
-from entropy_polarity.transforms.selection import clip_b, clip_cov, clip_v, kl_cov, top_entropy
-from entropy_polarity.transforms.shaping import cw_grpo, entropic, entropy_advantage, gepo, stare, steer
-from entropy_polarity.transforms.terms import adaptive_coefficient, entropy_bonus
-from entropy_polarity.transforms.weights import (
-    exact_where_known,
-    one_branch,
-    opefo,
-    random_branch,
-    shuffled_signs,
-    with_sensitivity,
-)
+
+if TYPE_CHECKING:
+    from entropy_polarity.phase import Controller
+    from entropy_polarity.transforms import Transform
 
 
 @dataclass(frozen=True)
 class Method:
     """A row of the table: `build(**settings)` gives the transform; its docstring is the method's documentation.
 
-    `example` has a value for every setting without default, for tests and first tries; it is nobody's
-    recommendation. `controllers` are the builders that the setting "controller" chooses from.
+    `home` is the module with the function of that name. `example` has a value for every setting without default, for
+    tests and first tries; it is nobody's recommendation. `controllers` are the builders that the setting "controller"
+    chooses from.
     """
 
     name: str
-    build: Callable[..., Transform]
+    home: str
     source: str
     example: dict[str, Any] = field(default_factory=dict)
     controllers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+    @property
+    def build(self) -> "Callable[..., Transform]":
+        return getattr(import_module(f"entropy_polarity.{self.home}"), self.name)
 
     @property
     def summary(self) -> str:
         return " ".join((inspect.getdoc(self.build) or "").split("\n\n")[0].split())
 
 
-def grpo() -> Transform:
+def grpo() -> "Transform":
     """Plain GRPO: logs every polarity metric, changes nothing."""
+    from entropy_polarity.transforms import identity
+
     return identity()
 
 
 def papo(
-    controller: str = "trend",
+    controller: str = "reference",
     soft_sign: float = 0.0,
     conserve: bool = False,
     sign_from: Literal["local", "exact", "shuffled"] = "local",
     every: int = 1,
     **controller_settings: Any,
-) -> Transform:
-    """PAPO: weighs expanding tokens 1 + λ and contracting ones 1 - λ, λ steered by the entropy trajectory.
+) -> "Transform":
+    """PAPO: weighs expanding tokens 1 + λ and contracting ones 1 - λ, λ steered by the entropy trajectory; by default
+    along a line to 0.6 of the first entropy, there after 50 rollouts.
 
     A' = A (1 + λ_k s): see `polarity_weights`; `controller_settings` are those of `phase.<controller>`. `sign_from`
     says whose sign s is: "local", that of T, which sees a token's own state alone; "exact", that of T*, what the token
@@ -70,104 +71,188 @@ def papo(
             f"papo: every is {every}, sign_from {sign_from!r}; expected a whole number of rollouts from 1 up, and 1 "
             "unless sign_from is 'exact'"
         )
-    if controller not in phase.CONTROLLERS:
-        raise unknown_name("controller", controller, phase.CONTROLLERS)
-    build = phase.CONTROLLERS[controller]
-    owner = f"papo's controller {controller!r}"
-    takers = {name: inspect.signature(other).parameters for name, other in phase.CONTROLLERS.items()}
-    for setting in controller_settings:
-        others = [name for name, taken in takers.items() if setting in taken]
-        if setting not in takers[controller] and others:
-            taken = ", ".join(takers[controller])
-            raise ValueError(f"{setting!r} is no setting of {owner} ({taken}), but of controller {', '.join(others)}")
-    check_settings(owner, build, controller_settings, "controller", "soft_sign", "conserve", "sign_from", "every")
-    weights = polarity_weights(build(**controller_settings), soft_sign, conserve)
+    law = _controller(controller, controller_settings)
+    from entropy_polarity.transforms.weights import (
+        exact_where_known,
+        polarity_weights,
+        shuffled_signs,
+        with_sensitivity,
+    )
+
+    weights = polarity_weights(law, soft_sign, conserve)
     if sign_from == "exact":
         return with_sensitivity(weights, exact_where_known, exact_every=every)
     return with_sensitivity(weights, shuffled_signs, "sample_id") if sign_from == "shuffled" else weights
 
 
-def papo_positive_only() -> Transform:
+def _controller(name: str, settings: Mapping[str, Any]) -> "Controller":
+    """The controller of PAPO called `name`. Raises ValueError for what it does not take, and says who does."""
+    if name not in phase.CONTROLLERS:
+        raise unknown_name("controller", name, phase.CONTROLLERS)
+    owner = f"papo's controller {name!r}"
+    takers = {other: _parameters(build) for other, build in phase.CONTROLLERS.items()}
+    for setting in settings:
+        others = [other for other, taken in takers.items() if setting in taken]
+        if setting not in takers[name] and others:
+            taken = ", ".join(takers[name])
+            raise ValueError(f"{setting!r} is no setting of {owner} ({taken}), but of controller {', '.join(others)}")
+    check_settings(owner, phase.CONTROLLERS[name], settings, *_named(_parameters(papo)))
+    return phase.CONTROLLERS[name](**settings)
+
+
+def papo_positive_only() -> "Transform":
     """Ablation: only tokens that expand entropy keep their advantage."""
+    from entropy_polarity.transforms.weights import one_branch
+
     return one_branch(+1)
 
 
-def papo_negative_only() -> Transform:
+def papo_negative_only() -> "Transform":
     """Ablation: only tokens that contract entropy keep their advantage."""
+    from entropy_polarity.transforms.weights import one_branch
+
     return one_branch(-1)
 
 
-def papo_random_half(size_of: Literal["positive", "negative"] = "negative", seed: int = 0) -> Transform:
+def papo_random_half(size_of: Literal["positive", "negative"] = "negative", seed: int = 0) -> "Transform":
     """Ablation: as many tokens as one branch has keep their advantage, drawn at random from both.
 
     `size_of` says which branch: the "positive" one expands entropy, the "negative" one contracts it.
     """
+    from entropy_polarity.transforms.weights import random_branch
+
     return random_branch(+1 if size_of == "positive" else -1, seed)
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("grpo", grpo, "arXiv 2402.03300"),
-        Method("dapo", dapo, "arXiv 2503.14476; without resampling"),
-        Method("entropy_bonus", entropy_bonus, "folklore", {"coefficient": 0.01}),
-        Method("adaptive_coefficient", adaptive_coefficient, "Skywork-OR1, arXiv 2505.22312"),
-        Method("top_entropy", top_entropy, "80/20, arXiv 2506.01939"),
-        Method("clip_cov", clip_cov, "arXiv 2505.22617"),
-        Method("kl_cov", kl_cov, "arXiv 2505.22617"),
-        Method("cw_grpo", cw_grpo, "arXiv 2605.11538, from a third-party summary"),
-        Method("clip_b", clip_b, "arXiv 2602.03392"),
-        Method("clip_v", clip_v, "arXiv 2602.03392"),
-        Method("entropy_advantage", entropy_advantage, "arXiv 2506.14758; kappa is a guess", {"kappa": 2.0}),
-        Method("w_reinforce", w_reinforce, "arXiv 2506.01347"),
-        Method("nsr", nsr, "arXiv 2506.01347"),
-        Method("psr", psr, "arXiv 2506.01347"),
-        Method("steer", steer, "arXiv 2510.10150"),
-        Method("opefo", opefo, "arXiv 2605.11491, from a third-party summary; d = P is assumed"),
-        Method("stare", stare, "arXiv 2606.19236"),
+        Method("grpo", "methods", "arXiv 2402.03300"),
+        Method("dapo", "transforms.rewards", "arXiv 2503.14476; without resampling"),
+        Method("entropy_bonus", "transforms.terms", "folklore", {"coefficient": 0.01}),
+        Method("adaptive_coefficient", "transforms.terms", "Skywork-OR1, arXiv 2505.22312"),
+        Method("top_entropy", "transforms.selection", "80/20, arXiv 2506.01939"),
+        Method("clip_cov", "transforms.selection", "arXiv 2505.22617"),
+        Method("kl_cov", "transforms.selection", "arXiv 2505.22617"),
+        Method("cw_grpo", "transforms.shaping", "arXiv 2605.11538, from a third-party summary"),
+        Method("clip_b", "transforms.selection", "arXiv 2602.03392"),
+        Method("clip_v", "transforms.selection", "arXiv 2602.03392"),
+        Method("entropy_advantage", "transforms.shaping", "arXiv 2506.14758; kappa is a guess", {"kappa": 2.0}),
+        Method("w_reinforce", "transforms.rewards", "arXiv 2506.01347"),
+        Method("nsr", "transforms.rewards", "arXiv 2506.01347"),
+        Method("psr", "transforms.rewards", "arXiv 2506.01347"),
+        Method("steer", "transforms.shaping", "arXiv 2510.10150"),
+        Method("opefo", "transforms.weights", "arXiv 2605.11491, from a third-party summary; d = P is assumed"),
+        Method("stare", "transforms.shaping", "arXiv 2606.19236"),
         Method(
             "entropic",
-            entropic,
+            "transforms.shaping",
             "arXiv 2511.15248, not checked against its code; the threshold is a guess",
             {"probability": 0.5},
         ),
         Method(
             "gepo",
-            gepo,
+            "transforms.shaping",
             "arXiv 2607.16850, from a third-party summary; width and rate are guesses",
             {"width": 1.0, "rate": 0.1},
         ),
-        Method("qae", qae, "arXiv 2509.22611, from third-party summaries"),
+        Method("qae", "transforms.rewards", "arXiv 2509.22611, from third-party summaries"),
         Method(
-            "papo", papo, "arXiv 2605.11775; rule and controllers are our reconstruction", controllers=phase.CONTROLLERS
+            "papo",
+            "methods",
+            "arXiv 2605.11775; rule and controllers are our reconstruction",
+            controllers=phase.CONTROLLERS,
         ),
-        Method("papo_positive_only", papo_positive_only, "ours"),
-        Method("papo_negative_only", papo_negative_only, "ours"),
-        Method("papo_random_half", papo_random_half, "ours"),
+        Method("papo_positive_only", "methods", "ours"),
+        Method("papo_negative_only", "methods", "ours"),
+        Method("papo_random_half", "methods", "ours"),
     )
 }
 
 
-def make_transform(name: str, settings: dict[str, Any] | None = None) -> Transform:
+def make_transform(name: str, settings: dict[str, Any] | None = None) -> "Transform":
     """The transform of the method `name`, monitored. Unknown names, unknown settings and missing ones raise ValueError.
 
     >>> make_transform("papo", {"controller": "balance"}).decides
     'whole batch'
     """
-    if name not in METHODS:
-        raise unknown_name("method", name, METHODS)
-    build, settings = METHODS[name].build, settings or {}
-    parameters = inspect.signature(build).parameters.values()
-    named = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    check_method(name, settings)
+    from entropy_polarity.transforms import monitored
+
+    return monitored(METHODS[name].build(**settings or {}))
+
+
+def check_method(name: str, settings: Mapping[str, Any] | None = None) -> None:
+    """Raise as `make_transform`, for names, types and what is missing, and for all that PAPO's controllers check.
+
+    Torch is loaded only for settings of a method whose home is in `transforms`.
+    """
+    check_name(name)
+    method, settings = METHODS[name], settings or {}
+    if not settings and not method.example:
+        return
+    parameters = _parameters(method.build)
+    named = _named(parameters)
     open_ended = len(named) < len(parameters)  # the rest is the controller's, and checked with it
-    check_settings(f"method {name!r}", build, {k: v for k, v in settings.items() if k in named or not open_ended})
-    missing = [p.name for p in parameters if p.default is p.empty and p.name in named - settings.keys()]
+    own = {key: value for key, value in settings.items() if key in named}
+    check_settings(f"method {name!r}", method.build, own if open_ended else settings)
+    missing = [key for key in named if parameters[key].default is inspect.Parameter.empty and key not in settings]
     if missing:
         raise ValueError(
             f"method {name!r} needs a value for {', '.join(missing)} (no published one is known): "
             f"--set method.{missing[0]}=... or method_settings={{{missing[0]!r}: ...}}"
         )
-    return monitored(build(**settings))
+    if open_ended:
+        _controller(_controller_of(settings), {key: value for key, value in settings.items() if key not in named})
+
+
+def check_name(name: Any) -> None:
+    if not isinstance(name, str) or name not in METHODS:
+        raise unknown_name("method", name, METHODS)
+
+
+def given_beside(
+    table: Mapping[str, Any], given: Mapping[str, Any], say: Callable[[str], None], owner: str = "method"
+) -> dict[str, Any]:
+    """The method `table` of a recipe (its name, its settings) with what is `given` beside its name.
+
+    What is given changes that alone. But another name takes nothing of the table along; another controller no setting
+    of the one before, and `say` gets a line that names them; of `level` and `fraction`, which exclude each other, the
+    given one stays, and `every` goes with sign_from "exact". `owner` is what the line calls the table. Raises
+    ValueError for a name that is no method's.
+    """
+    name = given.get("name", table.get("name"))
+    check_name(name)
+    if name != table.get("name"):
+        return {"name": name, **given}
+    dropped: dict[str, Any] = {}
+    if METHODS[name].controllers:
+        before, after, own = _controller_of(table), _controller_of({**table, **given}), _named(_parameters(papo))
+        if after != before:
+            dropped = {key: table[key] for key in table if key not in ("name", *own)}
+        if lost := [f"{key}={value!r}" for key, value in dropped.items() if key not in given]:
+            verb = "is" if len(lost) == 1 else "are"
+            say(
+                f"{owner}.controller={after}: the recipe's {', '.join(lost)} belonged to controller {before!r} and "
+                f"{verb} dropped"
+            )
+        for one, other in (("level", "fraction"), ("fraction", "level")):
+            dropped |= {other: None} if one in given else {}
+        dropped |= {"every": None} if given.get("sign_from", "exact") != "exact" else {}
+    return {key: value for key, value in table.items() if key not in dropped} | dict(given)
+
+
+def _controller_of(settings: Mapping[str, Any]) -> str:
+    """The controller of PAPO with these settings."""
+    return settings.get("controller", _parameters(papo)["controller"].default)
+
+
+def _parameters(build: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(build).parameters
+
+
+def _named(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    return [p.name for p in parameters.values() if p.kind is not p.VAR_KEYWORD]
 
 
 COST = {
@@ -188,6 +273,7 @@ def describe_methods() -> list[dict[str, Any]]:
             "settings": _defaults(method.build),
             "controllers": {
                 name: {
+                    "default": name == _controller_of({}),
                     "decides": make_transform(method.name, {"controller": name}).decides,
                     "settings": _defaults(build),
                 }
@@ -198,7 +284,7 @@ def describe_methods() -> list[dict[str, Any]]:
     ]
 
 
-def _facts(transform: Transform) -> dict[str, Any]:
+def _facts(transform: "Transform") -> dict[str, Any]:
     words = {"entropy_grad": "entropy with gradient", "reuse": "several updates on a rollout"}
     return {
         "decides": transform.decides,
@@ -209,7 +295,7 @@ def _facts(transform: Transform) -> dict[str, Any]:
 
 
 def _defaults(build: Callable[..., Any]) -> dict[str, Any]:
-    parameters = inspect.signature(build).parameters.values()
+    parameters = _parameters(build).values()
     return {
         p.name: "required" if p.default is p.empty else p.default for p in parameters if p.kind is not p.VAR_KEYWORD
     }

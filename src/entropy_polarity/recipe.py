@@ -12,7 +12,8 @@ seed                     of prompts, sampling and training
 
 import copy
 import tomllib
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 from entropy_polarity._errors import unknown_name
 from entropy_polarity._text import valid
+from entropy_polarity.methods import given_beside
 
 DEFAULT_RECIPE = "countdown"
 
@@ -95,21 +97,37 @@ def recipe_names() -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = (), method: str | None = None) -> Recipe:
+def load_recipe(
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    method: str | None = None,
+    say: Callable[[str], None] = warnings.warn,
+) -> Recipe:
     """The recipe of that name or at that path, with `overrides` like "trainer.learning_rate=1e-4" applied.
 
-    With `method` it is about that one: settings belong to a method, so only the same name keeps those of the recipe.
-    What it says of its cost and its result holds for nothing else, nor does its title for another task or model.
+    Overrides like "method.gain=3" are settings beside the method's name, by the rules of `methods.given_beside`, which
+    gets `say`; one like 'method={name="papo", level=0.3}' is all that the method is told. With `method` the recipe is
+    about that one: only the same name keeps the settings of the recipe. What it says of its cost and its result holds
+    for nothing else, nor does its title for another task or model.
 
     Raises ValueError for an unknown name, a file that is not TOML, a key that is not known (naming the nearest known
     one) or a value of the wrong type, and FileNotFoundError for a path where there is no file.
     """
     document = read_recipe(name_or_path)
     written = copy.deepcopy(document)
-    if method is not None and document.get("method", {}).get("name") != method:
-        document["method"] = {"name": method}  # before the overrides, which may set the method's own settings
+    given: dict[str, Any] = {} if method is None else {"name": method}
     for override in overrides:
-        apply_override(document, override)
+        section, dot, _ = override.partition("=")[0].partition(".")
+        if section.strip() != "method":
+            apply_override(document, override)
+        elif dot:
+            apply_override(given, override.partition(".")[2])
+        else:
+            apply_override(document, override)
+            given = {}
+    own = document.get("method", Recipe().method)
+    if given and isinstance(own, dict):
+        document["method"] = given_beside(own, given, say)
     return _recipe(_what_holds(document, written))
 
 

@@ -10,21 +10,23 @@ from collections.abc import Callable
 
 import tyro
 
+from entropy_polarity import __version__
 from entropy_polarity._text import one_line
 from entropy_polarity.cli.about import doctor, methods
+from entropy_polarity.cli.common import readable
 from entropy_polarity.cli.policies import evaluate, pretrain, report, train
 from entropy_polarity.cli.studies import ablate, audit, compare
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "train": train,
-    "eval": evaluate,
-    "compare": compare,
-    "ablate": ablate,
-    "audit": audit,
-    "report": report,
-    "methods": methods,
-    "pretrain": pretrain,
-    "doctor": doctor,
+    "train": readable(train),
+    "eval": readable(evaluate),
+    "compare": readable(compare),
+    "ablate": readable(ablate),
+    "audit": readable(audit),
+    "report": readable(report),
+    "methods": readable(methods),
+    "pretrain": readable(pretrain),
+    "doctor": readable(doctor),
 }
 
 
@@ -42,11 +44,18 @@ _SIGNS_OF_A_FULL_DISK = (
 
 def main() -> None:
     """Bad input ends in one clear line and exit code 2; PAPO_DEBUG=1 shows the traceback instead."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model of the hub is fetched with HF_HUB_OFFLINE=0
+    if sys.argv[1:] == ["--version"]:
+        return print(f"entropy-polarity {__version__}")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every trainer: nobody here asked for that
     warnings.filterwarnings("ignore")
     _print_what_cannot_be_printed()
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="papo", description="Measure and control entropy.")
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="papo",
+            description="Measure and control entropy. papo --version: which one; papo COMMAND --help: its flags.",
+            config=(tyro.conf.DisallowNone,),
+        )
     except KeyboardInterrupt as stop:
         how = str(stop) or "papo train --resume goes on with a run from its last checkpoint"
         print(one_line(f"papo: stopped; {how}"), file=sys.stderr)

@@ -27,7 +27,10 @@ def methods(as_json: Json = False) -> None:
             f"from {row['decides']}{needs}; extra pass: {row['cost']}",
             *([_settings_line("fixes of the loss", row["fixes"])] if row["fixes"] else []),
             _settings_line("settings", row["settings"]),
-            *(_settings_line(f"  {name} ({c['decides']})", c["settings"]) for name, c in row["controllers"].items()),
+            *(
+                _settings_line(f"  {name} ({c['decides']}{', the default' * c['default']})", c["settings"])
+                for name, c in row["controllers"].items()
+            ),
             row["source"],
         ]
         table.add_row(row["name"], escape("\n".join(lines)))

@@ -9,7 +9,7 @@ from tyro.conf import Positional
 from entropy_polarity._errors import check_settings
 from entropy_polarity._reading import read_config
 from entropy_polarity._text import printable
-from entropy_polarity.cli.common import Json, Overrides, print_json
+from entropy_polarity.cli.common import Json, Overrides, check_early, note, print_json
 from entropy_polarity.consent import check_said_again, stay_offline
 from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, apply_override, fitting, load_recipe, with_flags
 from entropy_polarity.report.terminal import print_estimates, print_evaluation
@@ -36,19 +36,21 @@ def train(
         output: the run directory; must not hold a run yet (default: runs/<recipe>-<method>-<seed>)
         task: in place of the recipe's: countdown, math:PRESET, gym:DATASET, guess, keydoor, textarena:GAME,
             textworld:CHALLENGE, math (with --set task.data=FILE) or env (with --set task.factory=MODULE:CLASS)
-        method: a name of `papo methods`
-        max_steps: optimiser steps
-        seed: seed of prompts, sampling and training
-        model: "embedded", or a folder with a Hugging Face causal language model
+        method: a name of `papo methods` (default: the recipe's)
+        max_steps: optimiser steps (default: the recipe's)
+        seed: seed of prompts, sampling and training (default: the recipe's)
+        model: "embedded", a folder with a Hugging Face causal language model, or the name of one on the
+            Hugging Face hub (default: the recipe's)
         resume: a run directory to go on with, from its last checkpoint (its own recipe is used)
         from_checkpoint: with --resume: the step of the checkpoint to go on from, 0 for the beginning. Later steps and
             checkpoints of the run are dropped, and what is lost of the record before it stays lost
-        overrides: any key of the recipe, e.g. trainer.learning_rate=1e-4; can be repeated. With --resume it says again
-            what the run names beyond itself, e.g. task.factory=MODULE:CLASS
+        overrides: any key of the recipe, e.g. trainer.learning_rate=1e-4; one of method.KEY changes that setting alone.
+            With --resume it says again what the run names beyond itself, e.g. task.factory=MODULE:CLASS
     """
     if from_checkpoint is not None and resume is None:
         raise ValueError(f"--from-checkpoint {from_checkpoint} needs --resume DIR, the run whose checkpoint it is")
     chosen, directory = _what_to_train(recipe, output, task, method, max_steps, seed, model, resume, overrides)
+    check_early(chosen)
 
     from entropy_polarity.experiments.train import train as run
     from entropy_polarity.report.live import LiveView
@@ -85,7 +87,7 @@ def _what_to_train(
     if resume is None:
         named = () if task is None else (f"task={{name={task!r}}}",)
         chosen = with_flags(
-            load_recipe(recipe, (*named, *overrides), method), max_steps=max_steps, seed=seed, model=model
+            load_recipe(recipe, (*named, *overrides), method, note), max_steps=max_steps, seed=seed, model=model
         )
         chosen = fitting(chosen, load_recipe(recipe))
         return chosen, output or Path("runs") / f"{Path(recipe).stem}-{chosen.method['name']}-{chosen.seed}"
@@ -133,7 +135,8 @@ def evaluate(
     """Evaluate models on held-out problems: avg@k, pass@k and maj@k with intervals; several side by side.
 
     Args:
-        model: model folders, runs (their last checkpoints), checkpoints of runs, or "embedded"; LABEL=MODEL names one
+        model: model folders, names on the Hugging Face hub, runs (their last checkpoints), checkpoints of runs, or
+            "embedded"; LABEL=MODEL names one
         baseline: label of the model that the others are compared with (default: the first)
         task: name of a task (default: the runs' own, or countdown)
         samples: completions a problem, the largest k (default: 16, or 4 where the weights of a model exceed 100 MB)
@@ -145,8 +148,8 @@ def evaluate(
         output: folder for evaluation.json, problems.jsonl (every completion) and evaluation.html
         backend: what generates; vllm needs the extra [vllm]
         batch_size: completions at a time to start with, halved when memory runs out (default: by free memory)
-        overrides: settings of the task, e.g. numbers=[3,4]; can be repeated. What a run names beyond itself counts
-            only where it is said again here, e.g. factory=MODULE:CLASS
+        overrides: settings of the task, e.g. numbers=[3,4]. What a run names beyond itself counts only where it is said
+            again here, e.g. factory=MODULE:CLASS
     """
     from entropy_polarity.experiments.evaluate import PAGE, Settings, evaluate_models
     from entropy_polarity.report.lines import LiveOrLines
@@ -202,11 +205,11 @@ def pretrain(
         output: where the model goes; must not exist yet
         task: countdown ("embedded"), guess ("embedded:guess"), keydoor ("embedded:keydoor") or gym:DATASET
         seed: seed of weights and problems
-        steps: supervised steps, each on a batch of demonstrations; by default those of the policy that is shipped
+        steps: supervised steps, each on a batch of demonstrations (default: those of the policy that is shipped)
         width: of the hidden states, a multiple of 32
         layers: number of layers
         overrides: other settings, e.g. learning_rate=1e-3, numbers=[3] of countdown, config.max_terms=3 of a gym data
-            set; can be repeated
+            set
     """
     from entropy_polarity.experiments.pretrain import pretrain_policy
     from entropy_polarity.policy.pretrain import PretrainSettings

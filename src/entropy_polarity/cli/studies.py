@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from entropy_polarity._text import printable
-from entropy_polarity.cli.common import Json, Overrides, print_json, refuse
+from entropy_polarity.cli.common import Json, Overrides, check_early, note, print_json, refuse
 from entropy_polarity.recipe import DEFAULT_RECIPE
 from entropy_polarity.report.terminal import print_audit, print_comparison, print_search
 
@@ -41,7 +41,7 @@ def compare(
         search: try the constants of the plan's [search] instead, and print what to paste into the plan
         known: result files (comparison.json, search.json) whose runs count as finished, as of another machine
         finished: print the tables of a comparison.json again, and write its page with --output; nothing is run
-        overrides: any key of the recipe, e.g. trainer.learning_rate=1e-4; can be repeated
+        overrides: any key of the recipe, e.g. trainer.learning_rate=1e-4
     """
     from entropy_polarity.experiments.compare.plan import load_plan
 
@@ -50,7 +50,8 @@ def compare(
         return _compared_before(finished, baselines, output, as_json)
     if search:
         refuse("--search (give them in the plan's [search] table)", seeds=seeds)
-    planned = load_plan(plan, methods, seeds, baselines, [*overrides, *_steps(max_steps)])
+    planned = load_plan(plan, methods, seeds, baselines, [*overrides, *_steps(max_steps)], note)
+    check_early(planned.recipe_of(next(iter(planned.methods)), planned.seeds[0]))
     _compare(planned, output or Path("runs") / f"compare-{Path(plan).stem}", jobs, known, as_json, search)
 
 
@@ -95,11 +96,12 @@ def ablate(
         jobs: as in papo compare
         max_steps: optimiser steps of each run
         known: as in papo compare
-        overrides: any key of the recipe, e.g. method.level=0.3; can be repeated
+        overrides: any key of the recipe, e.g. method.level=0.3
     """
     from entropy_polarity.experiments.compare.ablation import ablation_plan
 
-    planned = ablation_plan(recipe, seeds, [*overrides, *_steps(max_steps)])
+    planned = ablation_plan(recipe, seeds, [*overrides, *_steps(max_steps)], note)
+    check_early(planned.recipe_of("papo", planned.seeds[0]))
     _compare(planned, output or Path("runs") / f"ablate-{Path(recipe).stem}", jobs, known, as_json)
 
 
@@ -139,24 +141,29 @@ def audit(
         model: "embedded", a model folder, or a run directory (its last checkpoint, on its own recipe)
         task: name of a task (default: the recipe's)
         method: a name of `papo methods` (default: that of a run as --model, else grpo)
-        steps: updates to audit, for each seed; one update a rollout
+        steps: updates to audit, for each seed, one a rollout: 4 or more; intervals take 20, those of forecasts 25
         seeds: seeds of prompts, sampling and training; what is finished in --output is kept
         optimizer: adamw, or sgd without momentum at a learning rate of 0.1 (default: the recipe's)
         output: where audit.json and audit.html go (default: runs/audit-<recipe>-<method>-<optimizer>)
         finished: print the tables of an audit.json again, summarised anew from its updates, and write them and the
             page with --output; nothing is run
-        overrides: any key of the recipe, e.g. trainer.learning_rate=1e-5; can be repeated
+        overrides: any key of the recipe, e.g. trainer.learning_rate=1e-5
     """
-    from entropy_polarity.experiments.audit import audit as run
-    from entropy_polarity.experiments.audit import audit_recipe, audited_before, default_output
+    from entropy_polarity.experiments.audit_recipe import audit_recipe, default_output
     from entropy_polarity.experiments.results import as_written
-    from entropy_polarity.report.lines import LiveOrLines
 
     if finished is not None:
+        from entropy_polarity.experiments.audit import audited_before
+
         refuse("--from", model=model, task=task, method=method, optimizer=optimizer, set=overrides)
         with as_written(finished):
             return _print_found(audited_before(finished, output), output, as_json)
-    chosen = audit_recipe(recipe, model, task, method, steps, optimizer, overrides)
+    chosen = audit_recipe(recipe, model, task, method, steps, optimizer, overrides, note)
+    check_early(chosen)
+
+    from entropy_polarity.experiments.audit import audit as run
+    from entropy_polarity.report.lines import LiveOrLines
+
     directory = output or default_output(recipe, chosen)
     with LiveOrLines(sys.stderr if as_json else sys.stdout) as view:
 

@@ -13,10 +13,8 @@ import torch
 
 from entropy_polarity._files import DRAFT, LOCK, locked, refuse_links, replacing, write_text
 from entropy_polarity.audit import Audit, TokenAccount
-from entropy_polarity.consent import check_said_again
 from entropy_polarity.exact import Sequences, untouched
 from entropy_polarity.experiments.audit_summary import MAPPED, asymmetry, by_token, summarise
-from entropy_polarity.experiments.models import weights_of
 from entropy_polarity.experiments.results import provenance, read_document, write_document
 from entropy_polarity.experiments.train import (
     checked,
@@ -28,8 +26,7 @@ from entropy_polarity.experiments.train import (
 )
 from entropy_polarity.generation import Sampling
 from entropy_polarity.generation.sampling import Sampled, sample_tokens
-from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, load_recipe, with_flags
-from entropy_polarity.record import CONFIG
+from entropy_polarity.recipe import Recipe
 from entropy_polarity.report.audit import render_audit
 from entropy_polarity.tasks import Task, distinct_problems
 from entropy_polarity.tasks.games import Game
@@ -41,53 +38,6 @@ RUN, TOKENS = "seed-{}.json", "tokens-{}.npz"  # what a finished seed leaves
 Watch = Callable[[int, int, float, float], None]
 _OURS = re.compile(rf"(part-)?(audit\.(json|html)|seed-\d+\.json|tokens-\d+\.npz)(\.part)?|trainer|{LOCK}")
 LEAST = 4  # updates: three after the first, of which a forecast by what came is judged
-# One update a rollout, made by the policy that sampled it.
-ON_POLICY = (
-    "trainer.num_iterations=1",
-    "trainer.gradient_accumulation_steps=1",
-    "trainer.steps_per_generation=1",
-    "trainer.save_strategy=no",
-)
-OPTIMIZERS = {
-    "adamw": ("trainer.optim=adamw_torch",),
-    "sgd": ("trainer.optim=sgd", "trainer.learning_rate=0.1"),
-}
-
-
-def audit_recipe(
-    recipe: str,
-    model: str | None,
-    task: str | None,
-    method: str | None,
-    steps: int,
-    optimizer: str | None = None,
-    overrides: Sequence[str] = (),
-) -> Recipe:
-    """The recipe of an audit, with one update a rollout: where `model` is a run that of the run, its method included.
-
-    `method` is GRPO where nothing says otherwise, `optimizer` the recipe's; overrides have the last word. Raises as
-    `load_recipe`, and where a run names what they do not say again.
-    """
-    weights, trained = (None, None) if model is None else weights_of(model)
-    if trained is None:
-        method = method or "grpo"
-    elif recipe != DEFAULT_RECIPE:
-        raise ValueError(f"recipe {recipe} cannot be given with the run {model}, which has its own: leave it out")
-    else:
-        recipe = str(Path(str(model)) / CONFIG)
-    chosen = [*ON_POLICY, *OPTIMIZERS.get(optimizer or "", ()), f"trainer.max_steps={steps}"]
-    if task is not None and (trained is None or task != trained["task"]["name"]):
-        chosen.append(f"task={{name={task!r}}}")
-    loaded = with_flags(load_recipe(recipe, [*chosen, *overrides], method), model=weights)
-    if trained is not None:
-        check_said_again(str(model), loaded.to_dict(), overrides)
-    return loaded
-
-
-def default_output(recipe: str, chosen: Recipe) -> Path:
-    """The folder of an audit that was given none, named by what it audits."""
-    optimizer = chosen.trainer.get("optim", "adamw").partition("_")[0]
-    return Path("runs") / f"audit-{Path(recipe).stem}-{chosen.method['name']}-{optimizer}"
 
 
 def audit(

@@ -17,7 +17,7 @@ from entropy_polarity._files import append_text, locked, write_text
 from entropy_polarity.episodes import check_starts
 from entropy_polarity.evaluate import Attempts, attempt, check_counts, warn_after, warn_before
 from entropy_polarity.experiments.models import labelled, settle_task, weights_of
-from entropy_polarity.experiments.results import provenance, rounded, write_document
+from entropy_polarity.experiments.results import bounds, provenance, rounded, without_nan, write_document
 from entropy_polarity.experiments.train import load_policy, quiet
 from entropy_polarity.generation import Generator, Progress, Sampling, silent
 from entropy_polarity.generation.sampling import TransformersGenerator
@@ -25,7 +25,7 @@ from entropy_polarity.policy import resolve_model
 from entropy_polarity.policy.folder import check_folder
 from entropy_polarity.record import refuse_occupied
 from entropy_polarity.report.evaluation import render_evaluation
-from entropy_polarity.statistics.intervals import Estimate, paired_bootstrap
+from entropy_polarity.statistics.intervals import DIFFERENCE, RATE, Estimate, paired_bootstrap
 from entropy_polarity.tasks import Problem, Task, distinct_problems, make_task
 from entropy_polarity.tasks.games import Game
 
@@ -174,8 +174,8 @@ def summarise(attempts: dict[str, list[Attempts]], task: Task | Game, reference:
     facts = {label: _by_seed([made.facts() for made in rows]) for label, rows in attempts.items()}
     models = {
         label: {
-            "scores": {name: _estimate(values) for name, values in scores[label].items()},
-            "facts": {name: _estimate(values) for name, values in facts[label].items()},
+            "scores": {name: _estimate(values, _is_rate(name)) for name, values in scores[label].items()},
+            "facts": {name: _estimate(values, False) for name, values in facts[label].items()},
             "verdicts": _mean_shares([made.verdicts(task.reasons) for made in rows]),
             "successes": [made.successes for made in rows],
             "greedy": rows[0].greedy_right,
@@ -188,7 +188,9 @@ def summarise(attempts: dict[str, list[Attempts]], task: Task | Game, reference:
         for label in attempts.keys() - {reference}:
             mine = scores[label] | facts[label]
             shared = [name for name in mine if name in theirs and _complete(mine[name] + theirs[name]).any()]
-            against[label] = {name: _difference(mine[name], theirs[name]) for name in shared}
+            against[label] = {
+                name: _difference(mine[name], theirs[name], name in scores[label] and _is_rate(name)) for name in shared
+            }
     return {"models": models, "against": {label: against[label] for label in attempts if label in against}}
 
 
@@ -203,16 +205,21 @@ def _complete(values: np.ndarray) -> np.ndarray:
     return np.logical_not(np.isnan(values).any(axis=0))
 
 
-def _estimate(values: np.ndarray) -> dict[str, float]:
-    estimate = Estimate.of(values[:, _complete(values)])
-    return {name: rounded(value) for name, value in asdict(estimate).items()}
+def _is_rate(score: str) -> bool:
+    """Whether a score is a share of right answers; a reward may be anything."""
+    return score != "reward"
 
 
-def _difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+def _estimate(values: np.ndarray, rate: bool) -> dict[str, float | None]:
+    estimate = Estimate.of(values[:, _complete(values)], RATE if rate else None)
+    return without_nan({name: rounded(value) for name, value in asdict(estimate).items()})
+
+
+def _difference(a: np.ndarray, b: np.ndarray, rate: bool) -> dict[str, Any]:
     """Over the problems that both have, and the same sampling seeds."""
     both = _complete(a + b)
-    found = paired_bootstrap(a[:, both], b[:, both])
-    return {"difference": rounded(found.value), "bootstrap": [rounded(found.low), rounded(found.high)]}
+    found = paired_bootstrap(a[:, both], b[:, both], within=DIFFERENCE if rate else None)
+    return {"difference": rounded(found.value), "bootstrap": bounds(found)}
 
 
 def _mean_shares(shares: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from entropy_polarity._files import write_text
 from entropy_polarity.record import environment
+from entropy_polarity.statistics.intervals import Estimate
 
 
 def provenance() -> dict[str, Any]:
@@ -54,6 +55,11 @@ def as_written(file: Path) -> Iterator[None]:
 def rounded(value: float) -> float:
     """Six decimals: far below any interval here, and zero stays zero."""
     return round(value, 6) + 0.0
+
+
+def bounds(estimate: Estimate) -> list[float] | None:
+    """The interval of an estimate, rounded; None where too little was seen to say."""
+    return None if math.isnan(estimate.low) else [rounded(estimate.low), rounded(estimate.high)]
 
 
 def without_nan(document: Any) -> Any:

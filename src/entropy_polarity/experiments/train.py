@@ -24,6 +24,7 @@ from transformers import (
 from entropy_polarity._damage import damaged_file
 from entropy_polarity._errors import check_settings, unknown_name
 from entropy_polarity._files import locked
+from entropy_polarity._hub import why_not_asked
 from entropy_polarity._machine import kept_memory
 from entropy_polarity._text import one_line, valid
 from entropy_polarity._weights import load_whole
@@ -57,7 +58,8 @@ _OWNED = {"output_dir", "seed", "method", "method_settings", "logging_steps", "d
 
 
 def load_policy(model: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder, a hub name or "embedded", in float32. No code that comes with it is run.
+    """(model, tokenizer) of a folder, a hub name or "embedded", in float32. No code that comes with it is run, and the
+    hub is asked for nothing but a name that is no folder.
 
     Raises ValueError or OSError, in a line, for what is no causal language model, for weights that are not those of the
     model, and for what would bring in more than safetensors and settings.
@@ -66,24 +68,25 @@ def load_policy(model: str) -> tuple[Any, Any]:
     local = Path(path).is_dir()
     if local:
         check_folder(Path(path))
+    silent = None if local else why_not_asked()
+    here_only = local or silent is not None
     try:
         policy = load_whole(
             AutoModelForCausalLM.from_pretrained,
             path,
             dtype=torch.float32,
-            local_files_only=local,
+            local_files_only=here_only,
             trust_remote_code=False,
             use_safetensors=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=here_only, trust_remote_code=False)
     except Exception as error:  # of a dozen kinds, where a file is damaged
         damage = damaged_file(Path(path)) if local else None
         if damage is not None:
             raise ValueError(f"{damage}: take another model or checkpoint") from None
-        if not isinstance(error, OSError):
-            raise
-        hint = "" if local else " (not a local folder; HF_HUB_OFFLINE=0 allows a download from the hub)"
-        raise FileNotFoundError(f"cannot load a model from {model!r}{hint}: {one_line(error)}") from None
+        said = one_line(error) if silent is None else f"nothing in this machine's cache, and {silent}"
+        hint = "" if local else " (no such folder here)"
+        raise ValueError(f"cannot load a model from {one_line(repr(model), 200)}{hint}: {said}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return policy, tokenizer

@@ -45,7 +45,9 @@ def thermostat(
         λ = (x - F) / (G - x m_A),      x = u (D+ + D-),  F = D+ - D-,  m_A the `tilt`
 
     which makes the predicted net flow of the reweighted batch x, |λ| <= `lambda_max`. σ_κ, the filter's own doubt about
-    κ, makes it cautious (Åström and Wittenmark, Adaptive Control). H_ref is as in `reference`. Source: ours.
+    κ, makes it cautious (Åström and Wittenmark, Adaptive Control). H_ref is as in `reference`, but H_0
+    itself where neither `level` nor `fraction` is given, and there from the start unless `path` says otherwise. Source:
+    ours.
 
     >>> law = thermostat(level=0.5)
     >>> lam, state, _ = law.update(Observation(0.3, 0.1, 0.1, entropy_error=0.01), law.init())

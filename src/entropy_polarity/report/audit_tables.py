@@ -1,7 +1,9 @@
 """The numbers of an audit as text, for a terminal and a page alike; each column has a sentence that explains it."""
 
+import math
 from typing import Any
 
+from entropy_polarity.report.intervals import estimated
 from entropy_polarity.report.tables import Column, TextTable
 
 _LEVELS = {
@@ -13,7 +15,10 @@ _LEVELS = {
 _STATES = {"batch": "on the states that were trained on", "held_out": "on held-out states"}
 
 
-_INTERVALS = "in brackets 95 % block-bootstrap intervals, which are short where updates hang together for long"
+_INTERVALS = (
+    "in brackets 95 % block-bootstrap intervals, which are short where updates hang together for long; a dash for runs "
+    "of too few updates"
+)
 _DETRENDED = "Spearman of what a cubic in the update's number leaves of both: curves that only fall together have none."
 _MISSING = "-"  # not known of this audit
 
@@ -199,7 +204,6 @@ def probability(p: float) -> str:
 
 
 def _estimate(estimate: dict[str, float | None] | None) -> str:
-    if estimate is None or estimate["value"] is None:
+    if estimate is None or estimate["value"] is None or math.isnan(estimate["value"]):
         return _MISSING
-    value, low, high = (_MISSING if (x := estimate[key]) is None else f"{x:.3g}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    return estimated(estimate, ".3g")

@@ -11,6 +11,7 @@ from entropy_polarity.report.evaluation_tables import evaluation_tables, shown_n
 from entropy_polarity.report.forest import forest, styles
 from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render
 from entropy_polarity.report.html import label as label_of
+from entropy_polarity.report.intervals import bars
 
 MAX_SHOWN_CHARACTERS = 1500  # of a completion
 
@@ -80,11 +81,7 @@ def _curve(models: dict[str, Any], kind: str, looks: dict[str, dict[str, str]]) 
             mode="lines+markers",
             line={"color": looks[label]["colour"], "dash": looks[label]["dash"]},
             marker={"symbol": looks[label]["marker"]},
-            error_y={
-                "array": [e["high"] - e["value"] for e in points.values()],
-                "arrayminus": [e["value"] - e["low"] for e in points.values()],
-                "thickness": 1,
-            },
+            error_y=bars(points.values()),
         )
     pass_at_k_axes(figure, sizes)
     figure.update_layout(showlegend=len(models) > 1, legend={"orientation": "v", "x": 1.01, "y": 1})

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from entropy_polarity.report.intervals import estimated, interval
 from entropy_polarity.report.tables import Column, TextTable
 
 Document = dict[str, Any]
@@ -29,7 +30,7 @@ def shown_names(document: Document) -> list[str]:
     """The scores that have a column: avg@n is pass@1, and a reward that is never partial is the same again."""
     models = document["models"].values()
     names = [name for name in next(iter(models))["scores"] if not name.startswith("avg@")]
-    same = all(model["scores"]["reward"] == model["scores"]["pass@1"] for model in models)
+    same = all(model["scores"]["reward"]["value"] == model["scores"]["pass@1"]["value"] for model in models)
     return [name for name in names if name != "reward" or document["game"] or not same]
 
 
@@ -78,9 +79,9 @@ def meaning_of(name: str, document: Document) -> str:
 def _score_table(document: Document) -> TextTable:
     models, names = document["models"], shown_names(document)
     facts = list(next(iter(models.values()))["facts"])
-    interval = f"In brackets the 95 % bootstrap interval {_over(document)}."
+    brackets = f"In brackets the 95 % bootstrap interval {_over(document)}; a dash where there are too few to say."
     columns = [
-        Column("model", f"Its label, as given with --model. {interval}"),
+        Column("model", f"Its label, as given with --model. {brackets}"),
         *(Column(title_of(name, document), meaning_of(name, document)) for name in [*names, *facts]),
     ]
     rows = [
@@ -116,10 +117,9 @@ def _over(document: Document) -> str:
     return _OVER[len(document["settings"]["seeds"]) > 1]
 
 
-def _estimate(estimate: dict[str, float]) -> str:
-    return f"{estimate['value']:.3f}\n[{estimate['low']:.3f}, {estimate['high']:.3f}]"
+def _estimate(estimate: dict[str, float | None]) -> str:
+    return estimated(estimate, between="\n")
 
 
 def _difference(number: dict[str, Any]) -> str:
-    low, high = number["bootstrap"]
-    return f"{number['difference']:+.3f}\n[{low:+.3f}, {high:+.3f}]"
+    return f"{number['difference']:+.3f}\n{interval(*(number['bootstrap'] or (None, None)), '+.3f')}"

@@ -8,6 +8,7 @@ from plotly.subplots import make_subplots
 
 from entropy_polarity.report.html import blank_figure
 from entropy_polarity.report.html import label as label_of
+from entropy_polarity.report.intervals import interval
 
 # Okabe and Ito's colours, which colour-blind eyes tell apart (black is the baselines' zero line, yellow too faint);
 # where there are more methods than colours, dashes and markers tell them apart.
@@ -35,7 +36,7 @@ def forest(
 ) -> go.Figure:
     """For each label of `rows` its differences, one panel for each of `names`.
 
-    A difference holds "difference", "bootstrap" (low, high) and "t", likewise or None.
+    A difference holds "difference", "bootstrap" and "t": (low, high), or None where it is not known.
     """
     figure = make_subplots(
         rows=1, cols=len(names), shared_yaxes=True, subplot_titles=[*map(label_of, names)], horizontal_spacing=0.03
@@ -60,18 +61,19 @@ def _interval_traces(label: str, number: Mapping[str, Any], style: Mapping[str, 
         if bounds:
             line = {"color": style["colour"], "width": width}
             yield go.Scatter(x=bounds, y=[label_of(label)] * 2, mode="lines", line=line, hoverinfo="skip")
-    low, high = number["bootstrap"]
+    shown = interval(*(number["bootstrap"] or (None, None)), "+.3f")
     yield go.Scatter(
         x=[number["difference"]],
         y=[label_of(label)],
         mode="markers",
         marker={"color": "white", "size": 9, "symbol": style["marker"], "line": {"color": style["colour"], "width": 2}},
-        hovertemplate=f"%{{y}}: %{{x:+.3f}} [{low:+.3f}, {high:+.3f}]<extra></extra>",
+        hovertemplate=f"%{{y}}: %{{x:+.3f}} {shown}<extra></extra>",
     )
 
 
 def _room(numbers: list[Mapping[str, Any]]) -> list[float]:
     """From the lowest to the highest bound, zero included, and a little more, so that no bar ends at the frame."""
-    bounds = [0.0, *(bound for number in numbers for bound in number["bootstrap"] + (number["t"] or []))]
+    drawn = [[number["difference"], *(number["bootstrap"] or []), *(number["t"] or [])] for number in numbers]
+    bounds = [0.0, *(bound for row in drawn for bound in row)]
     spare = 0.05 * (max(bounds) - min(bounds)) or 0.01
     return [min(bounds) - spare, max(bounds) + spare]

@@ -9,6 +9,7 @@ from entropy_polarity.record import Run
 from entropy_polarity.report.evaluation_tables import is_of_game, name_of_pass
 from entropy_polarity.report.heatmap import coloured_rollouts, left_out
 from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render, smoothed, thinned
+from entropy_polarity.report.intervals import bars, estimated
 
 _BLUE, _RED, _GREY, _GREEN = "#2166d6", "#d63031", "#8a8f98", "#1b9e77"
 
@@ -77,10 +78,7 @@ def _cards(run: Run) -> list[dict[str, str]]:
 
 
 def _arrow(before: dict[str, float], after: dict[str, float] | None) -> str:
-    def one(e: dict[str, float]) -> str:
-        return f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]"
-
-    return f"{one(before)} → {one(after)}" if after else one(before)
+    return f"{estimated(before)} → {estimated(after)}" if after else estimated(before)
 
 
 def _charts(run: Run) -> list[Chart]:
@@ -194,11 +192,7 @@ def _pass_at_k(summary: dict[str, Any]) -> go.Figure:
             name=label,
             mode="lines+markers",
             line={"color": colour},
-            error_y={
-                "array": [e["high"] - e["value"] for e in estimates.values()],
-                "arrayminus": [e["value"] - e["low"] for e in estimates.values()],
-                "thickness": 1,
-            },
+            error_y=bars(estimates.values()),
         )
         pass_at_k_axes(figure, list(estimates))
     return figure

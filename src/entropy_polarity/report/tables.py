@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from entropy_polarity.report.intervals import interval
+
 Summary = dict[str, Any]
 
 
@@ -88,7 +90,8 @@ def _difference_table(baseline: str, rows: dict[str, Summary]) -> TextTable:
             Column(
                 f"Δ {name}",
                 f"{name} minus that of {baseline}; in brackets the 95 % bootstrap interval over seeds and problems, "
-                "after t that of Student's t over seeds. Above zero: better than the baseline.",
+                "after t that of Student's t over seeds; a dash where there are too few problems, a single seed, or no "
+                "spread. Above zero: better than the baseline.",
             )
             for name in names
         ),
@@ -141,12 +144,12 @@ def _difference(number: Summary) -> str:
     lines = [f"{number['difference']:+.3f}"]
     if "bootstrap" in number:
         lines.append(_interval(number["bootstrap"]))
-    lines.append(f"t {_interval(number['t'])}" if number["t"] else "t: one seed")
+    lines.append(f"t {_interval(number['t'])}")
     return "\n".join(lines)
 
 
-def _interval(bounds: list[float]) -> str:
-    return f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
+def _interval(bounds: list[float] | None) -> str:
+    return interval(*(bounds or (None, None)), "+.3f")
 
 
 def _reach(reach: Summary) -> str:

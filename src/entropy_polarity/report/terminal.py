@@ -10,6 +10,7 @@ from rich.table import Table
 from entropy_polarity._text import one_line, printable
 from entropy_polarity.report.audit_tables import audit_tables
 from entropy_polarity.report.evaluation_tables import evaluation_tables, name_of_pass
+from entropy_polarity.report.intervals import estimated
 from entropy_polarity.report.tables import TextTable, comparison_tables, search_table
 
 
@@ -93,4 +94,4 @@ def _cell(text: str) -> str:
 
 def _estimate(estimate: dict[str, float] | None) -> str:
     """Evaluations of older runs have no greedy answers."""
-    return "-" if estimate is None else f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+    return "-" if estimate is None else estimated(estimate)

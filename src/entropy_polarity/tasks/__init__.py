@@ -102,6 +102,13 @@ def make_task(name: str, **settings: Any) -> "Task | Game":
 
     Raises ValueError for an unknown name or a wrong setting, ImportError where a task needs a package that is missing.
     """
+    build, settings = check_task(name, **settings)
+    return build(**settings)
+
+
+def check_task(name: str, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """Who builds the task called `name`, and from which settings. Raises ValueError as `make_task`, for the name and
+    for names and types of settings, without making anything."""
     from entropy_polarity.tasks.countdown import Countdown
     from entropy_polarity.tasks.environments import Environment
     from entropy_polarity.tasks.games import GAMES
@@ -121,4 +128,4 @@ def make_task(name: str, **settings: Any) -> "Task | Game":
     if member:
         settings = {members[family]: member} | settings
     check_settings(f"task {name!r}", tasks[family], settings)
-    return tasks[family](**settings)
+    return tasks[family], settings

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from entropy_polarity._hub import why_not_asked
 from entropy_polarity._text import valid_parts
 from entropy_polarity.tasks import Messages, Problem
 
@@ -100,7 +101,7 @@ def load_table(data: str, subset: str = "", split: str = "") -> Any:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is in our line
-    path = Path(data).expanduser()
+    path, silent = Path(data).expanduser(), None
     if not path.exists() and (path.suffix in FILES or data.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"nothing at {data}: expected .jsonl, .json, .parquet, or a folder of save_to_disk")
     try:
@@ -110,14 +111,15 @@ def load_table(data: str, subset: str = "", split: str = "") -> Any:
         elif path.is_dir():
             loaded = datasets.load_from_disk(str(path))
         else:
+            silent = why_not_asked()
             loaded = datasets.load_dataset(data, subset or None, split=split or None)
     # A reader of files may raise whatever it likes, StopIteration of an empty one included.
     except Exception as error:
         if path.exists():
             raise ValueError(f"cannot read {data}: {_reason(error)}") from error
         raise ConnectionError(
-            f"cannot load {data} from the hub ({_reason(error)}): with a network set HF_HUB_OFFLINE=0; without "
-            "one, give a local copy with --set task.data=PATH (.jsonl, .json, .parquet, or a folder of save_to_disk)"
+            f"cannot load {data} from the hub ({silent or _reason(error)}): give a local copy with "
+            "--set task.data=PATH (.jsonl, .json, .parquet, or a folder of save_to_disk)"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:

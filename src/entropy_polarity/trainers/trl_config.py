@@ -17,6 +17,11 @@ from entropy_polarity.transforms.core import REWARD_FACTS
 # What a method may look at if all tokens of a response are to get one advantage.
 WHOLE_SEQUENCES = REWARD_FACTS | {"entropy_grad"}
 
+# TRL 1.16 sets these names itself, which later transformers call otherwise: nothing that a user could change.
+warnings.filterwarnings(
+    "ignore", r".*gradient_checkpointing\w*` is deprecated and will be removed in v6", FutureWarning
+)
+
 
 @dataclass
 class PolarityConfig(GRPOConfig):
@@ -33,7 +38,7 @@ class PolarityConfig(GRPOConfig):
     method: str = field(default="papo", metadata={"help": "Name of a method in entropy_polarity.methods."})
     method_settings: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": 'Settings of the method, e.g. \'{"controller": "trend", "gain": 5}\'.'},
+        metadata={"help": 'Settings of the method, e.g. \'{"controller": "thermostat", "level": 0.4}\'.'},
     )
     statistics_head: str = field(
         default="fused",

@@ -1,9 +1,11 @@
 """The plan of `papo ablate`: what is left of PAPO when a part is taken away."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from entropy_polarity.experiments.compare.plan import Plan, checked_plan
+from entropy_polarity.methods import given_beside
 from entropy_polarity.recipe import load_recipe
 
 # Label: method, and what the label stands for. `papo` and its shuffled twin have the settings of the recipe.
@@ -39,12 +41,14 @@ ARMS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def ablation_plan(recipe: str, seeds: Sequence[int], overrides: Sequence[str] = ()) -> Plan:
+def ablation_plan(
+    recipe: str, seeds: Sequence[int], overrides: Sequence[str] = (), say: Callable[[str], None] = warnings.warn
+) -> Plan:
     """Every arm on `recipe`, whose method, where it is papo, says how PAPO is set. Raises as `load_plan`."""
-    own = load_recipe(recipe, overrides, "papo").method
+    own = load_recipe(recipe, overrides, "papo", say).method
     if own["name"] != "papo":
         raise ValueError(f"method.name is {own['name']!r}: papo ablate takes PAPO apart, and sets the method itself")
-    methods = {label: own | table if table["name"] == "papo" else table for label, (table, _) in ARMS.items()}
+    methods = {label: given_beside(own, table, say) for label, (table, _) in ARMS.items()}
     notes = {label: note for label, (_, note) in ARMS.items()}
     # The method is in the tables: an override of its settings would be one of every method.
     rest = [override for override in overrides if override.partition("=")[0].partition(".")[0].strip() != "method"]

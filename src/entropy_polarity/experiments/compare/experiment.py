@@ -171,16 +171,18 @@ def _known(files: Sequence[Path], plan: Plan) -> dict[tuple[str, int], Facts]:
 
 def _check(plan: Plan) -> None:
     """Everything that a run would refuse in its first seconds, for every method, before any starts."""
-    from entropy_polarity.experiments.train import checked, quiet  # TRL: seconds that --from need not wait
     from entropy_polarity.methods import make_transform
 
-    quiet()
     for label, table in plan.methods.items():
         settings = {key: value for key, value in table.items() if key != "name"}
         try:
             make_transform(table["name"], settings)
         except ValueError as error:
             raise ValueError(f"[methods.{label}] {error}") from None
+    from entropy_polarity.experiments.train import checked, quiet  # TRL: seconds that none of the above need wait
+
+    quiet()
+    for label in plan.methods:
         checked(plan.recipe_of(label, plan.seeds[0]), Path())
 
 

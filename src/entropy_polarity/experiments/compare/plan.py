@@ -15,11 +15,13 @@ is read, before anything runs.
 """
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from entropy_polarity._errors import unknown_name
+from entropy_polarity.methods import check_name, given_beside
 from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, apply_override, load_recipe, read_recipe, typed_table
 
 _USUAL_BASELINES = ("grpo", "dapo")
@@ -35,8 +37,13 @@ class Choice:
     values: list[Any] = field(default_factory=list)
 
     def candidates(self, table: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
-        """(value, method table) of each candidate."""
-        return [(value, table | {self.key: value}) for value in self.values] if self.key else [(None, table)]
+        """(value, method table) of each candidate. Of `level` and `fraction` the value that is tried stays; controllers
+        that are tried all get the settings of the table."""
+        if not self.key:
+            return [(None, table)]
+        if self.key == "controller":
+            return [(value, table | {self.key: value}) for value in self.values]
+        return [(value, given_beside(table, {self.key: value}, warnings.warn)) for value in self.values]
 
 
 @dataclass(frozen=True)
@@ -96,16 +103,19 @@ def load_plan(
     seeds: Sequence[int] = (),
     baselines: Sequence[str] = (),
     overrides: Sequence[str] = (),
+    say: Callable[[str], None] = warnings.warn,
 ) -> Plan:
     """The plan in the file `source`, or of the recipe `source` with `methods` like "papo:controller=balance".
 
-    `seeds` (for every method) and `baselines` take the place of the file's, `overrides` come after its own. Raises
-    ValueError or FileNotFoundError for whatever is wrong but the settings of the methods, which need the methods' code
-    to check.
+    What `methods` say stands beside the name of a method, as in `load_recipe`, which has `say`; a table of a file with
+    more than a name is all that its method is told. `seeds` (for every method) and `baselines` take the place of the
+    file's, `overrides` come after its own. Raises ValueError or FileNotFoundError for whatever is wrong but the
+    settings of the methods, which need the methods' code to check.
     """
     document = read_recipe(source)
     if not document.keys() & {f.name for f in fields(Plan)}:
-        document = {"recipe": source, "methods": methods_of(methods)}
+        own, tables = load_recipe(source).method, methods_of(methods)
+        document = {"recipe": source, "methods": {label: _beside(own, label, tables[label], say) for label in tables}}
     elif methods:
         raise ValueError(f"--methods cannot be given with a plan: {source} names them in [methods.LABEL] tables")
     if isinstance(document.get("search"), dict):
@@ -147,6 +157,14 @@ def methods_of(specifications: Sequence[str]) -> dict[str, dict[str, Any]]:
     return tables
 
 
+def _beside(own: dict[str, Any], label: str, given: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """The method of the recipe with what was given for `label`."""
+    try:
+        return given_beside(own, given, say, f"methods.{label}")
+    except ValueError as error:
+        raise ValueError(f"[methods.{label}] {error}") from None
+
+
 def _check(plan: Plan) -> None:
     if not plan.methods:
         raise ValueError("nothing to compare: give --methods, or a plan with [methods.LABEL] tables")
@@ -159,6 +177,10 @@ def _check(plan: Plan) -> None:
             raise ValueError(
                 f"plan key 'methods.{label}' is {table!r}; expected a table with a name, as in papo methods"
             )
+        try:
+            check_name(table["name"])
+        except ValueError as error:
+            raise ValueError(f"[methods.{label}] {error}") from None
     _check_seeds("seeds", plan.seeds)
     for label, seeds in plan.seeds_of.items():
         if label not in plan.methods:

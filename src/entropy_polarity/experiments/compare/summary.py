@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from entropy_polarity.experiments.results import rounded
+from entropy_polarity.experiments.results import bounds, rounded
 from entropy_polarity.record import Run
 from entropy_polarity.statistics.curves import area_under_curve, moving_average, steps_to_reach
-from entropy_polarity.statistics.intervals import paired_bootstrap, t_interval
+from entropy_polarity.statistics.intervals import DIFFERENCE, paired_bootstrap, t_interval
 from entropy_polarity.statistics.success import pass_at_k
 
 WINDOW = 10  # rollouts: of the moving average of the reward, and of the entropy at the end
@@ -177,20 +177,17 @@ def _counted_difference(pairs: list[tuple[Facts, Facts]], name: str) -> dict[str
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-    bootstrap = paired_bootstrap(a, b)
+    bootstrap = paired_bootstrap(a, b, within=DIFFERENCE)
     return {
         "difference": rounded(bootstrap.value),
-        "bootstrap": [rounded(bootstrap.low), rounded(bootstrap.high)],
+        "bootstrap": bounds(bootstrap),
         "t": _t((a - b).mean(axis=1)),
     }
 
 
 def _t(differences: np.ndarray) -> list[float] | None:
-    """The t interval; None for a single seed, which has no spread."""
-    if len(differences) < 2:
-        return None
-    interval = t_interval(differences)
-    return [rounded(interval.low), rounded(interval.high)]
+    """The t interval; None for a single seed, and for seeds that all say the same: neither has a spread."""
+    return None if len(differences) < 2 else bounds(t_interval(differences))
 
 
 def _reach(pairs: list[tuple[Facts, Facts]]) -> dict[str, Any]:

@@ -1,0 +1,31 @@
+"""Intervals as text and as bars: a dash, and no bar, where too little was seen to say."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def interval(low: float | None, high: float | None, form: str = ".3f") -> str:
+    """The bounds in brackets.
+
+    >>> interval(0.25, 0.5), interval(None, None), interval(math.nan, math.nan)
+    ('[0.250, 0.500]', '[-]', '[-]')
+    """
+    if low is None or high is None or math.isnan(low) or math.isnan(high):
+        return "[-]"
+    return f"[{low:{form}}, {high:{form}}]"
+
+
+def estimated(estimate: Mapping[str, Any], form: str = ".3f", between: str = " ") -> str:
+    """The value of an estimate and its interval."""
+    return f"{estimate['value']:{form}}{between}{interval(estimate['low'], estimate['high'], form)}"
+
+
+def bars(estimates: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """plotly's error bars, from "value", "low" and "high" of each."""
+    known = [e if e["low"] is not None else {"value": 0.0, "low": 0.0, "high": 0.0} for e in estimates]
+    return {
+        "array": [e["high"] - e["value"] for e in known],
+        "arrayminus": [e["value"] - e["low"] for e in known],
+        "thickness": 1,
+    }
