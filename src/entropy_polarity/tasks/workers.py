@@ -70,8 +70,8 @@ class Workers:
     import the function, and the module `preload`, before the clock of a call runs; what this process can import,
     they can. `isolated` ones get nothing else of this process's environment, where keys to services may be. Those that
     `reads_only` call the function inside the operating system's boundary, where there is one (tasks/boundary.py): they
-    can read files and compute, and do nothing else. `map` may be called from any thread. Raises ValueError for limits that are not positive; the first call raises
-    NoWorkerError, with the reason, where no worker can import these.
+    can read files and compute, and do nothing else. `map` may be called from any thread. Raises ValueError for limits
+    that are not positive; the first call raises NoWorkerError, with the reason, where no worker can import these.
     """
 
     def __init__(
