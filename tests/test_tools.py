@@ -14,6 +14,8 @@ from entropy_polarity.tasks import tools
 from entropy_polarity.tasks.arithmetic import MAX_CHARACTERS
 from entropy_polarity.tasks.tools import MAX_CODE_CHARACTERS, calculator, python
 
+pytestmark = pytest.mark.usefixtures("python_runs")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def no_process_is_left():
@@ -255,8 +257,8 @@ def test_memory_is_bounded(code, monkeypatch):
     assert "MemoryError" in python(code)
 
 
-# What code could try that has a way around the names: the audit hook, and the limits, must hold without them and without
-# the boundary, which has tests of its own (test_boundary.py).
+# What code could try that has a way around the names: the audit hook, and the limits, must hold without them, and
+# without the boundary, which has tests of its own (test_boundary.py).
 OPENING = [
     "open({marker!r}, 'w')",
     "open('/etc/hostname').read()",

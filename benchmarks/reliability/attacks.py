@@ -4,9 +4,11 @@ In each, @FOLDER@ is a folder that anybody may write to, with the file `kept`, w
 folder `empty`; @WORKER@, @TRAINER@ and @DECOY@ are processes; @PORT@ is listened at by TCP and UDP, and @FOLDER@/socket
 too; @ADDRESS@ is where the trainer has a secret in its memory. A program that gets what it wanted without
 leaving a trace says BROKEN. Those marked `!` leave one that is seen where there is no boundary, and harm nothing but
-what was put there for them: with them the test is tested.
+what was put there for them: with them the test is tested. Numbers of calls and machine code are those of x86-64, and
+are left out elsewhere.
 """
 
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -222,6 +224,8 @@ def _attacks() -> list[Attack]:
         for name, code in programs.items():
             must, title = _marked(name)
             found.append(Attack(group, title, code, must))
+    if platform.machine() != "x86_64":
+        found = [a for a in found if "libc.syscall(" not in a.code and a.group != "machine code"]
     return found
 
 

@@ -12,6 +12,7 @@ without it, in turns. About two minutes on two cores; needs Linux and the extra 
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -98,6 +99,7 @@ def timed() -> dict[str, Any]:
                     assert not outcome.failure, outcome
             found[code] = {
                 "calls": count,
+                "load": os.getloadavg()[0],  # of the machine, in processes: above its cores all of this takes longer
                 "with": statistics.median(took[False]),
                 "without": statistics.median(took[True]),
                 "difference": statistics.median(a - b for a, b in zip(took[False], took[True], strict=True)),

@@ -2,7 +2,7 @@
 
 A process inside it computes, writes to the descriptors that it was given, and ends. Whatever else it asks of the kernel
 fails with EPERM, in whatever way it came to ask: by a name, through memory that it overwrote, in machine code of its
-own. Nothing inside can take the boundary away again. Its parts, each of which holds alone:
+own. Nothing inside can take the boundary away again. Its parts:
 
 seccomp           a list of the calls to the kernel that may be made, some only with certain arguments. No file,
                   process, thread, signal, socket, further descriptor or executable memory is among them
@@ -11,8 +11,9 @@ Landlock          where the kernel has it: no file, no TCP, no signal to a proce
 another user      where this one is root: nobody, without capabilities
 end with parent   the process is killed when its parent dies
 
-seccomp is required; the others are taken where they are to be had. They do not hold against faults of the kernel in the
-calls that are left, against side channels, or against computing itself, whose time and memory have other limits.
+The filter is required, and is enough by itself; the others are taken where they are to be had, should it ever have a
+hole. Nothing here holds against faults of the kernel in the calls that are left, against side channels, or against
+computing itself, whose time and memory have other limits.
 
 libseccomp compiles the filter, as it does those of containers and of systemd; pyseccomp is a thin binding of its stable
 interface. Landlock's is landlockpy. Nothing else imports them.
@@ -77,7 +78,7 @@ class Boundary:
     """
 
     def __init__(self, writing: Iterable[int], purpose: Purpose = "computing") -> None:
-        self._purpose = purpose
+        self._purpose: Purpose = purpose
         self._landlock = _landlock_version()  # imports what nobody may not be able to read
         self._filter = _filter([*writing], purpose)
         self._system = ctypes.CDLL(None)
