@@ -52,6 +52,18 @@ def untyped():
 
 
 @pytest.fixture(scope="session")
+def python_runs():
+    """The tool `python` runs here: where the system has no boundary for it, behind its other layers."""
+    from entropy_polarity.tasks.boundary import examine
+    from entropy_polarity.tasks.tools import CONSENT
+
+    with pytest.MonkeyPatch.context() as patch:
+        if examine().lacking:
+            patch.setenv(CONSENT, "1")
+        yield
+
+
+@pytest.fixture(scope="session")
 def chromium() -> list[str]:
     """The command of a browser without network or window."""
     for name in ("chromium", "chromium-browser", "google-chrome"):

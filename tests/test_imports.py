@@ -31,7 +31,7 @@ ALLOWED = {
     "__init__": ROOMS,  # lazily
     "cli": ROOMS,
     "experiments": ROOMS - {"cli"},
-    "doctor": {"kernels", "trainers"},
+    "doctor": {"kernels", "tasks", "trainers"},
     "trainers": TRAINERS,
     "methods": {"transforms", "phase", "polarity"},
     "transforms": {"phase", "polarity", "tokens"},

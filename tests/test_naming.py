@@ -177,7 +177,7 @@ def test_a_committed_plan_is_what_was_run(plan, result, monkeypatch):
     monkeypatch.chdir(ROOT)  # plans name recipes from there
     document = json.loads((RESULTS / f"{result}.json").read_text())
     file = str(PLANS / f"{plan}.toml")
-    if "methods" in tomllib.loads(Path(file).read_text()):
+    if "methods" in tomllib.loads(Path(file).read_text(encoding="utf-8")):
         planned = load_plan(file, overrides=["task.numbers=[3]"] if result == "comparison-3" else [])
     else:
         planned = ablation_plan(file, [0, 1, 2, 3])

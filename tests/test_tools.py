@@ -14,6 +14,8 @@ from entropy_polarity.tasks import tools
 from entropy_polarity.tasks.arithmetic import MAX_CHARACTERS
 from entropy_polarity.tasks.tools import MAX_CODE_CHARACTERS, calculator, python
 
+pytestmark = pytest.mark.usefixtures("python_runs")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def no_process_is_left():
@@ -141,10 +143,12 @@ from sympy.abc import x
 print(sp.solve(x**2 - 2), sp.integrate(sp.exp(-x**2), (x, -sp.oo, sp.oo)), sp.limit(sp.sin(x) / x, x, 0))
 print(sp.factorint(360), sp.dsolve(sp.Function('f')(x).diff(x)), sp.N(sp.pi, 20), sp.simplify('x*x'))
 print(sp.minimum(x**2, x), sp.satisfiable(sp.Symbol('p')), sp.latex(sp.Rational(1, 2)))
+from sympy import *
+print(var('a b:2'), var('f', cls=Function), f(a) + b1, var('__builtins__'), __name__)
 """
     assert python(code) == (
         "[-sqrt(2), sqrt(2)] sqrt(pi) 1\n{2: 3, 3: 2, 5: 1} Eq(f(x), C1) 3.1415926535897932385 x**2\n"
-        "0 {p: True} \\frac{1}{2}"
+        "0 {p: True} \\frac{1}{2}\n(a, b0, b1) f b1 + f(a) __builtins__ __main__"
     )
 
 
@@ -248,11 +252,13 @@ def test_output_is_cut(code):
 @pytest.mark.parametrize(
     "code", ["x = [1]\nwhile True: x += x", "x = []\nwhile True: x.append('a' * 10**6 + str(len(x)))"]
 )
-def test_memory_is_bounded(code):
+def test_memory_is_bounded(code, monkeypatch):
+    monkeypatch.setattr(tools, "SECONDS", 60.0)  # a busy machine takes its time to give a gigabyte
     assert "MemoryError" in python(code)
 
 
-# What code could try that has a way around the names: the system and the audit hook must hold without them.
+# What code could try that has a way around the names: the audit hook, and the limits, must hold without them, and
+# without the boundary, which has tests of its own (test_boundary.py).
 OPENING = [
     "open({marker!r}, 'w')",
     "open('/etc/hostname').read()",
@@ -274,6 +280,10 @@ ESCAPED = [
     "import ctypes; ctypes.CDLL(None).system(b'touch {marker}')",
     "import os; os.posix_spawn('/bin/touch', ['touch', {marker!r}], {})",
     "import threading, shutil; shutil.rmtree({marker!r})",
+    # The hook has nothing that could be changed: neither a set, nor a name that it looks up.
+    "import os, sys\nbox = sys.modules['entropy_polarity.tasks.sandbox']\n"
+    "for thing in vars(box).values(): thing.update(['os.mkdir']) if isinstance(thing, set) else None\n"
+    "box._refuse_events = box._refuse = print\nos.mkdir({marker!r})",
 ]
 WITHOUT_NAMES = """
 import builtins, json, sys
@@ -283,8 +293,8 @@ sandbox.check = lambda tree: None
 sandbox._builtins = lambda modules: vars(builtins)
 sandbox._load_sympy = lambda: None
 if sys.argv[1] == "no hook":
-    sandbox._refuse = lambda event, arguments: None
-print(json.dumps([sandbox.run(code, 3.0) for code in json.loads(sys.argv[2])]))
+    sandbox._refuse_events = lambda: None
+print(json.dumps([sandbox.run(code, 3.0, True) for code in json.loads(sys.argv[2])]))
 """
 
 

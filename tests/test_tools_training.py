@@ -22,6 +22,7 @@ from entropy_polarity.tasks import make_task
 from entropy_polarity.tasks.tools import calculator, tools_of
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
 
+pytestmark = pytest.mark.usefixtures("python_runs")
 END = "<|im_end|>"
 
 

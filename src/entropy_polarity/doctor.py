@@ -15,6 +15,7 @@ from torch import Tensor
 from entropy_polarity.kernels import choose, linear_token_loss, linear_token_stats, token_stats
 from entropy_polarity.kernels.engine import VARIABLE, why_not_triton
 from entropy_polarity.kernels.reference import reference_token_stats
+from entropy_polarity.tasks import boundary
 
 OLDEST = {"entropy-polarity": "0", "torch": "2.10", "triton": "3.6", "peft": "0.17"}
 OPTIONAL = ("triton", "peft")
@@ -36,7 +37,7 @@ class Finding(NamedTuple):
 def examine() -> list[Finding]:
     """Everything that can be found out without training. A "problem" is what will not work."""
     frameworks = [name for name in FRAMEWORKS if _installed(name)]
-    return [*_versions(frameworks), *_kernels(), *_compilers(), *_trl(frameworks), *_verl(frameworks)]
+    return [*_versions(frameworks), *_kernels(), *_compilers(), *_trl(frameworks), *_verl(frameworks), *_tool_python()]
 
 
 def _installed(package: str) -> str | None:
@@ -190,3 +191,12 @@ def _why_verl_leaves_it_out() -> str | None:
     if allowed == "auto" or names[0] in {name.strip() for name in allowed.split(",")}:
         return None
     return f"VERL_USE_EXTERNAL_PLUGINS={allowed} leaves {names[0]!r} out"
+
+
+def _tool_python() -> Iterator[Finding]:
+    """Whether what a model writes can be run behind a boundary of the operating system's."""
+    parts, lacking = boundary.examine()
+    said = f"runs inside a boundary of {', '.join(parts)}; graders only read"
+    yield Finding(
+        "tool python", "note" if lacking else "ok", f"no boundary: {lacking}: {boundary.INSTALL}" if lacking else said
+    )

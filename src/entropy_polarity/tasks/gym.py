@@ -129,8 +129,15 @@ def _score(outcome: Outcome) -> Score:
 
 @functools.cache
 def _workers(function: str, seconds: float) -> Workers:
-    count = None if function == "judged" else 1
-    return Workers(f"{__name__}:{function}", seconds=seconds, count=count, clock="processor", preload="reasoning_gym")
+    judging = function == "judged"
+    return Workers(
+        f"{__name__}:{function}",
+        seconds=seconds,
+        count=None if judging else 1,
+        clock="processor",
+        preload="reasoning_gym",
+        reads_only=judging,
+    )
 
 
 # What follows runs in workers.

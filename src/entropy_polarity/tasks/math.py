@@ -177,7 +177,7 @@ def _is_test(key: str) -> bool:
 
 @functools.cache
 def _workers(seconds: float) -> Workers:
-    return Workers(f"{__name__}:work", seconds=seconds, clock="processor", preload="math_verify")
+    return Workers(f"{__name__}:work", seconds=seconds, clock="processor", preload="math_verify", reads_only=True)
 
 
 # What follows runs in workers.

@@ -1,17 +1,18 @@
-"""Python code that a policy wrote, run where there is little to reach: what stands behind the tool `python`.
+"""Python code that a policy wrote, run where nothing can be reached: what stands behind the tool `python`.
 
-This limits accidents and the common attacks. It is no security boundary: whoever must run code of an enemy needs a
-virtual machine around the whole run. The layers, from the outside in:
+The layers, from the outside in:
 
 1. a worker (tasks/workers.py): an isolated interpreter without this process's environment, killed when it hangs;
-2. a child of it for every call, so that no call sees what another left. The child has no descriptor but its output,
-   and limits of the system: time, memory, no new descriptor, file or process (that last one binds no root). Its
-   directory is empty and removed;
-3. an audit hook that refuses every event of the interpreter but those of computing: no file, import, process, socket;
-4. names: modules of a list, without what they imported themselves; builtins of a list; and no code with an identifier
+2. a child of it for every call, so that no call sees what another left. It has no descriptor but its output, limits of
+   time and memory, and an empty directory that is removed;
+3. the operating system's boundary (tasks/boundary.py): the child can compute and write its output; the kernel refuses
+   it everything else, whatever code it comes to run;
+4. an audit hook that refuses every event of the interpreter but those of computing: no file, import, process, socket;
+5. names: modules of a list, without what they imported themselves; builtins of a list; and no code with an identifier
    that starts with an underscore or leads to a frame is run at all.
 
-Layers 2 and 3 do not trust layer 4.
+The third is what holds against an enemy, and does not trust the last two: those have been got around before, and give a
+policy its errors in words. Without the third nothing runs unless the caller takes that on itself.
 """
 
 import ast
@@ -35,7 +36,10 @@ from time import monotonic
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from entropy_polarity.tasks.boundary import Boundary
+
 MAX_OUTPUT_BYTES = 4000
+OUTPUT = 1  # the child's only descriptor
 MODULES = (
     *("bisect", "cmath", "collections", "collections.abc", "datetime", "decimal", "fractions", "functools", "heapq"),
     *("itertools", "math", "random", "re", "statistics", "string", "sympy", "sympy.abc"),
@@ -44,7 +48,9 @@ MODULES = (
 _HIDDEN = {
     "functools": {"singledispatch", "singledispatchmethod", "update_wrapper", "wraps"},
     "string": {"Formatter"},
-    "sympy": {"lambdify", "nsolve", "preview", "source"},  # the first two make code of texts
+    # The first two make code of texts; the last ones write into the names of whoever calls them, and so does `var`,
+    # which has a stand-in.
+    "sympy": {"lambdify", "nsolve", "preview", "source", "vfield", "vring", "vfree_group", "var"},
 }
 _BUILTINS = (
     *("__build_class__", "NotImplemented", "abs", "all", "any", "ascii", "bin", "bool", "bytearray", "bytes"),
@@ -63,11 +69,6 @@ _SPECIAL = {"_", "__", "__name__", "__init__", "__iter__", "__next__", "__call__
     *("__rtruediv__", "__rfloordiv__", "__rmod__", "__rpow__", "__iadd__", "__isub__", "__imul__", "__itruediv__"),
 }
 _FRAMES = ("gi_", "cr_", "ag_", "tb_", "co_", "f_back", "f_builtins", "f_code", "f_globals", "f_locals", "f_trace")
-# Events of computing alone; namedtuple and sympy look at the frame of their caller.
-_COMPUTING = {
-    *("builtins.id", "compile", "exec", "object.__getattr__", "object.__setattr__", "sys._getframe"),
-    "sys._getframemodulename",
-}
 # Of sympy, what is not for mathematics, what is deprecated, and what is large: the rest must be there before a call.
 _NOT_LOADED = {
     *("benchmarks", "codegen", "compatibility", "external", "interactive", "parsing", "physics", "plotting"),
@@ -77,16 +78,18 @@ _NOT_LOADED = {
 _CODE = "<code>"
 
 
-def run(code: str, seconds: float) -> str:
+def run(code: str, seconds: float, without_boundary: bool = False) -> str:
     """What `code` printed within `seconds`, the value of a last line that is an expression, and what went wrong.
 
-    For a worker: it forks. The output is cut at MAX_OUTPUT_BYTES, where the code ends too.
+    For a worker: it forks. The output is cut at MAX_OUTPUT_BYTES, where the code ends too. Raises BoundaryError where
+    there is no boundary, unless it is to run without one.
     """
     _modules()
+    boundary = None if without_boundary else _boundary()
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        _be_child(code, seconds, writer)
+        _be_child(code, seconds, writer, boundary)
     try:
         os.close(writer)
         output, note = _read(reader, seconds)
@@ -100,6 +103,11 @@ def run(code: str, seconds: float) -> str:
         note = _timed_out(seconds) if out_of_time else f"error: the interpreter died of signal {os.WTERMSIG(status)}"
     text = output.decode(errors="replace").rstrip("\n")
     return "\n".join(part for part in (text, note) if part) or "(nothing was printed)"
+
+
+@functools.cache
+def _boundary() -> Boundary:
+    return Boundary([OUTPUT])
 
 
 def _timed_out(seconds: float) -> str:
@@ -123,21 +131,25 @@ def _read(descriptor: int, seconds: float) -> tuple[bytes, str]:
 # What follows runs in the child, which never returns.
 
 
-def _be_child(code: str, seconds: float, writer: int) -> None:
+def _be_child(code: str, seconds: float, writer: int, boundary: Boundary | None) -> None:
     try:
-        os.dup2(writer, 1)
+        os.dup2(writer, OUTPUT)
         os.close(0)
         os.closerange(2, 1024)  # among them the worker's answers: nobody is to forge one
         sys.stdout = io.TextIOWrapper(
-            io.FileIO(1, "w", closefd=False), encoding="utf-8", errors="replace", write_through=True
+            io.FileIO(OUTPUT, "w", closefd=False), encoding="utf-8", errors="replace", write_through=True
         )
         sys.stderr = sys.stdout
         random.seed(0)  # the same code has the same output, on a resumed run too
         os.environ.clear()
         _leave_the_file_system()
-        _limit(seconds)
         modules = _modules()
-        sys.addaudithook(_refuse)
+        if boundary:
+            boundary.withdraw()
+        _limit(seconds)
+        if boundary:
+            boundary.seal()
+        _refuse_events()
         _execute(code, modules)
     except BaseException as error:
         print(_described(error))
@@ -159,11 +171,25 @@ def _limit(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
 
 
-def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "import":
-        raise ImportError(f"{arguments[0]} is not available here")  # libraries do without what is optional
-    if event not in _COMPUTING:
-        raise PermissionError(f"{event} is not allowed here")
+def _refuse_events() -> None:
+    """From here on. What the hook reads are constants of its own code: there is no name, and no set, to change."""
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "import":
+            raise ImportError(f"{arguments[0]} is not available here")  # libraries do without what is optional
+        # Computing alone; namedtuple and sympy look at the frame of their caller.
+        if event not in {
+            "builtins.id",
+            "compile",
+            "exec",
+            "object.__getattr__",
+            "object.__setattr__",
+            "sys._getframe",
+            "sys._getframemodulename",
+        }:
+            raise PermissionError(f"{event} is not allowed here")
+
+    sys.addaudithook(refuse)
 
 
 def _execute(code: str, modules: dict[str, SimpleNamespace]) -> None:
@@ -171,12 +197,29 @@ def _execute(code: str, modules: dict[str, SimpleNamespace]) -> None:
     tree = ast.parse(code, _CODE)
     check(tree)
     names = {"__builtins__": _builtins(modules), "__name__": "__main__"}
+    if "sympy" in modules:
+        modules["sympy"].var = functools.partial(_var, names)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, _CODE, "exec"), names)
     if isinstance(last, ast.Expr):
         value = eval(compile(ast.Expression(last.value), _CODE, "eval"), names)
         if value is not None:
             print(value)
+
+
+def _var(names: dict[str, Any], /, *text: Any, **settings: Any) -> Any:
+    """What sympy's `var` is to a program: symbols, and its names for them. The original writes into any caller's."""
+    made = sys.modules["sympy"].symbols(*text, **settings)
+
+    def keep(found: Any) -> None:
+        if isinstance(found, list | tuple | set):
+            for one in found:
+                keep(one)
+        elif str(found).isidentifier() and not str(found).startswith("_"):
+            names[str(found)] = found
+
+    keep(made)
+    return made
 
 
 def check(tree: ast.AST) -> None:

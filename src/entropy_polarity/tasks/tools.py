@@ -3,20 +3,23 @@
 Off unless asked for: `--set 'task.tools=["calculator"]'`. TRL shows a policy the docstrings below, so they are written
 for it. Whatever a policy sends, a tool answers with text, in bounded time.
 
-`calculator` evaluates nothing (tasks/arithmetic.py). `python` runs code that a model wrote, under
-the limits of tasks/sandbox.py, which stop accidents and common attacks and are no security boundary: a run that uses
-it on a model you do not trust belongs into a virtual machine or a container without network and secrets.
+`calculator` evaluates nothing (tasks/arithmetic.py). `python` runs code that a model wrote (tasks/sandbox.py), inside a
+boundary of the operating system's (tasks/boundary.py). Where there is none it refuses, unless this environment
+consents with PAPO_UNSAFE_PYTHON=1: a recipe cannot, since it may come with a stranger's run folder.
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 from entropy_polarity._errors import unknown_name
 from entropy_polarity._text import valid
 from entropy_polarity.tasks.arithmetic import shown, value_of
+from entropy_polarity.tasks.boundary import INSTALL, BoundaryError, examine
 from entropy_polarity.tasks.workers import Workers
 
+CONSENT = "PAPO_UNSAFE_PYTHON"
 MAX_CODE_CHARACTERS = 10_000
 SECONDS = 5.0  # of a call of `python`
 MEMORY_BYTES = 1 << 30
@@ -57,11 +60,12 @@ def python(code: str) -> str:
     Returns:
         The output, cut where it is long; what went wrong is a last line that starts with "error:".
     """
+    without = _without_boundary()
     if not isinstance(code, str):
         return f"error: the code is {type(code).__name__}; expected text"
     if len(code) > MAX_CODE_CHARACTERS:
         return f"error: the code has {len(code)} characters; at most {MAX_CODE_CHARACTERS} are run"
-    (outcome,) = _interpreters().map([(code, SECONDS)])
+    (outcome,) = _interpreters().map([(code, SECONDS, without)])
     return f"error: {outcome.failure}" if outcome.failure else valid(outcome.value)
 
 
@@ -69,7 +73,7 @@ TOOLS: dict[str, Callable[..., str]] = {"calculator": calculator, "python": pyth
 
 
 def known_tools(names: tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    """The names, each once. Raises ValueError for one that is not known.
+    """The names, each once. Raises ValueError for one that is not known, BoundaryError where `python` cannot be had.
 
     >>> known_tools(["calculater"])
     Traceback (most recent call last):
@@ -79,12 +83,25 @@ def known_tools(names: tuple[str, ...] | list[str]) -> tuple[str, ...]:
     for name in names:
         if name not in TOOLS:
             raise unknown_name("tool", name, TOOLS)
+    if python.__name__ in names:
+        _without_boundary()
     return tuple(dict.fromkeys(names))
 
 
 def tools_of(task: Any) -> list[Callable[..., str]]:
     """The functions that a task lets its policy call; most have none."""
     return [TOOLS[name] for name in getattr(task, "tools", ())]
+
+
+def _without_boundary() -> bool:
+    """Whether code is to run without a boundary: there is none, and this environment consents to that."""
+    lacking = examine().lacking
+    if lacking and os.environ.get(CONSENT) != "1":
+        raise BoundaryError(
+            f"the tool python has no boundary here ({lacking}): {INSTALL}; or set {CONSENT}=1 to run what a model "
+            "writes without one, with the rights of this user"
+        )
+    return bool(lacking)
 
 
 @functools.cache

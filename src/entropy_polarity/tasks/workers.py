@@ -21,6 +21,8 @@ from queue import SimpleQueue
 from time import monotonic
 from typing import Any, Literal, NamedTuple
 
+from entropy_polarity.tasks.boundary import Boundary
+
 START_SECONDS = 120.0  # for the imports of a worker
 GRACE_SECONDS = 1.0  # between the worker's own alarm and its end
 PATIENCE = 20  # times the limit of processor time: on a machine this busy a call waits for its turn, and is not late
@@ -44,6 +46,7 @@ class _Terms(NamedTuple):
     preload: str
     isolated: bool
     also: str
+    reads_only: bool
 
 
 class Outcome(NamedTuple):
@@ -67,8 +70,10 @@ class Workers:
     at the first call and end with `close`, with the object or with this process, even when it is killed. They
     import the function, and the module `preload`, before the clock of a call runs; what this process can import,
     they can, and last of all from the folder `also`. `isolated` ones get nothing else of this process's environment,
-    where keys to services may be. `map` may be called from any thread. Raises ValueError for limits that are not
-    positive; the first call raises NoWorkerError, with the reason, where no worker can import these.
+    where keys to services may be. Those that `reads_only` call the function inside the operating system's boundary,
+    where there is one (tasks/boundary.py): they can read files and compute, and do nothing else. `map` may be called
+    from any thread. Raises ValueError for limits that are not positive; the first call raises NoWorkerError, with the
+    reason, where no worker can import these.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class Workers:
         preload: str = "",
         isolated: bool = False,
         also: str = "",
+        reads_only: bool = False,
     ) -> None:
         count = max(1, os.cpu_count() or 1) if count is None else count
         if not (seconds > 0 and memory_bytes > 0 and count > 0):
@@ -91,7 +97,8 @@ class Workers:
         self.count = count
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for _ in range(count):
-            self._idle.put(_Worker(_Terms(function, seconds, memory_bytes, clock, preload, isolated, also)))
+            terms = _Terms(function, seconds, memory_bytes, clock, preload, isolated, also, reads_only)
+            self._idle.put(_Worker(terms))
 
     def map(self, calls: Sequence[Sequence[Any]]) -> list[Outcome]:
         """The outcome of every call, in order."""
@@ -235,9 +242,19 @@ def _serve(terms: _Terms) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     timer, alarm = _TIMERS[terms.clock]
     signal.signal(alarm, _alarm)
+    if terms.reads_only:
+        _only_read(answers.fileno())
     answer(**_READY)
     for line in calls:
         answer(**_outcome(function, json.loads(line), terms.seconds, timer)._asdict())
+
+
+def _only_read(answers: int) -> None:
+    """From here on; where the system has no such boundary, all stays as it is."""
+    with suppress(OSError):
+        boundary = Boundary([answers, 1, 2], "reading")
+        boundary.withdraw()
+        boundary.seal()
 
 
 def _outcome(function: Callable[..., Any], arguments: list[Any], seconds: float, timer: int) -> Outcome:
