@@ -87,6 +87,7 @@ _TEXT = r"\\(?:text|mbox|mathrm|mathit|mathbf|mathsf|textrm|textit|textbf|operat
 _NUMERAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _GAP = r"(?:\s|~|\\[,;:! ])"
 _END = r"(?=\s*(?:$|[,;]))"
+_NO_UNIT = r"\s*(?:and|or|[a-zA-Z](?<![cdghlmstLNJWVAKCF]))\s*"  # a connective, a variable
 _POWER = r"(?:\^(?:\d|\{\d\}))?"
 # Of two letters and more, so that no product of variables is among them.
 _UNIT = (
@@ -98,7 +99,7 @@ _UNIT = (
 )
 _UNITS = rf"{_UNIT}(?:{_GAP}*(?:(?:per|/){_GAP}*)?{_UNIT})*(?:/[hs])?{_POWER}"
 _CODE = r"(?<![a-zA-Z\\])(?:np|numpy|math|sympy|sp)\."
-_ARGUMENT = r"(?<!\\frac )(?<!\\frac)(?<!\\binom )(?<!\\binom)(?<!\\sqrt )"
+_ARGUMENT = r"(?<![_^])(?<!\\frac )(?<!\\frac)(?<!\\binom )(?<!\\binom)(?<!\\sqrt )"
 _RULES = [
     (re.compile(pattern), by)
     for pattern, by in [
@@ -112,7 +113,7 @@ _RULES = [
         (_TEXT + r"\s*\{\s*([eiπ])\s*\}", r"\1 "),  # an upright constant
         (rf"(?<![\w.])({_NUMERAL})[eE]([+-]?\d+)(?!\w|\.\d)", r"(\1*10^{\2})"),
         # Units: text after whatever, and words after a number.
-        (rf"(?<=[^\s,;]){_GAP}*{_TEXT}\s*\{{(?!\s*(?:and|or)\s*\}})[^{{}}\\]*\}}{_POWER}{_END}", ""),
+        (rf"(?<=[^\s,;]){_GAP}*{_TEXT}\s*\{{(?!{_NO_UNIT}\}})[^{{}}\\]*\}}{_POWER}{_END}", ""),
         (rf"(?<=[\d}}]){_GAP}*{_UNITS}{_END}", ""),
         # A programmer's notation.
         (rf"{_CODE}log(?![a-zA-Z0-9])", r"\\ln "),
@@ -123,7 +124,10 @@ _RULES = [
         # The parser adds numerals that stand side by side, as in a mixed fraction: 2 3 is no 5.
         (rf"{_ARGUMENT}(?<![\d.])({_NUMERAL})(?:{_GAP}|\\q?quad)+(?=\d)", r"\1, "),
         (r"\\q?quad(?![a-zA-Z])", ", "),
-        (r"[\s.]+$", ""),
+        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
+        # A derivative is another function: the parser drops the mark.
+        (r"(?<=[a-zA-Z])'(?=\s*(?:[(=+\-*/^,]|$))", r"_{d}"),
+        (r"[\s.,;]+$", ""),
     ]
 ]
 _NAMES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
@@ -203,6 +207,16 @@ def clock(text: str) -> tuple[int, ...] | None:
 def without_unit(text: str) -> str:
     r"""A numeral without the letter after it, which with a space between them can be a unit: 5 m, 9.8\,N."""
     return re.sub(rf"^(\s*-?{_NUMERAL}){_GAP}+[mgshlLNJWVAKCF](?:\^\{{?\d\}}?)?$", r"\1", text)
+
+
+def word(text: str) -> str | None:
+    r"""The word or words that an answer is: letter by letter the parser takes them for a product, east for seat.
+
+    >>> word(r"\text{East}"), word("no  solution"), word("abc"), word("2 x")
+    ('east', 'no solution', None, None)
+    """
+    bare = re.sub(rf"{_TEXT}\s*\{{([^{{}}\\]*)\}}", r"\1", text).strip(" .")
+    return " ".join(bare.lower().split()) if re.fullmatch(r"[a-zA-Z][a-zA-Z ]{2,}[a-zA-Z]", bare) else None
 
 
 def has_letters(latex: str) -> bool:

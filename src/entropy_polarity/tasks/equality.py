@@ -18,8 +18,8 @@ MAX_BITS = 100_000  # of a number that is written out
 SYMBOL_BITS = 40  # of what stands for a variable
 # Larger ones are known by residues modulo the primes of Curve25519 and secp256k1: in neither has 2 a small order.
 PRIMES = (2**255 - 19, 2**256 - 2**32 - 977)
-# Where expressions are compared.
-POINTS = (Rational(10007, 3001), Rational(-7919, 4003), Rational(61195, 1009))
+# Where expressions are compared; one of them is small, so that high powers do not hide the rest.
+POINTS = tuple(Float(point, DIGITS + 30) for point in ("3.3345551482839053", "-1.9782662999200599", "0.0517170383548"))
 PERCENT = UnevaluatedExpr(Rational(1, 100))
 
 
@@ -72,7 +72,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _at(point: Any, symbols: list[Any], expression: Any) -> Any:
     """The expression's value where the variables are different multiples of `point`."""
-    value = expression.xreplace({symbol: point * (3 + 2 * n) / 5 for n, symbol in enumerate(symbols)}).doit()
+    value = expression.xreplace({symbol: point * (5 + 2 * n) / 7 for n, symbol in enumerate(symbols)}).doit()
     if not value.is_number or value.has(sympy.nan, sympy.zoo, sympy.oo):
         raise UndecidedError
     return value
@@ -89,6 +89,8 @@ def _equal_numbers(a: Any, b: Any) -> bool:
         return a == b
     x, y = sympy.N(a, DIGITS), sympy.N(b, DIGITS)
     sizes = abs(x), abs(y)
+    if a.has(Float) or b.has(Float):  # at a point: what is nothing else than rounding is 0
+        return bool(abs(x - y) <= Float(10) ** (5 - DIGITS) * max(sizes) or max(sizes) < Float(10) ** -DIGITS)
     # What is no number yet, or may be 0, of which no digit is the first.
     if not all(size.is_Float for size in sizes) or min(sizes) < Float(10) ** -DIGITS * max(1, *sizes):
         return sympy.simplify(a - b).is_zero is True

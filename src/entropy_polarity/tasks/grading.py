@@ -11,15 +11,16 @@ from decimal import Decimal
 from itertools import product
 from typing import Any, NamedTuple
 
-from entropy_polarity.tasks.answers import bases, boxed, clock, has_letters, normalised, without_unit
+from entropy_polarity.tasks.answers import bases, boxed, clock, has_letters, normalised, without_unit, word
 
 GRADE, FIND, COMPARE = "grade", "find", "compare"  # what workers do
 CORRECT, WRONG, NOT_PARSED = "correct", "wrong", "not parsed"
 # What is one expression and no prose: between signs of mathematics, or a line with LaTeX's commands.
 _SEGMENT = re.compile(r"\$\$.+?\$\$|(?<!\\)\$[^$\n]+\$|\\\[.+?\\\]|\\\(.+?\\\)", re.DOTALL)
 _MARK = re.compile(r"####[ \t]*([^\n#]*)\s*$")  # GSM8K's, of the last line
+_SIGNS = re.compile(r"^(?:\$\$?|\\\[|\\\()|(?:\$\$?|\\\]|\\\))$")
 _COMMAND = re.compile(r"\\[a-zA-Z]{2,}")
-_ANSWER = re.compile(r".*(?:\bis|\bare|:|=>|\\implies)\s", re.DOTALL)
+_LEAD = re.compile(r"(?:.*(?:\bis|\bare|:|=>|\\implies)\s)?(?:[a-zA-Z]{2,},? +)*", re.DOTALL)  # up to the answer
 _E_NOTATION = re.compile(r"(?<![\w.\\])(?:\d+(?:\.\d*)?|\.\d+)[eE][+-]?\d{1,3}(?!\w|\.\d)")
 # 2e-1 is 0.2 to a programmer and 2 e - 1 to a mathematician.
 _AMBIGUOUS = re.compile(r"(?<![\w.])(\d+)e([+-]\d)(?![\d.])")
@@ -75,13 +76,14 @@ def final(completion: str) -> Answer | None:
     segments = list(_SEGMENT.finditer(text))
     last_line = (text.strip().splitlines() or [""])[-1]
     if not segments and _COMMAND.search(last_line):
-        return read(_ANSWER.sub("", last_line))
+        return read(_LEAD.sub("", last_line, count=1))
     # What cannot be read is not read in part.
-    if segments and _COMMAND.search(segments[-1][0]) and len(read(segments[-1][0]).readings) < 2:
-        rest = text[segments[-1].end() :]
-        if not any(character.isdigit() for character in rest):
-            return read(segments[-1][0])
-        text = rest
+    if segments and _COMMAND.search(segments[-1][0]):
+        answer, rest = read(_SIGNS.sub("", segments[-1][0])), text[segments[-1].end() :]
+        if len(answer.readings) < 2:
+            if not any(character.isdigit() for character in rest):
+                return answer
+            text = rest
     readings = _math_verify().parse(_spelled_out(text))
     return Answer(str(readings[-1]), readings) if readings else None
 
@@ -104,6 +106,9 @@ def same(gold: Answer, found: Answer) -> bool:
     times = clock(gold.words), clock(found.words)
     if all(times):
         return times[0] == times[1]
+    words = word(gold.words), word(found.words)
+    if all(words):
+        return words[0] == words[1]
     wanted, given = [gold, *_other(gold)], [found, *_other(found)]
     # A letter that may be a unit is one where the other answer has none, or names its unit too.
     if has_letters(found.words):
@@ -144,7 +149,7 @@ def _math_verify() -> _MathVerify:
         shield(package)
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its limits are off
     written, solved = parser.normalize_latex, grader.sympy_solve_and_compare
-    symbols, sets = grader.sympy_compare_symbols, grader.sympy_compare_sets
+    symbols, sets, compared = grader.sympy_compare_symbols, grader.sympy_compare_sets, grader.sympy_expr_eq
     rules = parser.NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
 
     def normalize(latex: str, config: Any = rules) -> str:
@@ -160,7 +165,12 @@ def _math_verify() -> _MathVerify:
     parser.normalize_latex = normalize
     grader.sympy_numeric_eq = equality.equal
     grader.sympy_symbolic_eq = lambda gold, found: False  # equal has decided that
-    grader.sympy_solve_and_compare = lambda gold, found, *rest: _has_solution(gold) and solved(gold, found, *rest)
+    grader.sympy_expr_eq = lambda gold, found, *rest: (
+        not _is_equation_for_0(gold, found) and compared(gold, found, *rest)
+    )
+    grader.sympy_solve_and_compare = lambda gold, found, *rest: (
+        _may_be_solved(gold, found) and solved(gold, found, *rest)
+    )
     grader.sympy_compare_sets = lambda gold, found, *rest: (
         not _is_pair_for_list(gold, found) and sets(gold, found, *rest)
     )
@@ -179,8 +189,17 @@ def _is_pair_for_list(gold: Any, found: Any) -> bool:
     return isinstance(gold, sympy.FiniteSet) and pair
 
 
-def _has_solution(relation: Any) -> bool:
-    """Two equations without a solution are not equal for that."""
+def _is_equation_for_0(gold: Any, found: Any) -> bool:
+    """Whether an equation like x + 2 y = 0 is given where a value is asked for; of x = 0 the value is 0."""
     import sympy
 
-    return bool(sympy.solve(relation, relation.free_symbols))
+    return (
+        isinstance(gold, sympy.Expr) and isinstance(found, sympy.Eq) and found.lhs.is_Add and found.rhs.is_zero is True
+    )
+
+
+def _may_be_solved(gold: Any, found: Any) -> bool:
+    """Whether equations of the same variables have solutions: two that have none are not equal for that."""
+    import sympy
+
+    return gold.free_symbols == found.free_symbols and bool(sympy.solve(gold, gold.free_symbols))
