@@ -161,7 +161,7 @@ def worst_mastermind(env, turn):
     return " ".join(map(str, next(itertools.islice(guesses, turn, None))))
 
 
-def minesweeper(env, turn, mines):
+def clear_sweeper(env, turn, mines=False):
     cells = itertools.product(range(env.rows), range(env.cols))
     row, column = next(
         (row, column)
@@ -169,6 +169,10 @@ def minesweeper(env, turn, mines):
         if not env.revealed[row][column] and (turn == 0 or (env.grid[row][column] == -1) == mines)
     )
     return f"{row} {column}"
+
+
+def mine_sweeper(env, turn):
+    return clear_sweeper(env, turn, mines=turn > 0)
 
 
 def best_secretary(env, turn):
@@ -234,9 +238,8 @@ SCRIPTED = {
     ),
     "LightsOut": (best_lights_out, worst_lights_out, 32),
     "Mastermind": (lambda env, turn: " ".join(map(str, env.state.game_state["secret_code"])), worst_mastermind, 32),
-    "Minesweeper-small": (
-        lambda env, turn: minesweeper(env, turn, False), lambda env, turn: minesweeper(env, turn, turn > 0), 32,
-    ),
+    "Minesweeper-small": (clear_sweeper, mine_sweeper, 32),
+    "Minesweeper": (clear_sweeper, mine_sweeper, 64),
     "Secretary": (best_secretary, worst_secretary, 32),
     "Sokoban": (best_sokoban, back_and_forth_sokoban, 32),
 }  # fmt: skip
