@@ -74,7 +74,11 @@ def test_bad_settings_are_one_clear_line(name, settings, message):
 def test_extracted():
     assert extracted("<answer>\n1\n2 </answer> trailing") == "1\n2"
     assert extracted(" 12 ") == "12"
-    assert extracted("<answer>1") == "<answer>1"
+    # What was cut off is no answer; neither is what it withdrew, nor all of the text.
+    assert extracted("<answer>1") == ""
+    assert extracted("<answer>1</answer> or rather <answer>2") == ""
+    assert extracted("1 goes between <answer> and </answer>: <answer>1</answer>") == "1"
+    assert extracted("It goes into <answer> tags: <answer>1</answer>") == "1"
 
 
 # Those whose scorer evaluates or parses expressions, and those whose items depend on the order of sets.

@@ -8,7 +8,8 @@ import psutil
 import pytest
 
 from entropy_polarity.tasks import Problem, distinct_problems, make_task
-from entropy_polarity.tasks.math import PRESETS, MathTask, grade
+from entropy_polarity.tasks.grading import grade
+from entropy_polarity.tasks.math import PRESETS, MathTask
 from entropy_polarity.tasks.tables import golds
 
 pytest.importorskip("math_verify", reason="needs the extra [math]")
@@ -43,8 +44,9 @@ GRADED = [
     ("2", "I do not know", "not parsed"),
     ("2", "", "not parsed"),
     ("2", "答えは二です", "not parsed"),
-    ("2", r"\boxed{100000000!}", "timed out"),
-    ("2", r"\boxed{9^{9^{9^{9}}}}", "timed out"),
+    ("2", r"\boxed{100000000!}", "wrong"),  # nothing that large is worked out
+    ("2", r"\boxed{9^{9^{9^{9}}}}", "wrong"),
+    ("2", r"\boxed{\binom{1000000000}{500000000}}", "timed out"),
 ]
 
 
@@ -208,8 +210,16 @@ def test_the_test_split_may_be_another_file(tmp_path):
     assert train == {str(i) for i in range(5, 20)}, "what is evaluated on is never trained on"
     same = MathTask(preset="gsm8k", data=str(tmp_path / "p.jsonl"), test_split=str(tmp_path / "p.jsonl"))
     assert len({same.problem(0, i, "test").key for i in range(20)}) == 20
-    with pytest.raises(ValueError, match="has no train problems in"):
+    with pytest.raises(ValueError, match=r"name other problems with --set task\.test_split=FILE"):
         same.problem(0, 0, "train")
+
+
+def test_too_few_problems_to_keep_a_tenth_are_a_line_that_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"task math has no test problems.* --set task\.test_split=FILE") as failure:
+        MathTask(data=numbered(tmp_path / "p.jsonl", 1)).problem(0, 0, "test")
+    assert "\n" not in str(failure.value)
+    file = numbered(tmp_path / "p.jsonl", 1)
+    assert MathTask(data=file, test_split=file).problem(0, 0, "test").facts["answers"] == ["0"], "what it says to do"
 
 
 def test_a_system_prompt_may_be_none_at_all(tmp_path):
@@ -247,6 +257,7 @@ def test_without_a_network_one_line_names_the_local_path(monkeypatch):
         ({"data": "{odd}", "prompt_column": "q", "answer_column": "table"}, "row 0 of .*: an answer is text, a number"),
         ({"data": "{odd}", "prompt_column": "q", "answer_column": "nan"}, "row 0 of .* has no problem or no answer"),
         ({"data": "{file}", "prompt_column": "a", "answer_column": "b"}, "row 0 of .* has no problem or no answer"),
+        ({"data": "{cut}"}, "row 0 of .* has no problem or no answer"),
         ({"data": "{file}", "seconds": 0.0}, "expected positive numbers"),
     ],
 )
@@ -258,7 +269,10 @@ def test_bad_data_is_one_clear_line(settings, message, tmp_path):
     (tmp_path / "latin.jsonl").write_bytes('{"problem": "é", "answer": "1"}'.encode("latin-1"))
     odd = {"q": "q", "n": 7, "none": None, "table": {"a": 1}, "said": [{"role": "user"}], "nan": float("nan")}
     (tmp_path / "odd.jsonl").write_text(json.dumps(odd), encoding="utf-8")
-    names = {name: f"{name}.jsonl" for name in ("file", "empty", "latin", "odd")}
+    (tmp_path / "cut.jsonl").write_text(
+        json.dumps({"problem": "q", "solution": r"Early \boxed{1}, then \boxed{\frac{2}"}), encoding="utf-8"
+    )
+    names = {name: f"{name}.jsonl" for name in ("cut", "file", "empty", "latin", "odd")}
     names |= {"broken": "broken.json", "folder": "folder"}
     paths = {name: str(tmp_path / file) for name, file in names.items()}
     settings = {k: v.format(**paths) if isinstance(v, str) else v for k, v in settings.items()}

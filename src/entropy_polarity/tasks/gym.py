@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import json
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from entropy_polarity._errors import unknown_name
 from entropy_polarity._success import degree
 from entropy_polarity._text import valid_parts
 from entropy_polarity.tasks import Problem, Score, Split
+from entropy_polarity.tasks.answers import tagged
 from entropy_polarity.tasks.workers import DIED, OUT_OF_MEMORY, TIMED_OUT, Outcome, Workers
 
 SIZE = 20_000  # items of a data set, of which a stream draws
@@ -28,7 +28,6 @@ DRAWS = 200  # until one is of the split that was asked for
 MAKE_SECONDS = 60.0
 SYSTEM = "Think about the problem step by step, then give the final answer, alone, between <answer> and </answer>."
 MAX_ANSWER_CHARACTERS = 20_000
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class GymTask:
     """A reasoning-gym data set: `dataset` by its name there, `config` as its own configuration names the settings.
 
     `composite` mixes several: config = {"datasets": [{"name": ..., "weight": ..., "config": {...}}, ...]}. What is
-    judged is the text in the last <answer> tags, or where there are none, all of it. The reward is the scorer's,
-    from 0 to 1; judging one answer may compute for `seconds`. Raises ImportError without reasoning-gym, ValueError
-    for a name or a configuration that it does not take.
+    judged is the text in the last <answer> tags, or where there are none, all of it; tags that are not closed hold no
+    answer. The reward is the scorer's, from 0 to 1; judging one answer may compute for `seconds`. Raises ImportError
+    without reasoning-gym, ValueError for a name or a configuration that it does not take.
     """
 
     dataset: str = ""
@@ -113,9 +112,10 @@ class GymTask:
 
 
 def extracted(completion: str) -> str:
-    """The text in the last <answer> tags of a completion; all of it where there are none."""
-    tagged = _TAGGED.findall(completion)
-    return (tagged[-1] if tagged else completion).strip()
+    """The text in the last <answer> tags of a completion; all of it where there are none, nothing of it where the last
+    are not closed: what was cut off there is no answer, and what stood in earlier tags was withdrawn."""
+    answer = tagged(completion)
+    return completion.strip() if answer is None else answer
 
 
 def _score(outcome: Outcome) -> Score:

@@ -1,4 +1,4 @@
-"""Mathematics: problems of a data set, from the hub or from a file, answers graded by math-verify.
+"""Mathematics: problems of a data set, from the hub or from a file, answers graded by math-verify (tasks/grading.py).
 
     papo eval --model MODEL --task math:gsm8k
     papo eval --model MODEL --task math --set task.data=problems.jsonl --set task.prompt_column=question
@@ -14,10 +14,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from entropy_polarity._errors import unknown_name
-from entropy_polarity.tasks import Problem, Score, Split
+from entropy_polarity.tasks import Problem, Score, Split, grading
+from entropy_polarity.tasks.grading import COMPARE, CORRECT, FIND, GRADE, NOT_PARSED, WRONG
 from entropy_polarity.tasks.tables import FILES, is_one_table, read_problems
 from entropy_polarity.tasks.tools import known_tools
 from entropy_polarity.tasks.voting import merged
@@ -26,8 +27,7 @@ from entropy_polarity.tasks.workers import DIED, OUT_OF_MEMORY, TIMED_OUT, Worke
 TEST_SHARE = 0.1
 MAX_ANSWER_CHARACTERS = 4000  # of a completion, from its end: where an answer stands
 SYSTEM = "Reason step by step, and put the final answer within \\boxed{}."
-GRADE, FIND, COMPARE = "grade", "find", "compare"  # what workers do
-CORRECT, WRONG, NOT_PARSED, FAILED = "correct", "wrong", "not parsed", "grading failed"
+FAILED = "grading failed"
 
 
 class Preset(NamedTuple):
@@ -130,7 +130,7 @@ class MathTask:
         return [Score(float(verdict == CORRECT), verdict) for verdict in verdicts]
 
     def final_answers(self, answers: Sequence[tuple[Problem, str]]) -> list[str | None]:
-        """The words in which math-verify finds the answer; of those that it takes for equal, the first one's."""
+        """The words of the answer that is graded; of those that it takes for equal, the first one's."""
         texts, workers = [completion[-MAX_ANSWER_CHARACTERS:] for _, completion in answers], _workers(self.seconds)
         found = [outcome.value for outcome in workers.map_distinct([(FIND, text) for text in texts])]
 
@@ -162,8 +162,22 @@ def _problems(task: MathTask, split: Split) -> list[Problem]:
         held_out = {problem.key for problem in _problems(task, "test")}
         problems = [problem for problem in table(source.split) if problem.key not in held_out]
     if not problems:
-        raise ValueError(f"task {task.name} has no {split} problems in {source.data} {source.test_split}".rstrip())
+        raise ValueError(_none_left(task.name, split, source, bool(divided or not source.test_split)))
     return problems
+
+
+def _none_left(name: str, split: Split, source: Preset, divided: bool) -> str:
+    """The line that says why a split is empty, and what to do."""
+    if not divided:
+        return (
+            f"task {name}: every problem of {source.data} is also in {source.test_split}, and what is evaluated on is "
+            "not trained on: name other problems with --set task.test_split=FILE"
+        )
+    return (
+        f"task {name} has no {split} problems: of {source.data} a tenth, chosen by a hash of each problem, is kept to "
+        "evaluate on, and so few are divided badly. Name a file of problems to evaluate on with "
+        "--set task.test_split=FILE (the same file will do for papo eval), or give more problems"
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -177,53 +191,6 @@ def _is_test(key: str) -> bool:
 
 @functools.cache
 def _workers(seconds: float) -> Workers:
-    return Workers(f"{__name__}:work", seconds=seconds, clock="processor", preload="math_verify", reads_only=True)
-
-
-# What follows runs in workers.
-
-
-def work(what: str, *arguments: Any) -> Any:
-    """One pool of processes for all that math-verify is asked."""
-    return {GRADE: grade, FIND: find, COMPARE: compare}[what](*arguments)
-
-
-def grade(answers: list[str], completion: str) -> str:
-    """The verdict on a completion, by math-verify: it may be any of the accepted answers."""
-    parse, verify = _math_verify()
-    found = parse(completion)
-    if not found:
-        return NOT_PARSED
-    return CORRECT if any(verify(parse(_as_latex(gold)), found) for gold in answers) else WRONG
-
-
-def find(completion: str) -> str | None:
-    """The answer in a completion, in its own words; None where math-verify finds none."""
-    parse, _ = _math_verify()
-    found = parse(completion)
-    return str(found[-1]) if found else None
-
-
-def compare(completion: str, other: str) -> bool:
-    """Whether the answers of two completions are equal."""
-    parse, verify = _math_verify()
-    return bool(verify(parse(completion), parse(other)))
-
-
-def _as_latex(gold: str) -> str:
-    return gold if "$" in gold or "\\boxed" in gold else f"\\boxed{{{gold}}}"
-
-
-@functools.cache
-def _math_verify() -> tuple[Any, Any]:
-    """Its two functions, without its own time limits, which the worker has, and without Python's eval."""
-    import math_verify
-
-    from entropy_polarity.tasks.careful import shield
-
-    for package in ("sympy", "latex2sympy2_extended", "math_verify"):
-        shield(package)
-    # A box, where there is one, before any other expression.
-    targets = [math_verify.LatexExtractionConfig(boxed_match_priority=0), math_verify.ExprExtractionConfig()]
-    parse = functools.partial(math_verify.parse, extraction_config=targets, parsing_timeout=0)
-    return parse, functools.partial(math_verify.verify, timeout_seconds=0)
+    return Workers(
+        f"{grading.__name__}:work", seconds=seconds, clock="processor", preload="math_verify", reads_only=True
+    )

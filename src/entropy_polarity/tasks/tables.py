@@ -8,6 +8,7 @@ from typing import Any
 from entropy_polarity._hub import why_not_asked
 from entropy_polarity._text import valid_parts
 from entropy_polarity.tasks import Messages, Problem
+from entropy_polarity.tasks.answers import boxed
 
 PROMPT_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "solution")
@@ -65,7 +66,7 @@ def _messages(asked: Any) -> Messages:
 
 def golds(answer: Any) -> list[str]:
     """The accepted answers in a cell: a list is taken as it is; of a solution, what stands after #### or in its last
-    \\boxed{}. None and NaN are no answer; raises TypeError for a table of values.
+    \\boxed{}; one that is not closed is no answer, nor are None and NaN. Raises TypeError for a table of values.
 
     >>> golds("6 * 12 = 72 #### 72"), golds("so it is \\\\boxed{1{,}000}"), golds(["1", "2"])
     (['72'], ['1{,}000'], ['1', '2'])
@@ -77,19 +78,9 @@ def golds(answer: Any) -> list[str]:
     text = "" if answer is None or answer != answer else str(answer).strip()  # NaN is not itself
     if "####" in text:
         text = text.rsplit("####", 1)[1].strip().replace(",", "")
-    elif "\\boxed{" in text:
-        text = _braced(text.rsplit("\\boxed{", 1)[1])
+    elif (held := boxed(text)) is not None:
+        text = held
     return [text] if text else []
-
-
-def _braced(text: str) -> str:
-    """What stands before the brace that closes one opened before the text."""
-    depth = 1
-    for place, character in enumerate(text):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[:place]
-    return text
 
 
 def load_table(data: str, subset: str = "", split: str = "") -> Any:

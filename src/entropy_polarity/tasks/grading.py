@@ -1,0 +1,205 @@
+r"""Grading by math-verify, between our own finder of answers (tasks/answers.py) and comparison (tasks/equality.py).
+
+math-verify finds an answer in prose, parses LaTeX and compares what has structure: sets, intervals, tuples, relations.
+What it is given is in one notation, and it compares numbers and expressions as we do. This runs in workers.
+"""
+
+import functools
+import logging
+import re
+from decimal import Decimal
+from itertools import product
+from typing import Any, NamedTuple
+
+from entropy_polarity.tasks.answers import bases, boxed, clock, has_letters, normalised, without_unit, word
+
+GRADE, FIND, COMPARE = "grade", "find", "compare"  # what workers do
+CORRECT, WRONG, NOT_PARSED = "correct", "wrong", "not parsed"
+# What is one expression and no prose: between signs of mathematics, or a line with LaTeX's commands.
+_SEGMENT = re.compile(r"\$\$.+?\$\$|(?<!\\)\$[^$\n]+\$|\\\[.+?\\\]|\\\(.+?\\\)", re.DOTALL)
+_MARK = re.compile(r"####[ \t]*([^\n#]*)\s*$")  # GSM8K's, of the last line
+_SIGNS = re.compile(r"^(?:\$\$?|\\\[|\\\()|(?:\$\$?|\\\]|\\\))$")
+_COMMAND = re.compile(r"\\[a-zA-Z]{2,}")
+_LEAD = re.compile(r"(?:.*(?:\bis|\bare|:|=>|\\implies)\s)?(?:[a-zA-Z]{2,},? +)*", re.DOTALL)  # up to the answer
+_E_NOTATION = re.compile(r"(?<![\w.\\])(?:\d+(?:\.\d*)?|\.\d+)[eE][+-]?\d{1,3}(?!\w|\.\d)")
+# 2e-1 is 0.2 to a programmer and 2 e - 1 to a mathematician.
+_AMBIGUOUS = re.compile(r"(?<![\w.])(\d+)e([+-]\d)(?![\d.])")
+
+
+class Answer(NamedTuple):
+    """An answer in its own words, and what math-verify reads in it: an expression where it is one, and a text."""
+
+    words: str
+    readings: list[Any]
+
+
+def work(what: str, *arguments: Any) -> Any:
+    """One pool of processes for all that math-verify is asked."""
+    return {GRADE: grade, FIND: find, COMPARE: compare}[what](*arguments)
+
+
+def grade(golds: list[str], completion: str) -> str:
+    """The verdict on a completion, which may be any of the accepted answers."""
+    found = final(completion)
+    if not found:
+        return NOT_PARSED
+    return CORRECT if any(same(in_gold(gold), found) for gold in golds) else WRONG
+
+
+def find(completion: str) -> str | None:
+    """The answer in a completion, in its own words; None where there is none."""
+    found = final(completion)
+    return found.words if found else None
+
+
+def compare(completion: str, other: str) -> bool:
+    """Whether the answers of two completions are equal."""
+    one, two = final(completion), final(other)
+    return one is not None and two is not None and (same(one, two) or same(two, one))
+
+
+def in_gold(gold: str) -> Answer:
+    """What a data set gives for an answer: alone, in a box, or as prose with mathematics in it."""
+    plain = gold.replace("\\$", "")
+    found = final(gold) if "$" in plain or boxed(gold) is not None else None
+    return found or read(plain)
+
+
+def final(completion: str) -> Answer | None:
+    """The final answer of a completion: what is boxed, else what math-verify finds in the prose."""
+    held = boxed(completion)
+    if held is not None:
+        return read(held) if held else None
+    text = completion.replace("\\$", "")
+    if (mark := _MARK.search(text)) and (marked := read(mark[1].strip(" $."))).words:
+        return marked
+    segments = list(_SEGMENT.finditer(text))
+    last_line = (text.strip().splitlines() or [""])[-1]
+    if not segments and _COMMAND.search(last_line):
+        return read(_LEAD.sub("", last_line, count=1))
+    # What cannot be read is not read in part.
+    if segments and _COMMAND.search(segments[-1][0]):
+        answer, rest = read(_SIGNS.sub("", segments[-1][0])), text[segments[-1].end() :]
+        if len(answer.readings) < 2:
+            if not any(character.isdigit() for character in rest):
+                return answer
+            text = rest
+    readings = _math_verify().parse(_spelled_out(text))
+    return Answer(str(readings[-1]), readings) if readings else None
+
+
+def _spelled_out(prose: str) -> str:
+    """E-notation in digits, in which a number is found in prose."""
+    return _E_NOTATION.sub(lambda number: format(Decimal(number[0]), "f"), prose)
+
+
+def read(words: str) -> Answer:
+    """The answer that some words are, as a whole."""
+    return Answer(words, _math_verify().read(words))
+
+
+def same(gold: Answer, found: Answer) -> bool:
+    """Whether an answer is the accepted one. It may leave out a base or a unit, and must not name another base."""
+    ours, theirs = bases(gold.words), bases(found.words)
+    if ours and theirs and ours != theirs:
+        return False
+    times = clock(gold.words), clock(found.words)
+    if all(times):
+        return times[0] == times[1]
+    words = word(gold.words), word(found.words)
+    if all(words):
+        return words[0] == words[1]
+    wanted, given = [gold, *_other(gold)], [found, *_other(found)]
+    # A letter that may be a unit is one where the other answer has none, or names its unit too.
+    if has_letters(found.words):
+        wanted += _bare(gold)
+    if not has_letters(gold.words):
+        given += _bare(found)
+    return any(_math_verify().verify(a.readings, b.readings) for a, b in product(wanted, given))
+
+
+def _bare(answer: Answer) -> list[Answer]:
+    bare = without_unit(answer.words)
+    return [] if bare == answer.words else [read(bare)]
+
+
+def _other(answer: Answer) -> list[Answer]:
+    """The other reading of what may be E-notation."""
+    spaced = _AMBIGUOUS.sub(r"\1 e \2", answer.words)
+    return [] if spaced == answer.words else [read(spaced)]
+
+
+class _MathVerify(NamedTuple):
+    parse: Any
+    verify: Any
+    read: Any
+
+
+@functools.cache
+def _math_verify() -> _MathVerify:
+    """Its functions, with our notation and comparison, without Python's eval and without its own time limits, which
+    the worker has."""
+    import math_verify
+    from math_verify import grader, parser
+
+    from entropy_polarity.tasks import equality
+    from entropy_polarity.tasks.careful import shield
+
+    for package in ("sympy", "latex2sympy2_extended", "math_verify"):
+        shield(package)
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its limits are off
+    written, solved = parser.normalize_latex, grader.sympy_solve_and_compare
+    symbols, sets, compared = grader.sympy_compare_symbols, grader.sympy_compare_sets, grader.sympy_expr_eq
+    rules = parser.NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
+
+    def normalize(latex: str, config: Any = rules) -> str:
+        return written(normalised(latex), rules)
+
+    def read(words: str) -> list[Any]:
+        latex = normalize(words)
+        try:
+            return [parser.parse_latex_cached(latex), latex]
+        except Exception:  # of ANTLR, of sympy, or a plain Exception: it is no expression
+            return [latex]
+
+    parser.normalize_latex = normalize
+    grader.sympy_numeric_eq = equality.equal
+    grader.sympy_symbolic_eq = lambda gold, found: False  # equal has decided that
+    grader.sympy_expr_eq = lambda gold, found, *rest: (
+        not _is_equation_for_0(gold, found) and compared(gold, found, *rest)
+    )
+    grader.sympy_solve_and_compare = lambda gold, found, *rest: (
+        _may_be_solved(gold, found) and solved(gold, found, *rest)
+    )
+    grader.sympy_compare_sets = lambda gold, found, *rest: (
+        not _is_pair_for_list(gold, found) and sets(gold, found, *rest)
+    )
+    grader.sympy_compare_symbols = lambda gold, found: symbols(gold, found) or equality.equal(gold, found)
+    targets = [math_verify.LatexExtractionConfig(), math_verify.ExprExtractionConfig()]
+    parse = functools.partial(math_verify.parse, extraction_config=targets, parsing_timeout=0)
+    verify = functools.partial(math_verify.verify, timeout_seconds=0, allow_set_relation_comp=True)
+    return _MathVerify(parse, verify, read)
+
+
+def _is_pair_for_list(gold: Any, found: Any) -> bool:
+    """Whether the interval or the point (1, 2) is given where the two numbers 1 and 2 are asked for."""
+    import sympy
+
+    pair = isinstance(found, sympy.Interval) or (isinstance(found, sympy.Tuple) and len(found) == 2)
+    return isinstance(gold, sympy.FiniteSet) and pair
+
+
+def _is_equation_for_0(gold: Any, found: Any) -> bool:
+    """Whether an equation like x + 2 y = 0 is given where a value is asked for; of x = 0 the value is 0."""
+    import sympy
+
+    return (
+        isinstance(gold, sympy.Expr) and isinstance(found, sympy.Eq) and found.lhs.is_Add and found.rhs.is_zero is True
+    )
+
+
+def _may_be_solved(gold: Any, found: Any) -> bool:
+    """Whether equations of the same variables have solutions: two that have none are not equal for that."""
+    import sympy
+
+    return gold.free_symbols == found.free_symbols and bool(sympy.solve(gold, gold.free_symbols))
