@@ -129,12 +129,6 @@ def _error(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _compilers() -> Iterator[Finding]:
-    found = next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
-    yield Finding(
-        f"{VARIABLE}=compiled",
-        "ok" if found else "note",
-        f"can be had: {found}" if found else "no C++ compiler (g++) was found, torch.compile needs one on a CPU",
-    )
     reason = why_not_triton(torch.device("cuda"), torch.float32)
     if reason is None and not torch.cuda.is_available():
         reason = "no CUDA device"

@@ -19,6 +19,7 @@ from entropy_polarity.transforms.weights import (
     exact_where_known,
     one_branch,
     opefo,
+    opefo_polarity,
     random_branch,
     shuffled_signs,
     with_sensitivity,
@@ -123,7 +124,8 @@ METHODS = {
         Method("nsr", nsr, "arXiv 2506.01347"),
         Method("psr", psr, "arXiv 2506.01347"),
         Method("steer", steer, "arXiv 2510.10150"),
-        Method("opefo", opefo, "arXiv 2605.11491, from a third-party summary; d = P is assumed"),
+        Method("opefo", opefo, "arXiv 2605.11491, from third-party summaries"),
+        Method("opefo_polarity", opefo_polarity, "ours; the rule of arXiv 2605.11491 with P for its d"),
         Method("stare", stare, "arXiv 2606.19236"),
         Method(
             "entropic",
