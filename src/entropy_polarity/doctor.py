@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -36,7 +35,7 @@ class Finding(NamedTuple):
 def examine() -> list[Finding]:
     """Everything that can be found out without training. A "problem" is what will not work."""
     frameworks = [name for name in FRAMEWORKS if _installed(name)]
-    return [*_versions(frameworks), *_kernels(), *_compilers(), *_trl(frameworks), *_verl(frameworks)]
+    return [*_versions(frameworks), *_kernels(), *_triton(), *_trl(frameworks), *_verl(frameworks)]
 
 
 def _installed(package: str) -> str | None:
@@ -128,7 +127,7 @@ def _error(device: torch.device, dtype: torch.dtype) -> float:
     return float(torch.stack(far).max())
 
 
-def _compilers() -> Iterator[Finding]:
+def _triton() -> Iterator[Finding]:
     reason = why_not_triton(torch.device("cuda"), torch.float32)
     if reason is None and not torch.cuda.is_available():
         reason = "no CUDA device"

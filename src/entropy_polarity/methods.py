@@ -124,7 +124,7 @@ METHODS = {
         Method("nsr", nsr, "arXiv 2506.01347"),
         Method("psr", psr, "arXiv 2506.01347"),
         Method("steer", steer, "arXiv 2510.10150"),
-        Method("opefo", opefo, "arXiv 2605.11491, from third-party summaries"),
+        Method("opefo", opefo, "unresolved: arXiv 2605.11491, from third-party summaries, whose λ is not ours"),
         Method("opefo_polarity", opefo_polarity, "ours; the rule of arXiv 2605.11491 with P for its d"),
         Method("stare", stare, "arXiv 2606.19236"),
         Method(
@@ -148,6 +148,20 @@ METHODS = {
         Method("papo_random_half", papo_random_half, "ours"),
     )
 }
+
+
+# Names that meant another rule in results made before a day.
+RENAMED = {"opefo": ("opefo_polarity", "2026-11-28")}
+
+
+def name_of(name: str, date: str) -> str:
+    """Today's name of what was called `name` on an ISO date.
+
+    >>> name_of("opefo", "2026-11-23T20:19:45+00:00"), name_of("grpo", "2026-11-23")
+    ('opefo_polarity', 'grpo')
+    """
+    now, until = RENAMED.get(name, (name, ""))
+    return now if date < until else name
 
 
 def make_transform(name: str, settings: dict[str, Any] | None = None) -> Transform:
