@@ -1,5 +1,7 @@
-"""Is OPEFO's λ near 0.001? Its λ = (D- - D+) / (D- + D+) on the rollouts of a run of plain GRPO, with both estimates of a
-token's entropy change: d = -A (1 - p)² (log p + H), OPEFO's, and P = A T, the exact first order.
+"""Is OPEFO's λ near 0.001?
+
+Its λ = (D- - D+) / (D- + D+) on the rollouts of a run of plain GRPO, with both estimates of a token's entropy change:
+d = -A (1 - p)² (log p + H), OPEFO's, and P = A T, the exact first order.
 
     OMP_NUM_THREADS=1 python benchmarks/opefo.py --output benchmarks/results/opefo.json
 

@@ -76,7 +76,7 @@ def page(text: str, folder: Path = RESULTS) -> str:
 
 
 def _renamed(table: TextTable, document: dict[str, Any]) -> TextTable:
-    """The table with today's name for a rule that was called otherwise when it was measured; the file stays as it is."""
+    """The table with today's name for a rule that had another when it was measured; the file stays as it is."""
     date = document["environment"]["date"]
     return replace(table, rows=[[name_of(row[0], date), *row[1:]] for row in table.rows])
 

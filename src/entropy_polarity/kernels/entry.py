@@ -41,9 +41,10 @@ def token_stats(
     `implementation`: "chunked" or "triton"; by default the environment variable PAPO_KERNEL, or what
     suits the device and type (`papo doctor` tells).
 
-    Raises ValueError for a temperature that is not positive, or so small or large that 1 / temperature leaves the type's
-    normal numbers; and with `check=True` for shapes that do not match, an id outside [0, V), logits that hold NaN or
-    +inf, or a row of all -inf. With `check=False` such rows give NaN, and an id outside the vocabulary anything.
+    Raises ValueError for a temperature that is not positive, or so small or large that 1 / temperature leaves the
+    normal numbers of the type; and with `check=True` for shapes that do not match, an id outside [0, V), logits that
+    hold NaN or +inf, or a row of all -inf. With `check=False` such rows give NaN, and an id outside the vocabulary
+    anything.
     Source: arXiv 2605.11775 for T; one pass and the numerics are ours.
 
     >>> stats = token_stats(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0]))
@@ -98,9 +99,9 @@ def linear_token_stats(
     """`token_stats` of an output head, whose logits are never held: one tile of them at a time.
 
     `hidden` (N, D), `weight` (V, D) and `bias` (V,), `tokens` (N,). With x = hidden @ weight.T + bias, the logits are
-    `logit_scale` x, or c tanh(`logit_scale` x / c) for a `softcap` c. Rows where `mask` is False cost nothing and give
-    0. The product is made in the autocast type, or in that of `hidden`, like the model's own; `logits_dtype`
-    torch.float32 keeps its float32 sums for 16-bit factors.
+    `logit_scale` x, or c tanh(`logit_scale` x / c) for a `softcap` c, which rounds them to a step of float32 at c. Rows
+    where `mask` is False cost nothing and give 0. The product is made in the autocast type, or in that of `hidden`, like
+    the model's own; `logits_dtype` torch.float32 keeps its float32 sums for 16-bit factors.
 
     Gradients reach `hidden`, `weight` and `bias`, summed in float32. They are made from logits that the backward
     makes again; for a head that needs no gradient (LoRA) the forward collects them instead: two products rather than
@@ -207,8 +208,8 @@ def _plan(
     logits = product if logits is None else logits
     if logits != product and not (logits == torch.float32 and product.itemsize == 2):
         raise ValueError(
-            f"{who}: logits_dtype is {logits} for a product of {product}; expected None, {product}, or torch.float32 with a "
-            "product of 16 bits"
+            f"{who}: logits_dtype is {logits} for a product of {product}; expected None, {product}, or torch.float32 "
+            "with a product of 16 bits"
         )
     check_head(who, head, logits)
     return Plan(engine(choose(hidden.device, logits, implementation).name, device), head, product, logits, tile_bytes)

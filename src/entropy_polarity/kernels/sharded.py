@@ -24,7 +24,8 @@ def sharded_token_stats(
 
     `logits` (..., W) are this process's columns, `tokens` (...) ids of the whole vocabulary, the same on all processes.
     The processes hold W columns each, in the order of their ranks. 24 bytes a row and process are gathered; there is no
-    gradient. Rows with NaN or +inf give NaN. Raises ValueError for a temperature as `token_stats` does. Source: ours; the merge is that of the tiles (`state.merge`).
+    gradient. Rows with NaN or +inf give NaN. Raises ValueError for a temperature as `token_stats` does.
+    Source: ours; the merge is that of the tiles (`state.merge`).
     """
     rows = logits.reshape(-1, logits.shape[-1])
     columns, head = rows.shape[1], Head(temperature)

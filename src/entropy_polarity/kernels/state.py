@@ -59,9 +59,9 @@ class Head(NamedTuple):
         return d.mul_(self.scale)
 
     def bend(self, x: Tensor) -> Tensor:
-        """1 - tanh² of a cap at x, what it leaves of a gradient: 4 u / (1 + u)² with u = e^{-2 |y|}, y = logit_scale x / c.
+        """1 - tanh² y of a cap at x, what it leaves of a gradient; y = logit_scale x / c.
 
-        The difference itself would keep no digit where the cap is nearly reached.
+        As 4 u / (1 + u)² with u = e^{-2 |y|}: the difference would keep no digit where the cap is nearly reached.
         """
         assert self.softcap is not None
         u = (x.abs() * (-2 * self.logit_scale / self.softcap)).exp_()

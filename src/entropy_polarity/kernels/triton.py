@@ -38,7 +38,7 @@ _NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
 
 @triton.jit
 def _folded(x, cap, HAS_CAP: tl.constexpr):
-    """`Head.folded`, with cap = 2 k log2(e) for y = k x: tanh y = 1 - 2 / (e^{2y} + 1), or its series where that cancels."""
+    """`Head.folded`, with cap = 2 k log2(e), y = k x: 1 - 2 / (e^{2y} + 1), or its series where that cancels."""
     if HAS_CAP:
         y = x * (cap * (0.5 * _LN2))
         yy = y * y

@@ -177,8 +177,8 @@ def opefo() -> Transform:
 
     d as in `token_flow`, D+ and D- the sums of its positive and negative parts; their net is then zero. With one branch
     empty nothing is changed, since its rule would silence the other. No hyper-parameter.
-    Unresolved: a summary says that λ stays within 0.00025 to 0.00175 on its own; on 60 rollouts of plain GRPO this one is
-    0.36 in the median and reaches 0.60 (benchmarks/results/opefo.json). What λ or d is in the paper is not known to us.
+    Unresolved: a summary says that λ stays within 0.00025 to 0.00175 on its own; on 60 rollouts of plain GRPO this one
+    is 0.36 in the median and reaches 0.60 (benchmarks/results/opefo.json). What the paper's λ is we do not know.
     Source: arXiv 2605.11491, from third-party summaries.
     """
     return _balanced(token_flow, "logp", "entropy")
