@@ -100,8 +100,8 @@ def linear_token_stats(
 
     `hidden` (N, D), `weight` (V, D) and `bias` (V,), `tokens` (N,). With x = hidden @ weight.T + bias, the logits are
     `logit_scale` x, or c tanh(`logit_scale` x / c) for a `softcap` c, which rounds them to a step of float32 at c. Rows
-    where `mask` is False cost nothing and give 0. The product is made in the autocast type, or in that of `hidden`, like
-    the model's own; `logits_dtype` torch.float32 keeps its float32 sums for 16-bit factors.
+    where `mask` is False cost nothing and give 0. The product is made in the autocast type, or in that of `hidden`,
+    like the model's own; `logits_dtype` torch.float32 keeps its float32 sums for 16-bit factors.
 
     Gradients reach `hidden`, `weight` and `bias`, summed in float32. They are made from logits that the backward
     makes again; for a head that needs no gradient (LoRA) the forward collects them instead: two products rather than

@@ -37,15 +37,23 @@ _NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
+def _tanh(x, cap):
+    """tanh y and 1 - tanh² y for y = k x, cap = 2 k log2(e), from u = e^{-2 |y|}, or its series where that cancels."""
+    y = x * (cap * (0.5 * _LN2))
+    yy = y * y
+    series = tl.fma(tl.fma(yy, 2.0 / 15.0, -1.0 / 3.0) * yy, y, y)
+    u = tl.exp2(-tl.abs(x * cap))
+    q = 1.0 / (1.0 + u)
+    far = (1.0 - u) * q
+    return tl.where(yy < 0.01, series, tl.where(x < 0.0, -far, far)), 4.0 * u * q * q
+
+
+@triton.jit
 def _folded(x, cap, HAS_CAP: tl.constexpr):
-    """`Head.folded`, with cap = 2 k log2(e), y = k x: 1 - 2 / (e^{2y} + 1), or its series where that cancels."""
+    """`Head.folded`."""
     if HAS_CAP:
-        y = x * (cap * (0.5 * _LN2))
-        yy = y * y
-        series = tl.fma(tl.fma(yy, 2.0 / 15.0, -1.0 / 3.0) * yy, y, y)
-        return tl.where(yy < 0.01, series, 1.0 - 2.0 / (tl.exp2(x * cap) + 1.0))
-    else:
-        return x
+        x, _ = _tanh(x, cap)
+    return x
 
 
 @triton.jit
@@ -55,13 +63,6 @@ def _within(x, HAS_CAP: tl.constexpr):
         return tl.maximum(x, _LOWEST_FLOAT, propagate_nan=_NAN_STAYS)
     else:
         return x
-
-
-@triton.jit
-def _bend(x, cap):
-    """`Head.bend`."""
-    u = tl.exp2(-tl.abs(x * cap))
-    return 4.0 * u / ((1.0 + u) * (1.0 + u))
 
 
 @triton.jit
@@ -262,14 +263,16 @@ def _gradient_kernel(
     gamma = tl.load(coefficients_ptr + row + 2 * coefficients_stride)
     token = tl.load(tokens_ptr + row) - start
     x = _load(logits_ptr, columns, inside, HAS_CAP)
-    d = (_folded(x, cap, HAS_CAP) - _folded(maximum, cap, HAS_CAP)) * bits
     if HAS_CAP:
-        d = tl.where(x == maximum, 0.0, d)
+        z, bend = _tanh(x, cap)
+        d = tl.where(x == maximum, 0.0, (z - _folded(maximum, cap, HAS_CAP)) * bits)
+    else:
+        d = (x - maximum) * bits
     d = tl.maximum(d, _LOWEST, propagate_nan=_NAN_STAYS)
     gradient = tl.exp2(d) * tl.fma(beta, d, alpha)
     gradient = tl.where(columns == token, gamma, gradient)
     if HAS_CAP:
-        gradient *= _bend(x, cap)
+        gradient *= bend
     tl.store(out_ptr + columns, gradient.to(out_ptr.dtype.element_ty), mask=inside)
 
 
