@@ -272,7 +272,7 @@ def _gradient_kernel(
     gradient = tl.exp2(d) * tl.fma(beta, d, alpha)
     gradient = tl.where(columns == token, gamma, gradient)
     if HAS_CAP:
-        gradient *= bend
+        gradient *= bend  # pyright: ignore[reportPossiblyUnboundVariable]
     tl.store(out_ptr + columns, gradient.to(out_ptr.dtype.element_ty), mask=inside)
 
 
