@@ -258,7 +258,6 @@ READ = {"ceiling": True, "ways": FORE}
 CONTESTANTS = {
     "logits": [
         Contestant("ours, chunked", ours("chunked"), note="float32 sums"),
-        Contestant("ours, compiled", ours("compiled"), note="float32 sums"),
         Contestant("ours, triton", ours("triton"), note="float32 sums", devices=CUDA),
         Contestant("TRL", trl_logits, note="float32 on CUDA, the logits' type on a CPU"),
         Contestant("naive torch", lambda x: naive_statistics(x.logits, x.tokens), note="float32"),

@@ -16,6 +16,8 @@ from blocks import filled, markdown
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, FIGURE = ROOT / "docs/performance.md", ROOT / "docs/growth.svg"
 MISSING = "Not measured yet."
+# Rows of the result files that are no contestants any more: an engine through torch.compile.
+DROPPED = ("ours, compiled",)
 TITLES = {"logits": "Logits → statistics", "head": "Hidden states → statistics"}
 WAYS = {"forward": "forward", "backward": "forward and backward"}
 
@@ -106,6 +108,8 @@ def table(section: Result) -> str:
         "|---" * len(columns) + "|",
     ]
     for name, r in sorted(section["contestants"].items(), key=_order):
+        if name in DROPPED:
+            continue
         cells = [cell(name, r) for _, cell in columns]
         if r["status"] in ("not installed", "failed"):
             cells = [name, f"failed: {r['error'].replace('|', '/')}" if r["status"] == "failed" else "not installed"]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import ablation
 import coverage
 import exact_sign
 import levels
+import opefo
 import parts
 import regime
 import thermostat
 import verl_driver
 from blocks import filled, markdown
 
+from entropy_polarity.methods import name_of
 from entropy_polarity.report.audit_tables import audit_tables
 from entropy_polarity.report.tables import TextTable, comparison_tables, search_table
 
@@ -58,16 +61,24 @@ def page(text: str, folder: Path = RESULTS) -> str:
     }
     for name in SEARCHES:
         searched = _read(folder / f"{name}.json")
-        blocks[name] = _markdown(search_table(searched)) if searched else MISSING
+        blocks[name] = _markdown(_renamed(search_table(searched), searched)) if searched else MISSING
     for name in COMPARISONS:
         compared = _read(folder / f"{name}.json")
-        tables = comparison_tables(compared["summary"]) if compared else []
+        tables = [_renamed(t, compared) for t in comparison_tables(compared["summary"])] if compared else []
         blocks[name] = "\n\n".join(f"{t.title}\n\n{_markdown(t)}" for t in tables) or MISSING
     parted = _read(folder / "ablation.json")
     blocks["ablation:entropy"] = ablation.entropy(parted) if parted else MISSING
     signs = _read(folder / "exact-sign.json")
     blocks["exact-sign:control"] = exact_sign.control(signs) if signs else MISSING
+    balanced = _read(folder / "opefo.json")
+    blocks["opefo"] = opefo.table(balanced) if balanced else MISSING
     return filled(text, blocks, PAGE.name)
+
+
+def _renamed(table: TextTable, document: dict[str, Any]) -> TextTable:
+    """The table with today's name for a rule that had another when it was measured; the file stays as it is."""
+    date = document["environment"]["date"]
+    return replace(table, rows=[[name_of(row[0], date), *row[1:]] for row in table.rows])
 
 
 def theory(text: str, folder: Path = RESULTS) -> str:

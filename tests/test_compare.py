@@ -403,6 +403,18 @@ def test_runs_of_another_machine_count_as_finished(scripted, tmp_path):
         )
 
 
+def test_runs_of_a_rule_that_was_renamed_are_not_those_of_the_rule_that_has_its_name_now(scripted, tmp_path):
+    compare(plan_of("grpo", "opefo", seeds=(0,)), tmp_path / "a", at_once=2)
+    file = tmp_path / "a/comparison.json"
+    document = json.loads(file.read_text())
+    for run in document["runs"]:
+        run["date"] = "2026-11-23T20:19:45+00:00"
+    file.write_text(json.dumps(document))
+    taken = compare(plan_of("grpo", "opefo", "opefo_polarity", seeds=(0,)), tmp_path / "b", at_once=2, known=[file])
+    assert set(starts(tmp_path / "b")) == {"opefo-0"}
+    assert [run["label"] for run in taken["runs"]] == ["grpo", "opefo", "opefo_polarity"]
+
+
 def test_a_run_that_was_killed_says_by_what(scripted, tmp_path):
     scripted(**{"grpo-0": "kill"})
     assert compare(plan_of(seeds=[0]), tmp_path / "c")["failed"] == {"grpo-0": "killed by SIGKILL"}

@@ -356,7 +356,26 @@ def by_loss(**settings):
         ("HC", {"softcap": inf}, "softcap is inf"),
         ("HC", {"logit_scale": -1.0}, "logit_scale is -1.0; expected a positive number"),
         ("HC", {"logit_scale": nan}, "logit_scale is nan"),
-        ("LHC", {"implementation": "cuda"}, "implementation='cuda': unknown; expected auto, chunked, compiled, triton"),
+        ("LHC", {"vocab_size": 4.0}, "vocab_size is 4.0; expected 1 to 5"),
+        ("LHC", {"temperature": 1e-39}, r"temperature is 1e-39; float32 takes 1.2e-38 to 8.5e\+37"),
+        ("LHC", {"temperature": 1e39}, r"temperature is 1e\+39; float32 takes"),
+        ("LHC", {"temperature": True}, "temperature is True; expected a positive number"),
+        ("LHC", {"temperature": "1"}, "temperature is 1; expected a positive number"),
+        ("LHC", {"temperature": 1e-39, "check": False}, "temperature is 1e-39"),
+        ("HC", {"softcap": 1e39}, r"softcap is 1e\+39; float32 takes"),
+        ("HC", {"logit_scale": 1e20, "temperature": 1e-20}, r"logit_scale / temperature is 1e\+40; float32 takes"),
+        ("HC", {"softcap": 1e-20, "logit_scale": 1e20}, r"logit_scale / softcap is 1e\+40; float32 takes"),
+        ("HC", {"softcap": 1e20, "temperature": 1e-20}, r"softcap / temperature is 1e\+40; float32 takes"),
+        ("H", {"tile_bytes": -1}, "tile_bytes is -1; expected a positive whole number of bytes, or None"),
+        ("H", {"tile_bytes": 0}, "tile_bytes is 0"),
+        ("H", {"tile_bytes": 1e6}, "tile_bytes is 1000000.0"),
+        ("C", {"chunk_bytes": -1}, "chunk_bytes is -1; expected a positive whole number of bytes, or None"),
+        ("C", {"chunk_bytes": nan}, "chunk_bytes is nan"),
+        ("LHC", {"tokens": torch.tensor([0, 5], dtype=torch.uint16)}, r"token id 5 at index \(1,\)"),
+        ("LHC", {"tokens": torch.tensor([0, -3], dtype=torch.int8)}, r"token id -3 at index \(1,\)"),
+        ("LHC", {"tokens": torch.tensor([0j, 1j])}, "token ids are torch.complex64; expected an integer type"),
+        ("HC", {"bias": torch.zeros(5).long()}, "bias is torch.int64; expected floats of 16, 32 or 64 bits"),
+        ("LHC", {"implementation": "cuda"}, "implementation='cuda': unknown; expected auto, chunked, triton"),
     ],
 )
 @pytest.mark.usefixtures("untyped")
@@ -367,6 +386,39 @@ def test_settings_that_cannot_be_are_refused_by_every_function_that_has_them(fun
             function(**{"tokens": torch.tensor([0, 1])} | settings)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "uint16", "uint32", "uint64"])
+def test_ids_of_every_integer_type_are_those_of_long(dtype):
+    """300 columns: in 8 bits 300 itself is 44."""
+    torch.manual_seed(0)
+    logits, weight = torch.randn(3, 300), torch.eye(300)
+    ids, mask = torch.tensor([100, 45, 7]), torch.tensor([True, True, False])
+    short = ids.to(getattr(torch, dtype))
+    expected = token_stats(logits, ids)
+    _, by_chunks = linear_token_loss(logits, weight, short, minus_logp)
+    for found in (token_stats(logits, short), linear_token_stats(logits, weight, short), by_chunks):
+        assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+    assert token_stats(logits, short, mask=mask).logp.tolist() == [*expected.logp[:2].tolist(), 0]
+
+
+@pytest.mark.parametrize("temperature", [1.2e-38, 1e-30, 1e30, 8e37])
+def test_the_farthest_temperatures_give_the_argmax_and_the_uniform_policy(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0]])
+    stats = token_stats(logits, torch.tensor([1, 0]), temperature=temperature)
+    if temperature < 1:  # all mass on the second token: log p of the first is -2 / temperature, beyond float32 or not
+        assert stats.logp.tolist() == [0, pytest.approx(max(-2 / temperature, -inf))]
+        assert stats.entropy.tolist() == stats.sensitivity.tolist() == [0, 0]
+    else:
+        assert stats.logp.tolist() == stats.entropy.neg().tolist() == pytest.approx([-math.log(3)] * 2)
+        assert stats.sensitivity.abs().max() < 1e-29
+
+
+def test_float64_logits_take_temperatures_that_float32_does_not():
+    # z = (2, 0): p = (0.8808, 0.1192)
+    logits = torch.tensor([[2e-50, 0.0]], dtype=torch.float64)
+    stats = token_stats(logits, torch.tensor([0]), temperature=1e-50)
+    assert stats.logp.item() == pytest.approx(-math.log1p(math.exp(-2)), rel=1e-12)
+
+
 # Which engine serves
 
 
@@ -375,9 +427,8 @@ def test_settings_that_cannot_be_are_refused_by_every_function_that_has_them(fun
     [
         (CPU, torch.float32, None, None, "chunked"),
         (CPU, torch.bfloat16, None, None, "chunked"),
-        (CPU, torch.float32, "compiled", None, "compiled"),
-        (CPU, torch.float32, "compiled", "chunked", "chunked"),
-        (CPU, torch.float32, "compiled", "auto", "chunked"),
+        (CPU, torch.float32, "triton", "chunked", "chunked"),
+        (CPU, torch.float32, "triton", "auto", "chunked"),
         (CPU, torch.float32, "auto", None, "chunked"),
         (CPU, torch.float32, "", None, "chunked"),
         pytest.param(CUDA, torch.bfloat16, None, None, "triton", marks=needs_triton),
@@ -430,7 +481,7 @@ def test_an_engine_that_cannot_serve_the_tensors_is_refused_with_the_reason(monk
 
 def test_an_unknown_engine_in_the_environment_is_told_with_the_name_of_the_variable(monkeypatch):
     monkeypatch.setenv("PAPO_KERNEL", "Triton")
-    with pytest.raises(ValueError, match="PAPO_KERNEL=Triton: unknown; expected auto, chunked, compiled, triton"):
+    with pytest.raises(ValueError, match="PAPO_KERNEL=Triton: unknown; expected auto, chunked, triton"):
         token_stats(torch.zeros(1, 3), torch.tensor([0]))
 
 

@@ -13,14 +13,14 @@ import torch
 from batches import OUTPUTS, TOKEN_FACTS, in_double, literal, outputs, run, sampled_batch, with_columns
 from trl import GRPOTrainer
 
-from entropy_polarity import phase
+from entropy_polarity import phase, token_stats
 from entropy_polarity.methods import METHODS, make_transform
 from entropy_polarity.polarity import predicted_entropy_change
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.transforms import Loss, Transform, chain, loss_terms, token_polarity
 from entropy_polarity.transforms.batch import largest, mean_entropy, token_keys
 from entropy_polarity.transforms.selection import clip_cov_choice
-from entropy_polarity.transforms.weights import polarity_sign, shuffled_signs
+from entropy_polarity.transforms.weights import polarity_sign, shuffled_signs, token_flow
 
 nan, inf = math.nan, math.inf
 VERL = json.loads((Path(__file__).parent / "golden" / "verl.json").read_text(encoding="utf-8"))
@@ -639,20 +639,50 @@ def test_steer_linear_by_hand():
     assert advantages(method("steer", shape="exponential"), small)[0] == close([1, math.sqrt(0.8)])
 
 
+def test_opefos_estimate_meets_the_textbooks_check_and_the_polarity_the_exact_value():
+    """p = (0.8, 0.2), A = (0.2, -0.8), expectations over p, with H = 0.500402 and log p_v + H = (0.277259, -1.109035).
+
+    d = -A (1 - p)² (log p + H) = (-0.2 · 0.04 · 0.277259, 0.8 · 0.64 · -1.109035) = (-0.002218, -0.567826), and
+    0.8 · -0.002218 + 0.2 · -0.567826 = -0.115340. The exact first order is E[A T] = -E[A S], as E[A] = 0:
+    S = p (log p + H) = (0.221807, -0.221807), and -(0.8 · 0.2 + 0.2 · 0.8) · 0.221807 = -0.070978.
+    """
+    p, A = torch.tensor([[0.8, 0.2]]).double(), torch.tensor([[0.2, -0.8]]).double()
+    stats = token_stats(p.log().expand(2, 2), torch.tensor([0, 1]))
+    batch = Tokens(
+        mask=p > 0, advantages=A, logp=p.log(), entropy=stats.entropy[None], sensitivity=stats.sensitivity[None]
+    )
+    assert (p * token_flow(batch)).sum().item() == pytest.approx(-0.115340, abs=5e-7)
+    assert (p * token_polarity(batch)).sum().item() == pytest.approx(-0.070978, abs=5e-7)
+
+
 def test_opefo_by_hand():
-    # P = 0.3, -0.1: λ = (0.1 - 0.3) / 0.4 = -1/2, and 0.3 · 1/2 = 0.1 · 3/2.
-    batch = literal(advantages=[[1.0, 2.0, 1.0]], sensitivity=[[0.3, -0.05, 0.0]])
-    assert advantages(method("opefo"), batch) == close([[0.5, 3.0, 1.0]])
-    one_sided = literal(advantages=[[1.0, -1.0]], sensitivity=[[0.3, -0.1]])
+    # Of H = log 2: p = 1/4 and A = 1: d = -9/16 (log 1/4 + log 2) = 9/16 log 2; p = 1/2: 0; p = 3/4 and A = 3:
+    # d = -3/16 log 3/2. Then 1 + λ = 2 D- / (D+ + D-), 1 - λ = 2 D+ / (D+ + D-), and the third keeps its advantage.
+    half, up, down = math.log(2), 9 / 16 * math.log(2), 3 / 16 * math.log(1.5)
+    batch = literal(
+        advantages=[[1.0, 3.0, 1.0]], logp=[[math.log(1 / 4), math.log(3 / 4), math.log(1 / 2)]], entropy=[[half] * 3]
+    )
+    weights = [2 * down / (up + down), 3 * 2 * up / (up + down), 1.0]
+    assert advantages(method("opefo"), batch) == close([weights])
+    one_sided = literal(advantages=[[1.0, -1.0]], logp=[[math.log(1 / 4), math.log(3 / 4)]], entropy=[[half] * 2])
     assert advantages(method("opefo"), one_sided) == [[1, -1]]
 
 
+def test_opefo_with_the_polarity_by_hand():
+    # P = 0.3, -0.1: λ = (0.1 - 0.3) / 0.4 = -1/2, and 0.3 · 1/2 = 0.1 · 3/2.
+    batch = literal(advantages=[[1.0, 2.0, 1.0]], sensitivity=[[0.3, -0.05, 0.0]])
+    assert advantages(method("opefo_polarity"), batch) == close([[0.5, 3.0, 1.0]])
+    one_sided = literal(advantages=[[1.0, -1.0]], sensitivity=[[0.3, -0.1]])
+    assert advantages(method("opefo_polarity"), one_sided) == [[1, -1]]
+
+
+@pytest.mark.parametrize(("name", "flow"), [("opefo", token_flow), ("opefo_polarity", token_polarity)])
 @pytest.mark.parametrize("seed", range(5))
-def test_opefo_leaves_no_net_flow(seed):
+def test_opefo_leaves_no_net_flow(seed, name, flow):
     batch = in_double(sampled_batch(seed))
     assert (batch.importance == 0).any()
-    result, _, _ = run(method("opefo"), batch)
-    before, after = (predicted_entropy_change(token_polarity(tokens), batch.mask).item() for tokens in (batch, result))
+    result, _, _ = run(method(name), batch)
+    before, after = (predicted_entropy_change(flow(tokens), batch.mask).item() for tokens in (batch, result))
     assert abs(before) > 1e-3
     assert abs(after) < 1e-15
 

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -37,7 +36,7 @@ class Finding(NamedTuple):
 def examine() -> list[Finding]:
     """Everything that can be found out without training. A "problem" is what will not work."""
     frameworks = [name for name in FRAMEWORKS if _installed(name)]
-    return [*_versions(frameworks), *_kernels(), *_compilers(), *_trl(frameworks), *_verl(frameworks), *_tool_python()]
+    return [*_versions(frameworks), *_kernels(), *_triton(), *_trl(frameworks), *_verl(frameworks), *_tool_python()]
 
 
 def _installed(package: str) -> str | None:
@@ -132,13 +131,7 @@ def _error(device: torch.device, dtype: torch.dtype) -> float:
     return float(torch.stack(far).max())
 
 
-def _compilers() -> Iterator[Finding]:
-    found = next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
-    yield Finding(
-        f"{VARIABLE}=compiled",
-        "ok" if found else "note",
-        f"can be had: {found}" if found else "no C++ compiler (g++) was found, torch.compile needs one on a CPU",
-    )
+def _triton() -> Iterator[Finding]:
     reason = why_not_triton(torch.device("cuda"), torch.float32)
     if reason is None and not torch.cuda.is_available():
         reason = "no CUDA device"

@@ -142,7 +142,12 @@ METHODS = {
         Method("nsr", "transforms.rewards", "arXiv 2506.01347"),
         Method("psr", "transforms.rewards", "arXiv 2506.01347"),
         Method("steer", "transforms.shaping", "arXiv 2510.10150"),
-        Method("opefo", "transforms.weights", "arXiv 2605.11491, from a third-party summary; d = P is assumed"),
+        Method(
+            "opefo",
+            "transforms.weights",
+            "unresolved: arXiv 2605.11491, from third-party summaries, whose λ is not ours",
+        ),
+        Method("opefo_polarity", "transforms.weights", "ours; the rule of arXiv 2605.11491 with P for its d"),
         Method("stare", "transforms.shaping", "arXiv 2606.19236"),
         Method(
             "entropic",
@@ -168,6 +173,20 @@ METHODS = {
         Method("papo_random_half", "methods", "ours"),
     )
 }
+
+
+# Names that meant another rule in results made before a day.
+RENAMED = {"opefo": ("opefo_polarity", "2026-11-28")}
+
+
+def name_of(name: str, date: str) -> str:
+    """Today's name of what was called `name` on an ISO date.
+
+    >>> name_of("opefo", "2026-11-23T20:19:45+00:00"), name_of("grpo", "2026-11-23")
+    ('opefo_polarity', 'grpo')
+    """
+    now, until = RENAMED.get(name, (name, ""))
+    return now if date < until else name
 
 
 def make_transform(name: str, settings: dict[str, Any] | None = None) -> "Transform":

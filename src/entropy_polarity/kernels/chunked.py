@@ -4,8 +4,7 @@ A tile is a few rows by all columns of the vocabulary, and a few tensors of its 
 logits are accumulated in float32. On a CPU `cpu.py` does the same work with NumPy.
 """
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -24,11 +23,9 @@ FINISH_ROWS = 2**12
 
 
 class Chunked(Engine):
-    """A chunk of rows after the other. `sums` gives the five numbers of each row, as `torch_sums` does."""
+    """A chunk of rows after the other."""
 
-    def __init__(self, name: str, sums: Callable[[Tensor, Head], Tensor]) -> None:
-        self.name = name
-        self._sums_of = sums
+    name = "chunked"
 
     def product_tile(self, rows: int, columns: int, itemsize: int, tile_bytes: int | None) -> tuple[int, int]:
         elements = PRODUCT_ELEMENTS if tile_bytes is None else max(1, tile_bytes // itemsize)
@@ -61,15 +58,14 @@ class Chunked(Engine):
         """The state (5, N) of logits (N, V), but for the sampled token; `in_place` allows to overwrite them, which only
         a subclass makes use of."""
         for rows in row_chunks(mask, len(logits), logits.shape[1], TILE_ELEMENTS):
-            out[:, rows] = self._sums_of(logits[rows].to(out.dtype), head)
+            out[:, rows] = torch_sums(logits[rows].to(out.dtype), head)
 
 
-def torch_sums(z: Tensor, head: Head) -> Tensor:
-    """The state (5, n) of logits (n, W), but for the sampled token."""
-    if head.softcap is not None:
-        z = capped(z, head)
-    maximum, mode = z.max(-1, keepdim=True)
-    d = (z - maximum.clamp(min=torch.finfo(z.dtype).min)).mul_(head.scale)  # all -inf: e = 0, not NaN
+def torch_sums(x: Tensor, head: Head) -> Tensor:
+    """The state (5, n) of a tile (n, W), but for the sampled token."""
+    maximum, mode = x.max(-1, keepdim=True)
+    maximum = head.within(maximum)
+    d = head.below(x, maximum)
     e = d.clamp_(min=LOWEST).exp().scatter_(-1, mode, 0.0)
     r = e.sum(-1)
     rd = d.mul_(e).sum(-1)
@@ -77,51 +73,24 @@ def torch_sums(z: Tensor, head: Head) -> Tensor:
     return torch.stack([maximum[:, 0], r, rd, e.square_().sum(-1), qd])
 
 
-@functools.cache
-def compiled_sums() -> Callable[[Tensor, Head], Tensor]:
-    """The same through torch.compile, two loops for eleven. Needs a C++ compiler, and seconds the first time."""
-
-    def one_pass(z: Tensor, head: Head) -> Tensor:
-        if head.softcap is not None:
-            z = capped(z, head)
-        maximum = z.amax(-1, keepdim=True)
-        is_mode = z == maximum
-        d = ((z - maximum.clamp(min=torch.finfo(z.dtype).min)) * head.scale).clamp(min=LOWEST)
-        e = d.exp().masked_fill(is_mode, 0.0)
-        ee = e * e
-        # Modes beside the one that is left out are counted: cheaper than to find its column.
-        others = is_mode.to(z.dtype).sum(-1) - 1
-        return torch.stack([maximum[:, 0], e.sum(-1) + others, (e * d).sum(-1), ee.sum(-1) + others, (ee * d).sum(-1)])
-
-    return torch.compile(one_pass, dynamic=True)
-
-
-def _gradient(logits: Tensor, tokens: Tensor, head: Head, maximum: Tensor, coefficients: Tensor) -> Tensor:
-    """The gradient along logits (n, W) (`state.gradient_coefficients`); ids count from the first column."""
+def _gradient(tile: Tensor, tokens: Tensor, head: Head, maximum: Tensor, coefficients: Tensor) -> Tensor:
+    """The gradient along a tile (n, W) (`state.gradient_coefficients`); ids count from the first column."""
     alpha, beta, gamma = coefficients[:, :, None]
-    z = logits.to(maximum.dtype)
-    if head.softcap is not None:
-        z = capped(z, head)
-    d = (z - maximum[:, None]).mul_(head.scale).clamp_(min=LOWEST)
+    x = tile.to(maximum.dtype)
+    d = head.below(x, maximum[:, None]).clamp_(min=LOWEST)
     e = d.exp()
     d.mul_(beta).add_(alpha).mul_(e)
     inside = (tokens >= 0) & (tokens < d.shape[1])
     place = tokens.clamp(0, d.shape[1] - 1)[:, None]
     d.scatter_(-1, place, torch.where(inside[:, None], gamma, d.gather(-1, place)))
-    return d if head.softcap is None else d.mul_(1 - (z / head.softcap).square_())
+    return d if head.softcap is None else d.mul_(head.bend(x))
 
 
-def capped(x: Tensor, head: Head) -> Tensor:
-    """c tanh(logit_scale x / c), for a head that has a cap c."""
-    assert head.softcap is not None
-    return torch.tanh(x * (head.logit_scale / head.softcap)) * head.softcap
-
-
-def at_token(logits: Tensor, tokens: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
-    """The folded value of the sampled token; ids count from the first column; -inf where that is elsewhere."""
-    inside = (tokens >= 0) & (tokens < logits.shape[1])
-    z = logits.gather(-1, tokens.clamp(0, logits.shape[1] - 1)[:, None])[:, 0].to(dtype)
-    return torch.where(inside, z if head.softcap is None else capped(z, head), -torch.inf)
+def at_token(tile: Tensor, tokens: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
+    """x of the sampled token; ids count from the first column; -inf where that is elsewhere."""
+    inside = (tokens >= 0) & (tokens < tile.shape[1])
+    x = tile.gather(-1, tokens.clamp(0, tile.shape[1] - 1)[:, None])[:, 0].to(dtype)
+    return torch.where(inside, head.within(x), -torch.inf)
 
 
 def row_chunks(mask: Tensor | None, rows: int, columns: int, elements: int) -> Iterator[slice]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entropy_polarity.kernels.chunked import Chunked, row_chunks, torch_sums
+from entropy_polarity.kernels.chunked import Chunked, row_chunks
 from entropy_polarity.kernels.engine import spans
 from entropy_polarity.kernels.state import Head, merge_sums
 from entropy_polarity.polarity import LOWEST
@@ -46,9 +46,6 @@ class Buffer:
 class Cpu(Chunked):
     """`Chunked` with its two loops in NumPy."""
 
-    def __init__(self) -> None:
-        super().__init__("chunked", torch_sums)
-
     def _sums(self, logits, mask, head, out, in_place) -> None:
         z, sums = _array(logits), out.numpy()
         pieces = spans(logits.shape[1], TILE_COLUMNS)
@@ -63,7 +60,7 @@ class Cpu(Chunked):
                 d, e = buffers(*tile.shape)
                 if in_place and tile.flags.c_contiguous and tile.shape[1] % DOT == 0:
                     d = Buffer(tile.reshape(-1), *tile.shape)  # a buffer less to go through
-                _tile_sums(_folded(tile, head, d.array), head, d, e, part)
+                _tile_sums(_widened(tile, d.array), head, d, e, part)
             if len(pieces) > 1:
                 sums[:, rows] = merge_sums(torch.from_numpy(parts), head).numpy()
 
@@ -78,7 +75,7 @@ class Cpu(Chunked):
                 logits = z[rows, piece]
                 d, e = (buffer.array for buffer in buffers(*logits.shape))
                 d = out[rows, piece].numpy() if in_place else d
-                _tile_gradient(_folded(logits, head, d), ids[rows] - piece.start, head, top[rows], rates[:, rows], d, e)
+                _tile_gradient(_widened(logits, d), ids[rows] - piece.start, head, top[rows], rates[:, rows], d, e)
                 if not in_place:
                     _copy_serially(torch.from_numpy(d), out[rows, piece])
 
@@ -87,11 +84,13 @@ class Cpu(Chunked):
             out[~mask] = 0
 
 
-def _tile_sums(z: Array, head: Head, d: Buffer, e: Buffer, out: Array) -> None:
+def _tile_sums(x: Array, head: Head, d: Buffer, e: Buffer, out: Array) -> None:
     """The state (5, n) of a tile, but for the sampled token, like `chunked.torch_sums`."""
-    rows, mode = np.arange(len(z)), z.argmax(-1)  # of a row with NaN, a NaN
-    out[0] = z[rows, mode]
-    _distances(z, out[0], head, d.array)
+    rows, mode = np.arange(len(x)), x.argmax(-1)  # of a row with NaN, a NaN
+    out[0] = x[rows, mode]
+    if head.softcap is not None:  # as Head.within
+        np.maximum(out[0], np.finfo(out.dtype).min, out=out[0])
+    _distances(x, out[0], head, d.array)
     _exp(d.array, e.array)
     e.array[rows, mode] = 0
     out[1], out[2] = _dot(e), _dot(e, d)
@@ -103,12 +102,12 @@ def _tile_sums(z: Array, head: Head, d: Buffer, e: Buffer, out: Array) -> None:
 
 
 def _tile_gradient(
-    z: Array, tokens: Array, head: Head, maximum: Array, coefficients: Array, d: Array, e: Array
+    x: Array, tokens: Array, head: Head, maximum: Array, coefficients: Array, d: Array, e: Array
 ) -> None:
-    """`chunked._gradient` in `d`, which may be the logits."""
+    """`chunked._gradient` in `d`, which may be the tile."""
     alpha, beta, gamma = coefficients[:, :, None]
-    bend = None if head.softcap is None else 1 - np.square(z / head.softcap)
-    _distances(z, maximum, head, d)
+    bend = None if head.softcap is None else _bend(x, head, e)
+    _distances(x, maximum, head, d)
     if beta.any():  # NaN counts
         np.maximum(d, LOWEST, out=d)
         _exp(d, e)
@@ -130,28 +129,47 @@ def _array(logits: Tensor) -> Array:
     return logits.view(torch.uint16).numpy() if logits.dtype == torch.bfloat16 else logits.numpy()
 
 
-def _folded(z: Array, head: Head, buffer: Array) -> Array:
-    """z in the buffer's type, capped: z itself where nothing is to be done, else the buffer."""
-    if z.dtype == np.uint16:  # the upper half of a float32
+def _widened(x: Array, buffer: Array) -> Array:
+    """x itself, or in the buffer if that has another type."""
+    if x.dtype == np.uint16:  # the upper half of a float32
         bits = buffer.view(np.uint32)
-        np.copyto(bits, z)
+        np.copyto(bits, x)
         np.left_shift(bits, 16, out=bits)
-        z = buffer
-    elif z.dtype != buffer.dtype:
-        np.copyto(buffer, z)
-        z = buffer
+        return buffer
+    if x.dtype != buffer.dtype:
+        np.copyto(buffer, x)
+        return buffer
+    return x
+
+
+def _folded(x: Array, head: Head, out: Array | None = None) -> Array:
+    """`Head.folded` under a cap. NumPy's tanh depends on its argument alone, so that equal logits stay equal."""
+    assert head.softcap is not None
+    out = np.multiply(x, head.logit_scale / head.softcap, out=out)
+    return np.tanh(out, out=out)
+
+
+def _distances(x: Array, maximum: Array, head: Head, out: Array) -> None:
+    """`Head.below` in `out`, which may be x."""
     if head.softcap is None:
-        return z
-    np.multiply(z, head.logit_scale / head.softcap, out=buffer)
-    np.tanh(buffer, out=buffer)
-    return np.multiply(buffer, head.softcap, out=buffer)
-
-
-def _distances(z: Array, maximum: Array, head: Head, out: Array) -> None:
-    finite = np.maximum(maximum, np.finfo(out.dtype).min)  # a tile of all -inf: e = 0, not NaN
-    np.subtract(z, finite[:, None], out=out)
+        finite = np.maximum(maximum, np.finfo(out.dtype).min)  # a tile of all -inf: e = 0, not NaN
+        np.subtract(x, finite[:, None], out=out)
+    else:
+        np.subtract(_folded(x, head, out), _folded(maximum, head)[:, None], out=out)
     if head.scale != 1:
         np.multiply(out, head.scale, out=out)
+
+
+def _bend(x: Array, head: Head, scratch: Array) -> Array:
+    """`Head.bend`, by way of a buffer."""
+    assert head.softcap is not None
+    u = np.abs(x)
+    np.multiply(u, -2 * head.logit_scale / head.softcap, out=u)
+    _exp(u, u)
+    np.add(u, 1, out=scratch)
+    np.multiply(scratch, scratch, out=scratch)
+    np.multiply(u, 4, out=u)
+    return np.divide(u, scratch, out=u)
 
 
 def _exp(d: Array, out: Array) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from entropy_polarity.kernels.state import Head
 
 VARIABLE = "PAPO_KERNEL"
-IMPLEMENTATIONS = ("chunked", "compiled", "triton")
+IMPLEMENTATIONS = ("chunked", "triton")
 
 
 class Engine(ABC):
@@ -81,8 +81,8 @@ class Choice(NamedTuple):
 def choose(device: torch.device, dtype: torch.dtype, implementation: str | None = None) -> Choice:
     """Which implementation serves tensors of this device and type.
 
-    `implementation`, or else the environment variable PAPO_KERNEL, forces one of "chunked", "compiled", "triton";
-    "auto" and nothing choose. Raises ValueError for an unknown name, and for one that cannot serve these tensors.
+    `implementation`, or else the environment variable PAPO_KERNEL, forces "chunked" or "triton"; "auto"
+    and nothing choose. Raises ValueError for an unknown name, and for one that cannot serve these tensors.
     """
     forced, by = implementation, f"implementation={implementation!r}"
     if forced is None:
@@ -127,9 +127,7 @@ def engine(name: str, device: str) -> Engine:
         from entropy_polarity.kernels.triton import Triton
 
         return Triton()
-    from entropy_polarity.kernels.chunked import Chunked, compiled_sums, torch_sums
+    from entropy_polarity.kernels.chunked import Chunked
     from entropy_polarity.kernels.cpu import Cpu
 
-    if name == "compiled":
-        return Chunked(name, compiled_sums())
-    return Cpu() if device == "cpu" else Chunked(name, torch_sums)
+    return Cpu() if device == "cpu" else Chunked()

@@ -1,19 +1,18 @@
 """The public functions: they check what is given, pick the engine, and hand over."""
 
-import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from entropy_polarity.kernels.checks import DTYPES, check_bytes, check_factors, check_head, check_ids, check_rows
 from entropy_polarity.kernels.engine import choose, engine
 from entropy_polarity.kernels.linear import LinearLoss, LinearStats, Plan
 from entropy_polarity.kernels.logits import LogitsStats
 from entropy_polarity.kernels.state import Head
 from entropy_polarity.tokens import TokenStats
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Logits of a chunk of whole rows, for losses known chunk by chunk: 512 MiB on a GPU, 64 MiB on a CPU.
 CHUNK_BYTES = {"cuda": 2**29}
 CHUNK_BYTES_ELSEWHERE = 2**26
@@ -21,7 +20,7 @@ CHUNK_BYTES_ELSEWHERE = 2**26
 
 def token_stats(
     logits: Float[Tensor, "*N V"],
-    tokens: Int[Tensor, "*N"],
+    tokens: Integer[Tensor, "*N"],
     *,
     temperature: float = 1.0,
     mask: Bool[Tensor, "*N"] | None = None,
@@ -39,12 +38,13 @@ def token_stats(
     `vocab_size` leaves columns beyond it out (padding of the head). Extra memory: one tile (on a GPU none; logits
     whose vocabulary is not their last stride are copied).
 
-    `implementation`: "chunked", "compiled" or "triton"; by default the environment variable PAPO_KERNEL, or what
+    `implementation`: "chunked" or "triton"; by default the environment variable PAPO_KERNEL, or what
     suits the device and type (`papo doctor` tells).
 
-    Raises ValueError (`check=True`) for shapes that do not match, an id outside [0, V), a temperature that is
-    not positive, logits that hold NaN or +inf, or a row of all -inf. With `check=False` such rows give NaN, and an id
-    outside the vocabulary anything.
+    Raises ValueError for a temperature that is not positive, or so small or large that 1 / temperature leaves the
+    normal numbers of the type; and with `check=True` for shapes that do not match, an id outside [0, V), logits that
+    hold NaN or +inf, or a row of all -inf. With `check=False` such rows give NaN, and an id outside the vocabulary
+    anything.
     Source: arXiv 2605.11775 for T; one pass and the numerics are ours.
 
     >>> stats = token_stats(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0]))
@@ -57,9 +57,11 @@ def token_stats(
             f"{who}: logits are {logits.dtype} of shape {tuple(logits.shape)}; expected floats (..., V) of 16, 32 or "
             "64 bits"
         )
-    width = logits.shape[-1] if vocab_size is None else vocab_size
+    head = Head(temperature)
+    check_head(who, head, logits.dtype)
     if check:
-        _check_arguments(who, logits.shape[:-1], logits.shape[-1], width, tokens, temperature, mask)
+        check_ids(who, logits.shape[:-1], logits.shape[-1], vocab_size, tokens, mask)
+    width = logits.shape[-1] if vocab_size is None else vocab_size
     kept = None if mask is None else mask.reshape(-1)
     choice = choose(logits.device, logits.dtype, implementation)
     fields = LogitsStats.apply(
@@ -67,20 +69,20 @@ def token_stats(
         _flat_ids(tokens, mask),
         kept,
         width,
-        Head(temperature),
+        head,
         engine(choice.name, logits.device.type),
         entropy_grad,
     )
     stats = TokenStats(*(field.reshape(tokens.shape) for field in fields))  # pyright: ignore[reportGeneralTypeIssues]
     if check:
-        _check_rows(who, stats)
+        check_rows(who, stats)
     return stats
 
 
 def linear_token_stats(
     hidden: Float[Tensor, "N D"],
     weight: Float[Tensor, "V D"],
-    tokens: Int[Tensor, " N"],
+    tokens: Integer[Tensor, " N"],
     *,
     bias: Float[Tensor, " V"] | None = None,
     temperature: float = 1.0,
@@ -97,9 +99,9 @@ def linear_token_stats(
     """`token_stats` of an output head, whose logits are never held: one tile of them at a time.
 
     `hidden` (N, D), `weight` (V, D) and `bias` (V,), `tokens` (N,). With x = hidden @ weight.T + bias, the logits are
-    `logit_scale` x, or c tanh(`logit_scale` x / c) for a `softcap` c. Rows where `mask` is False cost nothing and give
-    0. The product is made in the autocast type, or in that of `hidden`, like the model's own; `logits_dtype`
-    torch.float32 keeps its float32 sums for 16-bit factors.
+    `logit_scale` x, or c tanh(`logit_scale` x / c) for a `softcap` c, which rounds them to a step of float32 at c. Rows
+    where `mask` is False cost nothing and give 0. The product is made in the autocast type, or in that of `hidden`,
+    like the model's own; `logits_dtype` torch.float32 keeps its float32 sums for 16-bit factors.
 
     Gradients reach `hidden`, `weight` and `bias`, summed in float32. They are made from logits that the backward
     makes again; for a head that needs no gradient (LoRA) the forward collects them instead: two products rather than
@@ -111,10 +113,12 @@ def linear_token_stats(
     """
     who = "linear_token_stats"
     head = Head(temperature, softcap, logit_scale)
+    check_bytes(who, "tile_bytes", tile_bytes)
     if check:
-        _check_head(who, hidden, weight, bias, head, vocab_size, tokens, mask)
+        check_factors(who, hidden, weight, bias)
+        check_ids(who, hidden.shape[:1], len(weight), vocab_size, tokens, mask)
     weight, bias = _limited(weight, bias, vocab_size)
-    plan = _plan(hidden, head, logits_dtype, tile_bytes, implementation)
+    plan = _plan(who, hidden, head, logits_dtype, tile_bytes, implementation)
     needs_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     frozen = torch.is_grad_enabled() and hidden.requires_grad and not needs_head and not entropy_grad
     ids, kept = _flat_ids(tokens, mask), hidden
@@ -125,14 +129,14 @@ def linear_token_stats(
     if mask is not None:
         stats = TokenStats(*(field.new_zeros(mask.shape).masked_scatter(mask, field) for field in stats))
     if check:
-        _check_rows(who, stats)
+        check_rows(who, stats)
     return stats
 
 
 def linear_token_loss(
     hidden: Float[Tensor, "N D"],
     weight: Float[Tensor, "V D"],
-    tokens: Int[Tensor, " N"],
+    tokens: Integer[Tensor, " N"],
     loss: Callable[[TokenStats, slice], Tensor],
     *,
     bias: Float[Tensor, " V"] | None = None,
@@ -163,8 +167,10 @@ def linear_token_loss(
     """
     who = "linear_token_loss"
     head = Head(temperature, softcap, logit_scale)
+    check_bytes(who, "chunk_bytes", chunk_bytes)
     if check:
-        _check_head(who, hidden, weight, bias, head, vocab_size, tokens, None)
+        check_factors(who, hidden, weight, bias)
+        check_ids(who, hidden.shape[:1], len(weight), vocab_size, tokens, None)
     weight, bias = _limited(weight, bias, vocab_size)
     if _product_dtype(hidden) == torch.float16:
         raise ValueError(
@@ -173,7 +179,7 @@ def linear_token_loss(
         )
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES_ELSEWHERE)
-    plan = _plan(hidden, head, logits_dtype, None, implementation)
+    plan = _plan(who, hidden, head, logits_dtype, None, implementation)
     most = max(1, chunk_bytes // (plan.logits.itemsize * len(weight)))
     chunk_rows = -(-len(hidden) // -(-len(hidden) // most)) if len(hidden) else 1  # chunks of equal size
     total, *fields = LinearLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
@@ -181,7 +187,7 @@ def linear_token_loss(
     )
     stats = TokenStats(*fields)
     if check:
-        _check_rows(who, stats)
+        check_rows(who, stats)
     return total, stats
 
 
@@ -191,15 +197,21 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _plan(
-    hidden: Tensor, head: Head, logits: torch.dtype | None, tile_bytes: int | None, implementation: str | None
+    who: str,
+    hidden: Tensor,
+    head: Head,
+    logits: torch.dtype | None,
+    tile_bytes: int | None,
+    implementation: str | None,
 ) -> Plan:
     device, product = hidden.device.type, _product_dtype(hidden)
     logits = product if logits is None else logits
     if logits != product and not (logits == torch.float32 and product.itemsize == 2):
         raise ValueError(
-            f"logits_dtype is {logits} for a product of {product}; expected None, {product}, or torch.float32 with a "
-            "product of 16 bits"
+            f"{who}: logits_dtype is {logits} for a product of {product}; expected None, {product}, or torch.float32 "
+            "with a product of 16 bits"
         )
+    check_head(who, head, logits)
     return Plan(engine(choose(hidden.device, logits, implementation).name, device), head, product, logits, tile_bytes)
 
 
@@ -211,68 +223,5 @@ def _limited(weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> tup
 
 def _flat_ids(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Token ids in one row; where the mask is False any id may stand, -100 for example."""
-    return (tokens if mask is None else tokens.where(mask, 0)).reshape(-1).long().contiguous()
-
-
-def _check_head(
-    who: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    head: Head,
-    vocab_size: int | None,
-    tokens: Tensor,
-    mask: Tensor | None,
-) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"{who}: hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}; "
-            "expected (N, D) and (V, D) with the same D"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{who}: bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)")
-    for name, value in (("softcap", head.softcap), ("logit_scale", head.logit_scale)):
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{who}: {name} is {value}; expected a positive number")
-    width = len(weight) if vocab_size is None else vocab_size
-    _check_arguments(who, hidden.shape[:1], len(weight), width, tokens, head.temperature, mask)
-
-
-def _check_arguments(
-    who: str, rows: torch.Size, columns: int, width: int, tokens: Tensor, temperature: float, mask: Tensor | None
-) -> None:
-    if tokens.shape != rows:
-        raise ValueError(
-            f"{who}: {tuple(rows)} states but token ids of shape {tuple(tokens.shape)}; expected one id a state"
-        )
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise ValueError(f"{who}: token ids are {tokens.dtype}; expected an integer type (torch.long)")
-    if mask is not None and (mask.shape != rows or mask.dtype != torch.bool):
-        raise ValueError(
-            f"{who}: the mask is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape {tuple(rows)}"
-        )
-    if columns == 0:
-        raise ValueError(f"{who}: the vocabulary is empty (the last dimension of the logits is 0)")
-    if not 0 < width <= columns:
-        raise ValueError(f"{who}: vocab_size is {width}; expected 1 to {columns}, the columns of the logits")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"{who}: temperature is {temperature}; expected a positive number")
-    outside = (tokens < 0) | (tokens >= width)
-    outside = outside if mask is None else outside & mask
-    if outside.any():
-        where = tuple(outside.nonzero()[0].tolist())
-        raise ValueError(
-            f"{who}: token id {tokens[where].item()} at index {where} is outside the vocabulary [0, {width}); "
-            "leave ignored positions (-100) out with a mask"
-        )
-
-
-def _check_rows(who: str, stats: TokenStats) -> None:
-    """NaN or +inf in a row, or a row of all -inf, makes its entropy NaN: no second look at the logits."""
-    bad = stats.entropy.isnan()
-    if bad.any():
-        where = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(
-            f"{who}: {int(bad.sum())} of {bad.numel()} rows hold NaN or +inf or are all -inf, the first at index "
-            f"{where}; -inf is allowed for single tokens only. Pass check=False to get NaN for such rows"
-        )
+    ids = tokens.long()
+    return (ids if mask is None else ids.where(mask, 0)).reshape(-1).contiguous()

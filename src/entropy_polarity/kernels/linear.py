@@ -149,7 +149,7 @@ class LinearStats(torch.autograd.Function):
 
 def _collect(pull, tile, tokens, start, plan: Plan, before, maximum, factors: _Factors) -> None:
     """Σ_{v≠a} e^{d_v} W_v over one more tile, measured from a maximum that may have risen since."""
-    shift = ((before - maximum) * plan.head.scale).masked_fill_(before == -torch.inf, LOWEST)
+    shift = plan.head.below(before, maximum).masked_fill_(before == -torch.inf, LOWEST)
     pull *= shift.clamp_(min=LOWEST).exp_()[:, None]
     one_zero_zero = torch.zeros(3, len(pull), dtype=pull.dtype, device=pull.device)
     one_zero_zero[0] = 1
@@ -164,7 +164,7 @@ def _pull_on_logp(pull: Tensor, state: Tensor, weight: Tensor, tokens: Tensor, p
     ones = torch.ones_like(state[R])
     _, _, not_p = gradient_coefficients(state, head, ones, None)  # slope (1 - p_a)
     if head.softcap is not None:
-        not_p = not_p * (1 - (state[AT_TOKEN] / head.softcap).square())
+        not_p = not_p * head.bend(state[AT_TOKEN])
     pull *= (-head.slope / (1 + state[R]))[:, None]
     for part in spans(len(tokens), 4096):
         pull[part] += not_p[part, None] * weight[tokens[part]].to(plan.product).to(pull.dtype)

@@ -2,9 +2,10 @@
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
+from entropy_polarity.kernels.checks import check_head
 from entropy_polarity.kernels.engine import choose, engine
 from entropy_polarity.kernels.state import Head, empty_state, finish, merge
 from entropy_polarity.tokens import TokenStats
@@ -13,7 +14,7 @@ from entropy_polarity.tokens import TokenStats
 @torch.no_grad()
 def sharded_token_stats(
     logits: Float[Tensor, "*N W"],
-    tokens: Int[Tensor, "*N"],
+    tokens: Integer[Tensor, "*N"],
     group: dist.ProcessGroup,
     *,
     temperature: float = 1.0,
@@ -23,10 +24,12 @@ def sharded_token_stats(
 
     `logits` (..., W) are this process's columns, `tokens` (...) ids of the whole vocabulary, the same on all processes.
     The processes hold W columns each, in the order of their ranks. 24 bytes a row and process are gathered; there is no
-    gradient. Rows with NaN or +inf give NaN. Source: ours; the merge is that of the tiles (`state.merge`).
+    gradient. Rows with NaN or +inf give NaN. Raises ValueError for a temperature as `token_stats` does.
+    Source: ours; the merge is that of the tiles (`state.merge`).
     """
     rows = logits.reshape(-1, logits.shape[-1])
     columns, head = rows.shape[1], Head(temperature)
+    check_head("sharded_token_stats", head, logits.dtype)
     chosen = engine(choose(logits.device, logits.dtype, implementation).name, logits.device.type)
     state, _ = empty_state(len(rows), logits.dtype, logits.device)
     start = dist.get_rank(group) * columns

@@ -2,7 +2,10 @@
 
 A row's logits need never be in memory together: six numbers of each tile are enough, and two sets of six make one
 (`merge`). The mode (an argmax) stays out of the sums, as in `polarity.stats_from_sums`; distances below the maximum,
-d = (z - max z) / temperature, are in nats.
+d = z - max z, are in nats.
+
+Maximum and sampled token are kept as the product x made them, before a soft cap. The cap is monotone, so the mode is
+the same, and whether the sampled token is the mode never hangs on the last bit of two tanh's.
 """
 
 from typing import NamedTuple
@@ -13,8 +16,8 @@ from torch import Tensor
 from entropy_polarity.polarity import LOWEST, stats_from_sums
 from entropy_polarity.tokens import TokenStats
 
-# Rows of a state (6, N): the maximum of z; Σ e^d, Σ e^d d, Σ e^2d, Σ e^2d d without the mode; z of the sampled token,
-# -inf as long as it was not met. What is not finite stays so: a row with NaN ends as NaN.
+# Rows of a state (6, N): the maximum of x, -inf as long as nothing was seen; Σ e^d, Σ e^d d, Σ e^2d, Σ e^2d d without
+# the mode; x of the sampled token, -inf as long as it was not met. A row with NaN ends as NaN.
 MAXIMUM, R, RD, Q, QD, AT_TOKEN = range(6)
 FIELDS = 6
 
@@ -31,18 +34,48 @@ class Head(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """What turns a difference of folded values into nats. They are x itself, or c tanh(logit_scale x / c)."""
-        return (1.0 if self.softcap is not None else self.logit_scale) / self.temperature
+        """What turns a difference of two `folded` values into nats."""
+        return (self.logit_scale if self.softcap is None else self.softcap) / self.temperature
 
     @property
     def slope(self) -> float:
         """dz/dx where the cap does not bend: what a gradient along z is multiplied by."""
         return self.logit_scale / self.temperature
 
+    def within(self, x: Tensor) -> Tensor:
+        """x, but -inf as the lowest number under a cap, which makes an ordinary logit of it."""
+        return x if self.softcap is None else x.clamp(min=torch.finfo(x.dtype).min)
+
+    def folded(self, x: Tensor) -> Tensor:
+        """tanh(logit_scale x / c) for a cap c, x itself for None."""
+        return x if self.softcap is None else torch.tanh(x * (self.logit_scale / self.softcap))
+
+    def below(self, x: Tensor, maximum: Tensor) -> Tensor:
+        """d in nats, of x below a maximum of the same rows; of the maximum and its equals exactly 0."""
+        finite = maximum.clamp(min=torch.finfo(maximum.dtype).min)  # of a row of all -inf: e = 0, not NaN
+        d = self.folded(x) - self.folded(finite)
+        if self.softcap is not None:
+            d.masked_fill_(x == maximum, 0.0)
+        return d.mul_(self.scale)
+
+    def bend(self, x: Tensor) -> Tensor:
+        """1 - tanh² y of a cap at x, what it leaves of a gradient; y = logit_scale x / c.
+
+        As 4 u / (1 + u)² with u = e^{-2 |y|}: the difference would keep no digit where the cap is nearly reached.
+        """
+        assert self.softcap is not None
+        u = (x.abs() * (-2 * self.logit_scale / self.softcap)).exp_()
+        return 4 * u / (1 + u).square_()
+
+
+def accumulator(logits: torch.dtype) -> torch.dtype:
+    """The type in which logits of a type are summed."""
+    return torch.float64 if logits == torch.float64 else torch.float32
+
 
 def empty_state(rows: int, logits: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """The state (6, N) of rows of logits of which nothing was seen yet, and room (7, N) for their statistics."""
-    dtype = torch.float64 if logits == torch.float64 else torch.float32
+    dtype = accumulator(logits)
     state = torch.zeros(FIELDS, rows, dtype=dtype, device=device)
     state[MAXIMUM] = state[AT_TOKEN] = -torch.inf
     return state, torch.empty(len(TokenStats._fields), rows, dtype=dtype, device=device)
@@ -57,8 +90,7 @@ def merge_sums(parts: Tensor, head: Head) -> Tensor:
     """`merge` of the first five fields, (K, 5, N) -> (5, N)."""
     maxima = parts[:, MAXIMUM]
     maximum, winner = maxima.max(0, keepdim=True)
-    below = (maxima - maximum) * head.scale
-    below = below.masked_fill_(maxima == -torch.inf, LOWEST).clamp_(min=LOWEST)
+    below = head.below(maxima, maximum).masked_fill_(maxima == -torch.inf, LOWEST).clamp_(min=LOWEST)
     weight = below.exp()
     # The modes of the other parts are ordinary tokens of the whole: e^0 = 1 each, at distance 0 from themselves.
     modes = torch.ones_like(weight).scatter_(0, winner, 0)
@@ -69,27 +101,31 @@ def merge_sums(parts: Tensor, head: Head) -> Tensor:
 
 
 def _sampled_distance(state: Tensor, head: Head) -> Tensor:
-    return (state[AT_TOKEN] - state[MAXIMUM]) * head.scale
+    return head.below(state[AT_TOKEN], state[MAXIMUM])
+
+
+def _total(state: Tensor, head: Head) -> Tensor:
+    """r, NaN for rows whose largest logit is not finite."""
+    top = head.folded(state[MAXIMUM])
+    return state[R] + (top - top)
 
 
 def finish(state: Tensor, head: Head) -> Tensor:
     """The fields of TokenStats (7, N) of rows that were folded whole."""
-    maximum, r, rd, q, qd = state[:AT_TOKEN]
-    r = r + (maximum - maximum)  # NaN for rows of all -inf, and for those that hold +inf
-    return torch.stack(stats_from_sums(_sampled_distance(state, head), r, rd, q, qd))
+    _, _, rd, q, qd = state[:AT_TOKEN]
+    return torch.stack(stats_from_sums(_sampled_distance(state, head), _total(state, head), rd, q, qd))
 
 
 def gradient_coefficients(state: Tensor, head: Head, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
     """Rows (α, β, γ) of N numbers each, so that the gradient along the logit x_v of a row is
 
-        e^{d_v} (α + β d_v)  for v ≠ a,    γ for the sampled token a    (each times 1 - tanh² under a soft cap).
+        e^{d_v} (α + β d_v)  for v ≠ a,    γ for the sampled token a    (each times `Head.bend` under a soft cap).
 
     From dlog p_a/dz_v = 1[v=a] - p_v and dH/dz_v = -p_v (log p_v + H) = -p_v (d_v - d̄). 1 - p_a comes from the sums,
     without cancellation.
     """
-    maximum, r, rd = state[MAXIMUM], state[R], state[RD]
-    s = 1 + r + (maximum - maximum)
-    mean = rd / s
+    r, s = state[R], 1 + _total(state, head)
+    mean = state[RD] / s
     d_a = _sampled_distance(state, head)
     is_mode = d_a == 0
     d_a = d_a.clamp(min=LOWEST)

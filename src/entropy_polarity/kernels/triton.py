@@ -31,15 +31,36 @@ AGAIN = 128
 PRODUCT_BYTES, PRODUCT_ROWS = 2**28, 8192
 
 _LOWEST = tl.constexpr(-1e4)  # as polarity.LOWEST
+_LOWEST_FLOAT = tl.constexpr(-3.4028234663852886e38)
 _LN2 = tl.constexpr(0.6931471805599453)
 _NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _capped(x, cap_in, cap_out, HAS_CAP: tl.constexpr):
-    """c tanh(k x / c) = c - 2 c / (e^{2 k x / c} + 1), with cap_in = 2 k log2(e) / c and cap_out = c."""
+def _tanh(x, cap):
+    """tanh y and 1 - tanh² y for y = k x, cap = 2 k log2(e), from u = e^{-2 |y|}, or its series where that cancels."""
+    y = x * (cap * (0.5 * _LN2))
+    yy = y * y
+    series = tl.fma(tl.fma(yy, 2.0 / 15.0, -1.0 / 3.0) * yy, y, y)
+    u = tl.exp2(-tl.abs(x * cap))
+    q = 1.0 / (1.0 + u)
+    far = (1.0 - u) * q
+    return tl.where(yy < 0.01, series, tl.where(x < 0.0, -far, far)), 4.0 * u * q * q
+
+
+@triton.jit
+def _folded(x, cap, HAS_CAP: tl.constexpr):
+    """`Head.folded`."""
     if HAS_CAP:
-        return cap_out - (2.0 * cap_out) / (tl.exp2(x * cap_in) + 1.0)
+        x, _ = _tanh(x, cap)
+    return x
+
+
+@triton.jit
+def _within(x, HAS_CAP: tl.constexpr):
+    """`Head.within`."""
+    if HAS_CAP:
+        return tl.maximum(x, _LOWEST_FLOAT, propagate_nan=_NAN_STAYS)
     else:
         return x
 
@@ -52,9 +73,9 @@ def _log1p(x):
 
 
 @triton.jit
-def _sums(z, maximum, bits, r, rd, q, qd):
-    """Add the elements z, at distances d below the maximum, to the four sums of their lanes."""
-    d = tl.maximum((z - maximum) * bits, _LOWEST, propagate_nan=_NAN_STAYS)  # subtract first: d of the mode is 0
+def _sums(z, top, bits, r, rd, q, qd):
+    """Add the folded elements z, at distances d below the maximum's, to the four sums of their lanes."""
+    d = tl.maximum((z - top) * bits, _LOWEST, propagate_nan=_NAN_STAYS)  # subtract first: d of the mode is 0
     e = tl.exp2(d)
     ee = e * e
     return r + e, tl.fma(e, d, rd), q + ee, tl.fma(ee, d, qd)
@@ -68,37 +89,42 @@ def _lower(delta, r, rd, q, qd):
 
 
 @triton.jit
-def _take(z, first, maximum, mode_block, bits, r0, rd0, q0, qd0, r, rd, q, qd):
-    """Add a block of z to its lanes, after lowering all sums where it holds a new maximum."""
-    highest = tl.max(z, axis=0)
+def _take(x, first, maximum, top, mode_block, bits, cap, HAS_CAP: tl.constexpr, r0, rd0, q0, qd0, r, rd, q, qd):
+    """Add a block x to its lanes, after lowering all sums where it holds a new maximum, whose folded value is `top`."""
+    z = _folded(x, cap, HAS_CAP)
+    if HAS_CAP:
+        z = tl.where(x == -float("inf"), -float("inf"), z)  # beyond the last column
+    highest = tl.max(x, axis=0)
     if highest > maximum:
-        delta = tl.maximum((maximum - highest) * bits, _LOWEST)
+        rises_to = highest
+        if HAS_CAP:
+            rises_to = tl.max(tl.where(x == highest, z, -float("inf")), axis=0)
+        delta = tl.maximum((top - rises_to) * bits, _LOWEST)
         if mode_block < 0:  # the mode of the columns before these is an ordinary token of the sums now
             r0 += 1.0
             q0 += 1.0
         r0, rd0, q0, qd0 = _lower(delta, r0, rd0, q0, qd0)
         r, rd, q, qd = _lower(delta, r, rd, q, qd)
         maximum = highest
+        top = rises_to
         mode_block = first
-    shift = tl.where(maximum == -float("inf"), 0.0, maximum)
+    shift = tl.where(top == -float("inf"), 0.0, top)
     r, rd, q, qd = _sums(z, shift, bits, r, rd, q, qd)
-    return maximum, mode_block, r0, rd0, q0, qd0, r, rd, q, qd
+    return maximum, top, mode_block, r0, rd0, q0, qd0, r, rd, q, qd
 
 
 @triton.jit
-def _load(logits_ptr, columns, inside, cap_in, cap_out, HAS_CAP: tl.constexpr):
-    """Capped logits in float32, -inf outside."""
-    z = tl.load(logits_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)
-    if HAS_CAP:
-        z = tl.where(inside, _capped(z, cap_in, cap_out, HAS_CAP), -float("inf"))
-    return z
+def _load(logits_ptr, columns, inside, HAS_CAP: tl.constexpr):
+    """Logits in float32, -inf outside."""
+    x = _within(tl.load(logits_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32), HAS_CAP)
+    return tl.where(inside, x, -float("inf")) if HAS_CAP else x
 
 
 @triton.jit
 def _fold_kernel(
     logits_ptr, tokens_ptr, mask_ptr, state_ptr, stats_ptr,
     batch_stride, row_stride, rows_a_batch, mask_stride, state_stride, stats_stride,
-    start, n_cols, bits, cap_in, cap_out,
+    start, n_cols, bits, cap,
     IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CAP: tl.constexpr,
     BLOCK: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
@@ -114,18 +140,20 @@ def _fold_kernel(
     logits_ptr += (row // rows_a_batch) * batch_stride + (row % rows_a_batch) * row_stride
     if IS_FIRST:
         maximum = -float("inf")
-        z_a = -float("inf")
+        top = -float("inf")
+        x_a = -float("inf")
         r0 = 0.0
         rd0 = 0.0
         q0 = 0.0
         qd0 = 0.0
     else:
         maximum = tl.load(state_ptr)
+        top = _folded(maximum, cap, HAS_CAP)
         r0 = tl.load(state_ptr + state_stride)
         rd0 = tl.load(state_ptr + 2 * state_stride) / _LN2  # distances are in bits here
         q0 = tl.load(state_ptr + 3 * state_stride)
         qd0 = tl.load(state_ptr + 4 * state_stride) / _LN2
-        z_a = tl.load(state_ptr + 5 * state_stride)
+        x_a = tl.load(state_ptr + 5 * state_stride)
     mode_block = -1  # where the maximum was found, if in these columns
     lanes = tl.arange(0, BLOCK)
     r = tl.zeros((BLOCK,), tl.float32)
@@ -135,19 +163,19 @@ def _fold_kernel(
 
     whole = n_cols // BLOCK * BLOCK
     for first in range(0, whole, BLOCK):
-        z = _capped(tl.load(logits_ptr + first + lanes).to(tl.float32), cap_in, cap_out, HAS_CAP)
-        maximum, mode_block, r0, rd0, q0, qd0, r, rd, q, qd = _take(
-            z, first, maximum, mode_block, bits, r0, rd0, q0, qd0, r, rd, q, qd
+        x = _within(tl.load(logits_ptr + first + lanes).to(tl.float32), HAS_CAP)
+        maximum, top, mode_block, r0, rd0, q0, qd0, r, rd, q, qd = _take(
+            x, first, maximum, top, mode_block, bits, cap, HAS_CAP, r0, rd0, q0, qd0, r, rd, q, qd
         )
     if whole < n_cols:
-        z = _load(logits_ptr, whole + lanes, whole + lanes < n_cols, cap_in, cap_out, HAS_CAP)
-        maximum, mode_block, r0, rd0, q0, qd0, r, rd, q, qd = _take(
-            z, whole, maximum, mode_block, bits, r0, rd0, q0, qd0, r, rd, q, qd
+        x = _load(logits_ptr, whole + lanes, whole + lanes < n_cols, HAS_CAP)
+        maximum, top, mode_block, r0, rd0, q0, qd0, r, rd, q, qd = _take(
+            x, whole, maximum, top, mode_block, bits, cap, HAS_CAP, r0, rd0, q0, qd0, r, rd, q, qd
         )
 
     if mode_block >= 0:
-        z = _load(logits_ptr, mode_block + lanes, mode_block + lanes < n_cols, cap_in, cap_out, HAS_CAP)
-        mode_lane = tl.min(tl.where(z == maximum, lanes, BLOCK - 1), axis=0)
+        x = _load(logits_ptr, mode_block + lanes, mode_block + lanes < n_cols, HAS_CAP)
+        mode_lane = tl.min(tl.where(x == maximum, lanes, BLOCK - 1), axis=0)
         is_lane = lanes == mode_lane
         r = tl.where(is_lane, 0.0, r)
         rd = tl.where(is_lane, 0.0, rd)
@@ -161,8 +189,9 @@ def _fold_kernel(
         for first in range(0, n_cols, AGAIN * BLOCK):
             columns = first + again * BLOCK + mode_lane
             inside = (columns < n_cols) & (columns != mode_block + mode_lane)
-            others = _load(logits_ptr, columns, inside, cap_in, cap_out, HAS_CAP)
-            r1, rd1, q1, qd1 = _sums(others, maximum, bits, r1, rd1, q1, qd1)
+            others = _folded(_load(logits_ptr, columns, inside, HAS_CAP), cap, HAS_CAP)
+            others = tl.where(inside, others, -float("inf")) if HAS_CAP else others
+            r1, rd1, q1, qd1 = _sums(others, top, bits, r1, rd1, q1, qd1)
         r0 += tl.sum(r1, axis=0)
         rd0 += tl.sum(rd1, axis=0)
         q0 += tl.sum(q1, axis=0)
@@ -176,21 +205,23 @@ def _fold_kernel(
     qd0 *= _LN2
     token = tl.load(tokens_ptr + row) - start
     if (token >= 0) & (token < n_cols):
-        z_a = _capped(tl.load(logits_ptr + token).to(tl.float32), cap_in, cap_out, HAS_CAP)
+        x_a = _within(tl.load(logits_ptr + token).to(tl.float32), HAS_CAP)
 
     tl.store(state_ptr, maximum)
     tl.store(state_ptr + state_stride, r0)
     tl.store(state_ptr + 2 * state_stride, rd0)
     tl.store(state_ptr + 3 * state_stride, q0)
     tl.store(state_ptr + 4 * state_stride, qd0)
-    tl.store(state_ptr + 5 * state_stride, z_a)
+    tl.store(state_ptr + 5 * state_stride, x_a)
     if IS_LAST:
         # polarity.stats_from_sums, number by number
-        r0 += maximum - maximum
+        r0 += top - top
         s = 1.0 + r0
         log_s = _log1p(r0)
         mean = rd0 / s
-        d_a = (z_a - maximum) * (bits * _LN2)
+        d_a = (_folded(x_a, cap, HAS_CAP) - top) * (bits * _LN2)
+        if HAS_CAP:
+            d_a = tl.where(x_a == maximum, 0.0, d_a)  # whatever the last bit of either tanh
         d = tl.maximum(d_a, _LOWEST, propagate_nan=_NAN_STAYS)
         e = tl.exp(d)
         p = e / s
@@ -213,7 +244,7 @@ def _fold_kernel(
 def _gradient_kernel(
     logits_ptr, out_ptr, tokens_ptr, mask_ptr, maximum_ptr, coefficients_ptr,
     batch_stride, row_stride, rows_a_batch, out_stride, mask_stride, coefficients_stride,
-    start, n_cols, blocks, bits, cap_in, cap_out,
+    start, n_cols, blocks, bits, cap,
     HAS_MASK: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -231,21 +262,24 @@ def _gradient_kernel(
     beta = tl.load(coefficients_ptr + row + coefficients_stride) * _LN2
     gamma = tl.load(coefficients_ptr + row + 2 * coefficients_stride)
     token = tl.load(tokens_ptr + row) - start
-    z = _load(logits_ptr, columns, inside, cap_in, cap_out, HAS_CAP)
-    d = tl.maximum((z - maximum) * bits, _LOWEST, propagate_nan=_NAN_STAYS)
+    x = _load(logits_ptr, columns, inside, HAS_CAP)
+    if HAS_CAP:
+        z, bend = _tanh(x, cap)
+        d = tl.where(x == maximum, 0.0, (z - _folded(maximum, cap, HAS_CAP)) * bits)
+    else:
+        d = (x - maximum) * bits
+    d = tl.maximum(d, _LOWEST, propagate_nan=_NAN_STAYS)
     gradient = tl.exp2(d) * tl.fma(beta, d, alpha)
     gradient = tl.where(columns == token, gamma, gradient)
     if HAS_CAP:
-        t = z * (1.0 / cap_out)
-        gradient *= 1.0 - t * t
+        gradient *= bend  # pyright: ignore[reportPossiblyUnboundVariable]
     tl.store(out_ptr + columns, gradient.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def _cap(head: Head) -> dict[str, float | bool]:
     """The kernels' arguments for a head: what turns distances into bits, and its soft cap."""
-    c = 1.0 if head.softcap is None else head.softcap
-    cap_in = 2 * head.logit_scale / (c * math.log(2))
-    return {"bits": head.scale / math.log(2), "cap_in": cap_in, "cap_out": c, "HAS_CAP": head.softcap is not None}
+    cap = 0.0 if head.softcap is None else 2 * head.logit_scale / (head.softcap * math.log(2))
+    return {"bits": head.scale / math.log(2), "cap": cap, "HAS_CAP": head.softcap is not None}
 
 
 def _layout(logits: Tensor) -> tuple[Tensor, dict[str, int]]:

@@ -145,19 +145,45 @@ def random_branch(sign: int, seed: int = 0) -> Transform:
     return Transform(lambda: {"rollout": 0}, update, None, frozenset({"sensitivity", "sample_id"}))
 
 
-def opefo() -> Transform:
-    """OPEFO: A (1 + λ) where P > 0 and A (1 - λ) where P < 0, with λ = (D- - D+) / (D- + D+).
+def token_flow(tokens: Tokens) -> Float[Tensor, "B T"]:
+    """OPEFO's estimate d = -w A (1 - p_a)² (log p_a + H) of the entropy change that each token brings.
 
-    The predicted net flow is then zero. With one branch empty nothing is changed, since its rule would silence the
-    other. No hyper-parameter. Source: arXiv 2605.11491, from a third-party summary; that its d is our P is an
-    assumption.
+    A = (0.2, -0.8) on the two tokens of p = (0.8, 0.2) gives Σ p d = -0.115340, a textbook's printed check of the
+    paper's Eq. 6. P = w A T gives -0.070978 there, the exact first order: d takes no account of what the step does to
+    the other tokens.
+    Source: arXiv 2605.11491, from third-party summaries; the factor w, 1 in their on-policy setting, is ours.
     """
+    logp = tokens.known("logp")
+    weight = tokens.advantages if tokens.importance is None else tokens.importance * tokens.advantages
+    return -weight * logp.expm1().square() * (logp + tokens.known("entropy"))
+
+
+def _balanced(flow: Callable[[Tokens], Tensor], *needs: str) -> Transform:
+    """A (1 + λ) where the flow is > 0 and A (1 - λ) where it is < 0, with the λ that leaves no net flow."""
 
     def rewrite(tokens: Tokens) -> Tokens:
-        positive, negative = branch_flows(precise(token_polarity(tokens)), tokens.mask)
+        flows = finite(flow(tokens))
+        positive, negative = branch_flows(precise(flows), tokens.mask)
         if min(positive, negative) <= 0:
             return tokens
         lam = ((negative - positive) / (negative + positive)).to(tokens.advantages.dtype)
-        return reweighted(tokens, 1 + lam * polarity_sign(tokens))
+        return reweighted(tokens, 1 + lam * flows.sign())
 
-    return rewriting(rewrite, "sensitivity")
+    return rewriting(rewrite, *needs)
+
+
+def opefo() -> Transform:
+    """OPEFO: A (1 + λ) where d > 0 and A (1 - λ) where d < 0, with λ = (D- - D+) / (D- + D+).
+
+    d as in `token_flow`, D+ and D- the sums of its positive and negative parts; their net is then zero. With one branch
+    empty nothing is changed, since its rule would silence the other. No hyper-parameter.
+    Unresolved: a summary says that λ stays within 0.00025 to 0.00175 on its own; on 60 rollouts of plain GRPO this one
+    is 0.36 in the median and reaches 0.60 (benchmarks/results/opefo.json). What the paper's λ is we do not know.
+    Source: arXiv 2605.11491, from third-party summaries.
+    """
+    return _balanced(token_flow, "logp", "entropy")
+
+
+def opefo_polarity() -> Transform:
+    """OPEFO's rule with the polarity P = w A T, the exact first order, in place of its d. Source: ours."""
+    return _balanced(token_polarity, "sensitivity")

@@ -151,6 +151,8 @@ def _run(
 
 def _known(files: Sequence[Path], plan: Plan) -> dict[tuple[str, int], Facts]:
     """The runs of `plan` that result files hold. Raises ValueError for a file of another setting."""
+    from entropy_polarity.methods import name_of
+
     runs: dict[tuple[str, int], Facts] = {}
     for file in files:
         try:
@@ -164,7 +166,8 @@ def _known(files: Sequence[Path], plan: Plan) -> dict[tuple[str, int], Facts]:
         with as_written(file):
             for run in (Facts(**run) for run in document["runs"]):
                 # By what was run, not by its label: a search calls the candidates of a method by numbers.
-                same = [label for label, table in plan.methods.items() if table == run.method]
+                method = run.method | {"name": name_of(run.method["name"], run.date)}
+                same = [label for label, table in plan.methods.items() if table == method]
                 runs |= {(label, run.seed): replace(run, label=label) for label in same}
     return runs
 
