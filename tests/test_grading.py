@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from entropy_polarity.tasks import make_task
 from entropy_polarity.tasks.tables import golds
 from entropy_polarity.tasks.workers import Workers
 
@@ -241,12 +242,16 @@ def test_scraps_of_notation_have_a_verdict_in_time(count):
 VERDICTS = {"correct", "wrong", "not parsed", "timed out", "out of memory"}
 
 
-def real(name):
-    """The rows of a file of real data; not part of the project, and skipped where it is not there."""
+def real_file(name):
+    """A file of real data; not part of the project, and the test is skipped where it is not there."""
     folder = Path(os.environ.get("ENTROPY_POLARITY_DATA") or Path(__file__).parents[2] / "shared" / "data")
     if not (folder / name).is_file():
         pytest.skip(f"no {name} in {folder}: set ENTROPY_POLARITY_DATA to a folder that has it")
-    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+    return folder / name
+
+
+def real(name):
+    return [json.loads(line) for line in real_file(name).read_text(encoding="utf-8").splitlines()]
 
 
 def not_correct(pairs, found):
@@ -288,3 +293,15 @@ def test_solutions_of_gsm8k_are_graded_as_their_authors_labelled_them(count, wor
     assert not not_correct(pairs, verdicts(workers, pairs))
     spoilt = [(gold, text.replace(f"#### {text.rsplit('#### ')[-1]}", f"#### {gold}7")) for gold, text in pairs]
     assert "correct" not in verdicts(workers, spoilt)
+
+
+@pytest.mark.parametrize(
+    ("preset", "name", "problem", "count"),
+    [("gsm8k", "gsm8k_test.jsonl", "question", 1319), ("math-500", "math500.jsonl", "problem", 500)],
+)
+def test_presets_read_the_real_files(preset, name, problem, count):
+    """Their columns have the names that the presets look for."""
+    rows, file = real(name), str(real_file(name))
+    task = make_task(f"math:{preset}", data=file, test_split=file)
+    found = {p.messages[-1]["content"]: p.facts["answers"] for p in (task.problem(0, n, "test") for n in range(count))}
+    assert found == {row[problem]: golds(row["answer"]) for row in rows}
