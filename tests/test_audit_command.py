@@ -86,7 +86,7 @@ def test_the_command_prints_one_document(tmp_path):
     )
     document = json.loads(done.stdout)
     assert -1 <= document["exact"]["pearson"]["value"] <= 1
-    assert 0 <= document["local"]["spearman"]["high"] <= 1
+    assert document["local"]["spearman"]["high"] is None  # four updates are too few to say
     assert "update 4/4" in done.stderr
 
 

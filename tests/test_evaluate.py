@@ -17,7 +17,7 @@ from entropy_polarity.experiments.evaluate import Settings, evaluate_models
 from entropy_polarity.experiments.models import labelled, settle_task
 from entropy_polarity.generation import GREEDY, Sampling
 from entropy_polarity.report.evaluation_tables import evaluation_tables
-from entropy_polarity.statistics.intervals import Estimate, paired_bootstrap
+from entropy_polarity.statistics.intervals import Estimate
 from entropy_polarity.tasks import Score, distinct_problems
 from entropy_polarity.tasks.countdown import Countdown
 from entropy_polarity.tasks.games import Guess
@@ -91,9 +91,11 @@ def test_an_evaluation_counts_each_verdict_and_estimates_pass_at_k():
     assert result.successes == [2] * 6
     # After 24 samples the script begins again: one greedy answer for each of the six problems.
     assert result.greedy == [1, 0, 0, 1, 1, 0]
-    assert result.greedy_pass == Estimate.of(np.array([1.0, 0, 0, 1, 1, 0]))
+    assert str(result.greedy_pass) == str(Estimate.of(np.array([1.0, 0, 0, 1, 1, 0]))) == "0.500 [-]"
     assert scripted.settings == [(True, 0.7, 16), (False, None, 16)]
-    assert result.to_json()["pass_at"]["4"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    found = result.to_json()["pass_at"]["4"]
+    assert found["value"] == 1.0
+    assert np.isnan([found["low"], found["high"]]).all()  # six problems are too few to say
 
 
 def test_an_evaluation_leaves_the_mode_of_the_model_and_the_random_state_as_they_were():
@@ -197,13 +199,10 @@ def test_models_are_compared_on_the_same_problems_and_seeds(compared):
     assert even["scores"]["avg@4"]["value"] == pytest.approx((3 / 4 / 2 + 1 / 2) / 2)
     assert even["scores"]["maj@4"]["value"] == 0.5
     assert even["batch_sizes"] == [7]
-    assert none["scores"]["pass@4"] == {"value": 0, "low": 0, "high": 0}
+    assert none["scores"]["pass@4"] == {"value": 0, "low": None, "high": None}  # four problems are too few to say
     assert hostile["verdicts"]["not an expression"] == 1
     a = np.array(even["successes"]) / 4
-    expected = paired_bootstrap(a, np.zeros((2, 4)))
-    difference = document["against"]["even"]["avg@4"]
-    assert difference["difference"] == pytest.approx(expected.value)
-    assert difference["bootstrap"] == pytest.approx([expected.low, expected.high], abs=1e-6)
+    assert document["against"]["even"]["avg@4"] == {"difference": pytest.approx(a.mean()), "bootstrap": None}
     assert set(document["against"]) == {"even", HOSTILE[:8]}
 
 

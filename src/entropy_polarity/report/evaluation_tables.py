@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from entropy_polarity.report.intervals import estimated, interval
+from entropy_polarity.report.intervals import between, estimated
 from entropy_polarity.report.tables import Column, TextTable
 
 Document = dict[str, Any]
@@ -118,8 +118,8 @@ def _over(document: Document) -> str:
 
 
 def _estimate(estimate: dict[str, float | None]) -> str:
-    return estimated(estimate, between="\n")
+    return estimated(estimate, joint="\n")
 
 
 def _difference(number: dict[str, Any]) -> str:
-    return f"{number['difference']:+.3f}\n{interval(*(number['bootstrap'] or (None, None)), '+.3f')}"
+    return f"{number['difference']:+.3f}\n{between(number['bootstrap'])}"

@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from entropy_polarity.report.html import blank_figure
 from entropy_polarity.report.html import label as label_of
-from entropy_polarity.report.intervals import interval
+from entropy_polarity.report.intervals import between
 
 # Okabe and Ito's colours, which colour-blind eyes tell apart (black is the baselines' zero line, yellow too faint);
 # where there are more methods than colours, dashes and markers tell them apart.
@@ -61,7 +61,7 @@ def _interval_traces(label: str, number: Mapping[str, Any], style: Mapping[str, 
         if bounds:
             line = {"color": style["colour"], "width": width}
             yield go.Scatter(x=bounds, y=[label_of(label)] * 2, mode="lines", line=line, hoverinfo="skip")
-    shown = interval(*(number["bootstrap"] or (None, None)), "+.3f")
+    shown = between(number["bootstrap"])
     yield go.Scatter(
         x=[number["difference"]],
         y=[label_of(label)],

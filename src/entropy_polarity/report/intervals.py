@@ -1,7 +1,7 @@
 """Intervals as text and as bars: a dash, and no bar, where too little was seen to say."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -16,9 +16,15 @@ def interval(low: float | None, high: float | None, form: str = ".3f") -> str:
     return f"[{low:{form}}, {high:{form}}]"
 
 
-def estimated(estimate: Mapping[str, Any], form: str = ".3f", between: str = " ") -> str:
+def between(bounds: Sequence[float] | None, form: str = "+.3f") -> str:
+    """The same of (low, high), None where they are not known."""
+    low, high = bounds or (None, None)
+    return interval(low, high, form)
+
+
+def estimated(estimate: Mapping[str, Any], form: str = ".3f", joint: str = " ") -> str:
     """The value of an estimate and its interval."""
-    return f"{estimate['value']:{form}}{between}{interval(estimate['low'], estimate['high'], form)}"
+    return f"{estimate['value']:{form}}{joint}{interval(estimate['low'], estimate['high'], form)}"
 
 
 def bars(estimates: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

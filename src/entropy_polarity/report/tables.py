@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from entropy_polarity.report.intervals import interval
+from entropy_polarity.report.intervals import between
 
 Summary = dict[str, Any]
 
@@ -143,13 +143,9 @@ def _difference(number: Summary) -> str:
     """A value and its intervals, a line each."""
     lines = [f"{number['difference']:+.3f}"]
     if "bootstrap" in number:
-        lines.append(_interval(number["bootstrap"]))
-    lines.append(f"t {_interval(number['t'])}")
+        lines.append(between(number["bootstrap"]))
+    lines.append(f"t {between(number['t'])}")
     return "\n".join(lines)
-
-
-def _interval(bounds: list[float] | None) -> str:
-    return interval(*(bounds or (None, None)), "+.3f")
 
 
 def _reach(reach: Summary) -> str:
