@@ -126,8 +126,8 @@ def counted(call: Callable[..., Any], calls: Iterator[int]) -> Callable[..., Any
 def outcome(
     run: Path, without: str = "step_time"
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], bytes, dict[str, Any]]:
-    """Metrics without the clock, rollouts, weights, summary. `without` a column more: epochs of a run that was lengthened
-    were longer."""
+    """Metrics without the clock, rollouts, weights, summary. `without` a column more: the epochs of a run that was made
+    longer were longer."""
     read = Run.read(run)
     metrics = [
         {name: value for name, value in row.items() if name not in ("step_time", without)} for row in read.metrics
