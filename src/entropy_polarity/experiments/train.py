@@ -316,7 +316,10 @@ def _summary_to_resume(output: Path, max_steps: int, from_step: int | None) -> d
     """What is still true of the summary of a run that goes on. Raises ValueError if there is nothing left to do."""
     summary = read_summary(output)
     if from_step is None and summary.get("status") == "finished" and summary["steps"] >= max_steps:
-        raise ValueError(f"{output} is finished at step {summary['steps']}: a larger --max-steps lengthens it")
+        raise ValueError(
+            f"{output} is finished at step {summary['steps']}: a larger --max-steps lengthens it, "
+            f"papo report {output} writes its page again"
+        )
     return {name: summary[name] for name in ("before",) if name in summary}
 
 
