@@ -137,12 +137,17 @@ FOLDERS: dict[str, tuple[dict[str, Any], Callable[[Path], Any] | None]] = {
     "code of a tokenizer": ({}, lambda c: _config(c / "tokenizer_config.json", auto_map=CODE)),
     "a kernel of the hub": ({}, lambda c: _config(c / "config.json", attn_implementation="someone/kernel")),
     "pickled weights": ({}, _pickled),
-    "an adapter": ({}, lambda c: (c / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')),
+    "an adapter": (
+        {},
+        lambda c: (c / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}', encoding="utf-8"),
+    ),
     "a pickled optimizer": ({}, lambda c: (c / "optimizer.pt").write_bytes(pickle.dumps(_Touches()))),
     "a pickled random state": ({}, lambda c: (c / "rng_state.pth").write_bytes(pickle.dumps(_Touches()))),
     "a template that reaches for globals": (
         {},
-        lambda c: (c / "chat_template.jinja").write_text("{{ cycler.__init__.__globals__.os.system('x') }}"),
+        lambda c: (c / "chat_template.jinja").write_text(
+            "{{ cycler.__init__.__globals__.os.system('x') }}", encoding="utf-8"
+        ),
     ),
 }
 COMMANDS: dict[str, tuple[str, ...]] = {
