@@ -10,7 +10,7 @@ texts     hostile text through every table, live view and page: control characte
 inputs    wrong input to every command: it has to end with exit code 2, one line on standard error, nothing else
 locales   training, report, evaluation and comparison where the encoding is not UTF-8
 
-It trains a run of two steps first; all takes about five minutes on two cores.
+It trains a run of two steps first; all takes some minutes on two cores.
 """
 
 import argparse
@@ -85,12 +85,13 @@ def papo(*arguments: str) -> tuple[int, str, str]:
 
 
 def fault_of(code: int, out: str, err: str, wanted: tuple[int, ...] = (2,)) -> str:
-    """What is wrong with how a command ended; empty where nothing is."""
+    """What is wrong with how a command ended; empty where nothing is. One that may also end well may have begun to say
+    how it goes."""
     if code not in wanted:
         return f"exit code {code}: {err[-300:]}"
     if code == 2:
         lines = err.strip().splitlines()
-        if out or len(lines) != 1 or len(err) > LONGEST_LINE or not lines[0].startswith("papo: "):
+        if (out and wanted == (2,)) or len(lines) != 1 or len(err) > LONGEST_LINE or not lines[0].startswith("papo: "):
             return f"{len(lines)} lines, {len(err)} characters, {len(out)} of output: {err[-300:]}"
     return "raw control characters" if RAW.search(out + err) else ""
 
@@ -117,7 +118,7 @@ def _pickled(checkpoint: Path) -> None:
 CODE = {"AutoConfig": "canary.C", "AutoModelForCausalLM": "canary.M", "AutoTokenizer": ["canary.T", "canary.T"]}
 ENV = {"name": "env", "factory": "canary:Env"}
 # What the recipe of the folder says, and what becomes of its checkpoint.
-FOLDERS: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None]] = {
+FOLDERS: dict[str, tuple[dict[str, Any], Callable[[Path], Any] | None]] = {
     "a class": ({"task": ENV}, None),
     "a function": ({"task": {"name": "env", "factory": "subprocess:check_output"}}, None),
     "a class with arguments": ({"task": ENV | {"settings": {"args": ["touch", "x"]}}}, None),
@@ -136,12 +137,17 @@ FOLDERS: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None]] = {
     "code of a tokenizer": ({}, lambda c: _config(c / "tokenizer_config.json", auto_map=CODE)),
     "a kernel of the hub": ({}, lambda c: _config(c / "config.json", attn_implementation="someone/kernel")),
     "pickled weights": ({}, _pickled),
-    "an adapter": ({}, lambda c: (c / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}') and None),
-    "a pickled optimizer": ({}, lambda c: (c / "optimizer.pt").write_bytes(pickle.dumps(_Touches())) and None),
-    "a pickled random state": ({}, lambda c: (c / "rng_state.pth").write_bytes(pickle.dumps(_Touches())) and None),
+    "an adapter": (
+        {},
+        lambda c: (c / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}', encoding="utf-8"),
+    ),
+    "a pickled optimizer": ({}, lambda c: (c / "optimizer.pt").write_bytes(pickle.dumps(_Touches()))),
+    "a pickled random state": ({}, lambda c: (c / "rng_state.pth").write_bytes(pickle.dumps(_Touches()))),
     "a template that reaches for globals": (
         {},
-        lambda c: (c / "chat_template.jinja").write_text("{{ cycler.__init__.__globals__.os.system('x') }}") and None,
+        lambda c: (c / "chat_template.jinja").write_text(
+            "{{ cycler.__init__.__globals__.os.system('x') }}", encoding="utf-8"
+        ),
     ),
 }
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -170,7 +176,7 @@ def folders(made: Path) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def _folder(made: Path, tables: dict[str, Any], change: Callable[[Path], None] | None) -> Iterator[None]:
+def _folder(made: Path, tables: dict[str, Any], change: Callable[[Path], Any] | None) -> Iterator[None]:
     """The current folder holds `run`, a stranger's, and a module canary that can be imported."""
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
         shutil.copytree(made, "run")

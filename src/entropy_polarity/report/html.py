@@ -12,6 +12,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import plotly.graph_objects as go
 from jinja2 import ChainableUndefined, Environment, PackageLoader
 from markupsafe import Markup
@@ -88,7 +89,7 @@ def label(text: Any) -> str:
     return html.escape(one_line(text, MAX_LABEL))
 
 
-def thinned(values: Sequence[Any]) -> list[Any]:
+def thinned(values: Sequence[Any] | np.ndarray) -> list[Any]:
     """At most about `MAX_POINTS` of the values, evenly spread, and the last: more cannot be told apart on a page."""
     stride = -(-len(values) // MAX_POINTS) or 1
     return [*values[:-1:stride], *values[-1:]]
