@@ -204,8 +204,10 @@ class PolarityTrainer(GRPOTrainer):
             restrict(batch, tokens.mask, decision.kept)
 
     def _for_the_loss(self, tokens: Tokens) -> Tensor:
-        """The advantages as TRL reads them: where its ratio is of whole sequences, one for each."""
-        return tokens.advantages[:, 0] if self.importance_sampling_level == "sequence" else tokens.advantages
+        """The advantages as TRL reads them: one for each response where all its tokens have the same, as TRL's own are.
+        Losses and metrics of whole sequences are then TRL's."""
+        first = tokens.advantages[:, 0]
+        return first if torch.equal(first[:, None].expand_as(tokens.advantages), tokens.advantages) else tokens.advantages
 
     def _whole_batch_tokens(self, batch: dict[str, Any]) -> Tokens:
         """The facts of this process's rows from one pass without gradient, before any update on them."""
