@@ -26,7 +26,8 @@ RECIPES = {"countdown": 5, "guess": 4, "keydoor": 2}  # and how many steps
 def part(recipe: str, keep: bool) -> dict[str, Any]:
     """A few steps in this process."""
     from entropy_polarity._machine import kept_memory
-    from entropy_polarity.experiments.train import checked, load_policy, prompts_of, quiet, quiet_trainer
+    from entropy_polarity.experiments.train import checked, prompts_of, quiet, quiet_trainer
+    from entropy_polarity.policy.loading import load_policy
     from entropy_polarity.recipe import load_recipe
 
     quiet()

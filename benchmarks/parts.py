@@ -25,8 +25,9 @@ from entropy_polarity.agreement import agreement
 from entropy_polarity.exact import entropy_gradient
 from entropy_polarity.experiments.audit_recipe import audit_recipe
 from entropy_polarity.experiments.results import provenance, write_document
-from entropy_polarity.experiments.train import checked, load_policy, prompts_of, quiet, quiet_trainer, trainer_config
+from entropy_polarity.experiments.train import checked, prompts_of, quiet, quiet_trainer, trainer_config
 from entropy_polarity.forecast import Forecaster, dot, followed, moving
+from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, with_flags
 from entropy_polarity.trainers.auditing import UpdateForecaster
 from entropy_polarity.trainers.trl_exact import joined

@@ -14,8 +14,8 @@ from test_cli import papo
 
 from entropy_polarity.consent import check_said_again, said_again, stay_offline
 from entropy_polarity.experiments.compare.runs import Job
-from entropy_polarity.experiments.train import load_policy
 from entropy_polarity.policy.folder import check_folder
+from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.recipe import load_recipe, recipe_names
 from entropy_polarity.tasks import make_task
 from entropy_polarity.tasks.workers import Outcome, Workers

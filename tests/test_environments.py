@@ -10,7 +10,8 @@ from test_tasks_training import few_steps, policy
 
 from entropy_polarity.episodes import _Lanes, play
 from entropy_polarity.experiments.evaluate import Settings, evaluate_models
-from entropy_polarity.experiments.train import checked, load_policy
+from entropy_polarity.experiments.train import checked
+from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.recipe import load_recipe
 from entropy_polarity.record import Run
 from entropy_polarity.tasks import distinct_problems, make_task

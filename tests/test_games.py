@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from test_tasks_training import few_steps, policy
 
 from entropy_polarity.episodes import Format, play
-from entropy_polarity.experiments.train import load_policy, prompts_of, quiet_trainer, train, trainer_config
+from entropy_polarity.experiments.train import prompts_of, quiet_trainer, train, trainer_config
+from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.policy.tokenizer import character_tokenizer
 from entropy_polarity.recipe import load_recipe, with_flags
 from entropy_polarity.record import Run

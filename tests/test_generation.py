@@ -9,11 +9,11 @@ import torch
 from transformers import LlamaConfig
 
 from entropy_polarity.episodes import _sampled
-from entropy_polarity.experiments.train import load_policy
 from entropy_polarity.generation import GREEDY, Sampling, memory
 from entropy_polarity.generation.memory import bytes_a_sequence, first_size, in_batches, is_out_of_memory
 from entropy_polarity.generation.sampling import TransformersGenerator
 from entropy_polarity.generation.vllm import VllmGenerator, prompt_seed
+from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.tasks.prompts import encoded
 
 PROMPTS = ["1 2 3=6:", "4 5 6 1=99:", "9 9 9=81:"]

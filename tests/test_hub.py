@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from small import SMALL
 
 from entropy_polarity import _hub
-from entropy_polarity.experiments.train import load_policy
+from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.tasks.tables import load_table
 
 FIRST_HALF = "cannot load a model from 'someone/some-model' (no such folder here): "

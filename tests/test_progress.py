@@ -12,9 +12,9 @@ from test_evaluate import Answering, solved
 from entropy_polarity.evaluate import attempt, warn_after, warn_before
 from entropy_polarity.experiments import evaluate as experiment
 from entropy_polarity.experiments.evaluate import Settings, budget, evaluate_models
-from entropy_polarity.experiments.train import load_policy
 from entropy_polarity.generation import GREEDY, Sampling
 from entropy_polarity.generation.sampling import TransformersGenerator
+from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.recipe import fitting, load_recipe
 from entropy_polarity.report.lines import LiveOrLines, Part
 from entropy_polarity.report.live import LiveView

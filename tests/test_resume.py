@@ -16,7 +16,8 @@ from entropy_polarity import cli
 from entropy_polarity._files import locked
 from entropy_polarity.checkpoints import begin
 from entropy_polarity.experiments.models import weights_of
-from entropy_polarity.experiments.train import load_policy, train
+from entropy_polarity.experiments.train import train
+from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.recipe import load_recipe, with_flags
 from entropy_polarity.record import Run, RunWriter, last_checkpoint
 from entropy_polarity.report.page import render_page

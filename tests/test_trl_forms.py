@@ -11,7 +11,7 @@ from test_trl import PROBLEMS, judge
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from entropy_polarity.experiments.train import load_policy
+from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.trainers import trl_config
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
 

@@ -19,8 +19,9 @@ from trl.trainer import grpo_trainer
 
 from entropy_polarity._weights import check_loaded, load_whole
 from entropy_polarity.experiments.evaluate import Settings, evaluate_models
-from entropy_polarity.experiments.train import load_policy, train
+from entropy_polarity.experiments.train import train
 from entropy_polarity.generation.vllm import VllmGenerator
+from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.policy.tokenizer import character_tokenizer
 from entropy_polarity.recipe import load_recipe
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer

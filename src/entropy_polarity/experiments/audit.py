@@ -18,7 +18,6 @@ from entropy_polarity.experiments.audit_summary import MAPPED, asymmetry, by_tok
 from entropy_polarity.experiments.results import provenance, read_document, write_document
 from entropy_polarity.experiments.train import (
     checked,
-    load_policy,
     prompts_of,
     quiet,
     quiet_trainer,
@@ -26,6 +25,7 @@ from entropy_polarity.experiments.train import (
 )
 from entropy_polarity.generation import Sampling
 from entropy_polarity.generation.sampling import Sampled, sample_tokens
+from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.recipe import Recipe
 from entropy_polarity.report.audit import render_audit
 from entropy_polarity.tasks import Task, distinct_problems

@@ -18,11 +18,12 @@ from entropy_polarity.episodes import check_starts
 from entropy_polarity.evaluate import Attempts, attempt, check_counts, warn_after, warn_before
 from entropy_polarity.experiments.models import labelled, settle_task, weights_of
 from entropy_polarity.experiments.results import bounds, provenance, rounded, without_nan, write_document
-from entropy_polarity.experiments.train import load_policy, quiet
+from entropy_polarity.experiments.train import quiet
 from entropy_polarity.generation import Generator, Progress, Sampling, silent
 from entropy_polarity.generation.sampling import TransformersGenerator
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.policy.folder import check_folder
+from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.record import refuse_occupied
 from entropy_polarity.report.evaluation import render_evaluation
 from entropy_polarity.statistics.intervals import DIFFERENCE, RATE, Estimate, paired_bootstrap

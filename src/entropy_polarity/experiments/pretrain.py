@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from entropy_polarity.evaluate import evaluate
-from entropy_polarity.experiments.train import load_policy, quiet
+from entropy_polarity.experiments.train import quiet
+from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.policy.pretrain import PretrainSettings, pretrain
 from entropy_polarity.tasks import make_task
 from entropy_polarity.tasks.countdown import Countdown

@@ -14,26 +14,22 @@ import torch
 import transformers
 from datasets import Dataset
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
 )
 
-from entropy_polarity._damage import damaged_file
 from entropy_polarity._errors import check_settings, unknown_name
 from entropy_polarity._files import locked
-from entropy_polarity._hub import why_not_asked
 from entropy_polarity._machine import kept_memory
-from entropy_polarity._text import one_line, valid
-from entropy_polarity._weights import load_whole
+from entropy_polarity._text import valid
 from entropy_polarity.episodes import check_starts
 from entropy_polarity.evaluate import evaluate
 from entropy_polarity.generation import Progress, silent
 from entropy_polarity.generation.tools import check_tool_support
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.policy.folder import check_folder
+from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.recipe import Recipe
 from entropy_polarity.record import (
     CHECKPOINTS,
@@ -55,41 +51,6 @@ from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
 
 # Set by the run itself: a recipe that names one would be overruled silently.
 _OWNED = {"output_dir", "seed", "method", "method_settings", "logging_steps", "disable_tqdm"}
-
-
-def load_policy(model: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder, a hub name or "embedded", in float32. No code that comes with it is run, and the
-    hub is asked for nothing but a name that is no folder.
-
-    Raises ValueError or OSError, in a line, for what is no causal language model, for weights that are not those of the
-    model, and for what would bring in more than safetensors and settings.
-    """
-    path = resolve_model(model)
-    local = Path(path).is_dir()
-    if local:
-        check_folder(Path(path))
-    silent = None if local else why_not_asked()
-    here_only = local or silent is not None
-    try:
-        policy = load_whole(
-            AutoModelForCausalLM.from_pretrained,
-            path,
-            dtype=torch.float32,
-            local_files_only=here_only,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=here_only, trust_remote_code=False)
-    except Exception as error:  # of a dozen kinds, where a file is damaged
-        damage = damaged_file(Path(path)) if local else None
-        if damage is not None:
-            raise ValueError(f"{damage}: take another model or checkpoint") from None
-        said = one_line(error) if silent is None else f"nothing in this machine's cache, and {silent}"
-        hint = "" if local else " (no such folder here)"
-        raise ValueError(f"cannot load a model from {one_line(repr(model), 200)}{hint}: {said}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return policy, tokenizer
 
 
 def trainer_config(recipe: Recipe, output: Path, task: Task | Game) -> PolarityConfig:

@@ -23,6 +23,7 @@ import tomli_w
 
 from entropy_polarity._files import DRAFT, LOCK, refuse_links, write_text
 from entropy_polarity._files import locked as locked_folder
+from entropy_polarity.consent import said_again
 from entropy_polarity.experiments.compare import tied
 from entropy_polarity.recipe import Recipe, load_recipe
 from entropy_polarity.record import CONFIG, ENVIRONMENT, METRICS, SUMMARY, read_config, read_summary
