@@ -200,7 +200,9 @@ class PolarityTrainer(GRPOTrainer):
         """The advantages as TRL reads them: one for each response where all its tokens have the same, as TRL's own are.
         Losses and metrics of whole sequences are then TRL's."""
         first = tokens.advantages[:, 0]
-        return first if torch.equal(first[:, None].expand_as(tokens.advantages), tokens.advantages) else tokens.advantages
+        return (
+            first if torch.equal(first[:, None].expand_as(tokens.advantages), tokens.advantages) else tokens.advantages
+        )
 
     def _whole_batch_tokens(self, batch: dict[str, Any]) -> Tokens:
         """The facts of this process's rows from one pass without gradient, before any update on them."""
