@@ -118,7 +118,7 @@ def test_whole_sequences_are_monitored_and_nothing_is_changed(tmp_path, settings
 
 
 def test_a_weight_of_sequences_is_logged_as_trl_logs_it(tmp_path):
-    """VESPO's φ is one for each response, and so is its mean, where λ = 0 gives the tokens of one the same advantage."""
+    """VESPO's φ is one for each response, and so is its mean: λ = 0 leaves the tokens of one the same advantage."""
     settings = {"loss_type": "vespo", "num_iterations": 2, "statistics_head": "trl", "max_steps": 2}
     ours = make_trainer(PolarityTrainer, tmp_path / "ours", method=NEUTRAL["constant"], **settings)
     ours.train()
