@@ -117,6 +117,20 @@ def test_whole_sequences_are_monitored_and_nothing_is_changed(tmp_path, settings
     assert any(rollout.metrics["polarity/positive_flow"] > 0 for rollout in rollouts)
 
 
+def test_a_weight_of_sequences_is_logged_as_trl_logs_it(tmp_path):
+    """VESPO's φ is one for each response, and so is its mean: λ = 0 leaves the tokens of one the same advantage."""
+    settings = {"loss_type": "vespo", "num_iterations": 2, "statistics_head": "trl", "max_steps": 2}
+    ours = make_trainer(PolarityTrainer, tmp_path / "ours", method=NEUTRAL["constant"], **settings)
+    ours.train()
+    del settings["statistics_head"]
+    theirs = make_trainer(GRPOTrainer, tmp_path / "theirs", **settings)
+    theirs.train()
+    names = ("loss", "grad_norm", "vespo/phi_seq_mean")
+    found = [[[row[name] for name in names] for row in t.state.log_history if "loss" in row] for t in (ours, theirs)]
+    assert found[0] == found[1]
+    assert found[0][1][2] != 1.0, "the second update is away from the policy that sampled"
+
+
 @pytest.mark.parametrize("name", ["papo", "opefo", "top_entropy", "adaptive_coefficient"])
 def test_token_weights_are_refused_with_sequences_in_one_line(tmp_path, name):
     settings = {"report_to": "none", "use_cpu": True, "bf16": False, "importance_sampling_level": "sequence"}

@@ -60,7 +60,7 @@ def digits(completions, **_) -> Rewards:
 
 
 def sometimes(completions, **_) -> Rewards:
-    return [None if len(str(completion)) % 2 else 1.0 for completion in completions]
+    return [None if "*" in str(completion) else 1.0 for completion in completions]
 
 
 def never(completions, **_) -> Rewards:
@@ -159,7 +159,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "several rewards, each normalised": Configuration(
         {"reward_weights": [1.0, 0.25], "multi_objective_aggregation": "normalize_then_sum"}, reward=[verified, digits]
     ),
-    "a reward that is sometimes none": Configuration(reward=[sometimes, digits]),
+    "a reward that is sometimes none": Configuration(reward=[sometimes, verified]),
     "a reward that is always none": Configuration(reward=never),
     "a reward that is awaited": Configuration(reward=[awaited, verified]),
     "evaluated": Configuration(EVALUATED, held_out),
@@ -177,8 +177,8 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "bf16 autocast": Configuration({"bf16": True}),
     "bf16 weights": Configuration(REUSED, model=half),
     "head in float32": Configuration({"cast_lm_head_to_fp32": True}, model=half),
-    "dropout": Configuration(REUSED, model=dropping),
-    "dropout off": Configuration({"disable_dropout": True}, model=dropping),
+    "dropout": Configuration(REUSED, model=dropping, reward=digits),
+    "dropout off": Configuration({"disable_dropout": True}, model=dropping, reward=digits),
     "SGD, cosine": Configuration(
         {"optim": "sgd", "lr_scheduler_type": "cosine", "learning_rate": 0.1, "warmup_steps": 1}
     ),
