@@ -134,7 +134,7 @@ def kernels(place: Place) -> dict[str, Any]:
     result = place.result("kernels")
     quick = ["--quick"] if place.rehearsal else []
     place.command("benchmarks/kernel_speed.py", "--device", place.device(), *quick, "--output", str(result))
-    return {"sections": len(json.loads(result.read_text())["sections"])}
+    return {"sections": len(json.loads(result.read_text(encoding="utf-8"))["sections"])}
 
 
 def tuning(place: Place) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def tuning(place: Place) -> dict[str, Any]:
         return {"note": "sweeps need a CUDA device: their code is that of the kernels' benchmark"}
     result = place.result("kernels")
     place.command("benchmarks/kernel_speed.py", "--device", "cuda", "--tune", "--output", str(result))
-    return {"sweeps": len(json.loads(result.read_text())["tune"])}
+    return {"sweeps": len(json.loads(result.read_text(encoding="utf-8"))["tune"])}
 
 
 def trainer(place: Place) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def trainer(place: Place) -> dict[str, Any]:
     )
     place.command("benchmarks/trainer_step.py", "--device", place.device(), *size, "--updates", "2",
                   "--only-grpo-and-papo", "--output", str(result))  # fmt: skip
-    figures = json.loads(result.read_text())
+    figures = json.loads(result.read_text(encoding="utf-8"))
     return {name: figures[name] for name in ("papo_to_grpo", "papo_update_to_grpo_update", "peak_bytes")}
 
 
@@ -187,7 +187,7 @@ def entropies(place: Place, name: str, launch: list[str]) -> list[float]:
     settings = [f"--set={setting}" for setting in chosen]
     place.command(*launch, "examples/distributed.py", "countdown", "--output", str(folder), *settings)
     (state,) = folder.glob("checkpoints/checkpoint-4/trainer_state.json")
-    history = json.loads(state.read_text())["log_history"]
+    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
     return [row["polarity/entropy"] for row in history if "polarity/entropy" in row]
 
 
@@ -216,7 +216,7 @@ def learning(place: Place) -> dict[str, Any]:
         shutil.copy(folder / "comparison.json", result)
         if place.seconds_left() < 1.2 * (time.monotonic() - began):
             break
-    return {"pairs": len(json.loads(result.read_text())["runs"]) // 2}
+    return {"pairs": len(json.loads(result.read_text(encoding="utf-8"))["runs"]) // 2}
 
 
 def audit(place: Place) -> dict[str, Any]:
@@ -276,7 +276,7 @@ def run_parts(place: Place, names: list[str], parts: dict[str, Part] = PARTS, ag
 def read_summary(place: Place) -> dict[str, Any]:
     path = place.output / SUMMARY
     if path.is_file():
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
         if before.get("rehearsal") == place.rehearsal:
             return before
         raise SystemExit(f"{path} is of {'a rehearsal' if before.get('rehearsal') else 'a GPU'}: give another --output")

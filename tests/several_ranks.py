@@ -74,7 +74,9 @@ def main() -> None:
             "way": torch.cat(way),
             "state": json.dumps(trainer.method_state),
             "metrics": json.dumps([row for row in logged if row]),
-            "checkpoint": json.dumps(json.loads((folder / "checkpoint-4/polarity_state.json").read_text())["state"]),
+            "checkpoint": json.dumps(
+                json.loads((folder / "checkpoint-4/polarity_state.json").read_text(encoding="utf-8"))["state"]
+            ),
         }
     if dist.get_rank() == 0:
         torch.save(results, sys.argv[1])

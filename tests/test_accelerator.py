@@ -85,7 +85,8 @@ def test_a_test_that_failed_or_had_an_error_is_named(tmp_path):
     report = tmp_path / "report.xml"
     cases = '<testcase name="a"/><testcase name="b"><failure/></testcase><testcase name="c"><error/></testcase>'
     report.write_text(
-        f'<testsuites><testsuite>{cases}<testcase name="d"><skipped/></testcase></testsuite></testsuites>'
+        f'<testsuites><testsuite>{cases}<testcase name="d"><skipped/></testcase></testsuite></testsuites>',
+        encoding="utf-8",
     )
     assert verdicts(report) == ({"passed": 1, "failed": 2, "skipped": 1}, ["b", "c"])
 

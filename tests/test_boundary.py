@@ -123,7 +123,7 @@ def test_without_a_boundary_nothing_runs_unasked(none_here, monkeypatch, tmp_pat
         python("print(1)")
     with pytest.raises(BoundaryError, match=CURES):
         known_tools(["calculator", "python"])
-    (tmp_path / "sums.jsonl").write_text(json.dumps({"problem": "1 + 1", "answer": "2"}))
+    (tmp_path / "sums.jsonl").write_text(json.dumps({"problem": "1 + 1", "answer": "2"}), encoding="utf-8")
     with pytest.raises(BoundaryError, match=CURES):
         make_task("math", data=str(tmp_path / "sums.jsonl"), tools=["python"])
     assert known_tools(["calculator"]) == ("calculator",)
@@ -140,7 +140,7 @@ def test_with_consent_code_runs_behind_the_other_layers(none_here, monkeypatch):
 
 
 def test_the_command_says_so_in_one_line_before_it_trains(none_here, monkeypatch, tmp_path, capsys):
-    (tmp_path / "sums.jsonl").write_text(json.dumps({"problem": "1 + 1", "answer": "2"}))
+    (tmp_path / "sums.jsonl").write_text(json.dumps({"problem": "1 + 1", "answer": "2"}), encoding="utf-8")
     out = tmp_path / "run"
     settings = ["--set", f"task.data={tmp_path / 'sums.jsonl'}", "--set", 'task.tools=["python"]']
     monkeypatch.setattr(sys, "argv", ["papo", "train", "--task", "math", "--output", str(out), *settings])
@@ -160,7 +160,7 @@ def test_the_command_says_so_in_one_line_before_it_trains(none_here, monkeypatch
 )
 def test_an_examination_says_what_is_lacking(tmp_path, monkeypatch, broken, lacking):
     for name, text in broken.items():
-        (tmp_path / f"{name}.py").write_text(text)
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     examine.cache_clear()
     try:
@@ -173,8 +173,8 @@ def test_an_examination_says_what_is_lacking(tmp_path, monkeypatch, broken, lack
 def test_a_filter_that_lets_something_through_is_no_boundary(tmp_path, monkeypatch):
     """As on a kernel, or under an emulation of one, that takes a filter and does not follow it."""
     source = Path(boundary._seccomp().__file__).read_text(encoding="utf-8")
-    (tmp_path / "pyseccomp.py").write_text(source + "\nSyscallFilter.load = lambda self: None\n")
-    (tmp_path / "landlockpy.py").write_text("def abi_version(): return 0\nLandlockError = OSError\n")
+    (tmp_path / "pyseccomp.py").write_text(source + "\nSyscallFilter.load = lambda self: None\n", encoding="utf-8")
+    (tmp_path / "landlockpy.py").write_text("def abi_version(): return 0\nLandlockError = OSError\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     examine.cache_clear()
     try:
@@ -214,17 +214,17 @@ def test_the_doctor_says_what_the_boundary_is_made_of(monkeypatch):
 )
 def test_a_worker_that_only_reads_can_do_nothing_else(tmp_path, function, arguments, failure):
     kept = tmp_path / "kept"
-    kept.write_text("kept")
+    kept.write_text("kept", encoding="utf-8")
     arguments = [a.replace("@", str(kept)) if isinstance(a, str) else a for a in arguments]
     with Workers(function, count=1, reads_only=True) as workers:
         (outcome,) = workers.map([arguments])
     assert outcome.failure == failure if failure else outcome.value != 0
-    assert kept.read_text() == "kept"
+    assert kept.read_text(encoding="utf-8") == "kept"
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 def test_a_worker_that_only_reads_reads_imports_and_keeps_its_limits(tmp_path):
-    (tmp_path / "kept").write_text("kept")
+    (tmp_path / "kept").write_text("kept", encoding="utf-8")
     with Workers("linecache:getline", count=1, reads_only=True) as workers:
         assert workers.map([(str(tmp_path / "kept"), 1)])[0].value == "kept\n"
     with Workers("importlib:import_module", count=1, reads_only=True) as workers:

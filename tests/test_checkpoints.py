@@ -45,7 +45,7 @@ def save(folder: Path, step: int, resumable: bool = True) -> Path:
 def save_as_older_versions_did(folder: Path, step: int) -> Path:
     checkpoint = save(folder, step)
     state = {"method": "papo", "settings": {"gain": 0.1, "path": ["a", 1]}, "state": {"k": 1}, "resumable": True}
-    (checkpoint / STATE_FILE).write_text(json.dumps(state))
+    (checkpoint / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
     return checkpoint
 
 
@@ -143,10 +143,10 @@ def test_what_a_policy_does_not_need_may_be_gone_when_it_is_evaluated(tmp_path):
 def test_what_somebody_adds_or_writes_into_the_card_is_no_harm(tmp_path):
     checkpoint = tmp_path / "checkpoint-4"
     begin(checkpoint)
-    (checkpoint / "README.md").write_text("made by a machine")
+    (checkpoint / "README.md").write_text("made by a machine", encoding="utf-8")
     finish(checkpoint, "papo", {}, {}, True)
-    (checkpoint / "README.md").write_text("mine")
-    (checkpoint / "notes.txt").write_text("mine")
+    (checkpoint / "README.md").write_text("mine", encoding="utf-8")
+    (checkpoint / "notes.txt").write_text("mine", encoding="utf-8")
     assert check(checkpoint)
 
 
@@ -215,8 +215,8 @@ def test_rotation_touches_nothing_that_is_not_ours(tmp_path):
     mine = ("checkpoint-mine", "checkpoint-3", "checkpoint-03", "checkpoint-1-old", "runs", "checkpoint-")
     for name in mine:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "thesis.txt").write_text("all of it")
-    (tmp_path / "checkpoint-5").write_text("a file")
+        (tmp_path / name / "thesis.txt").write_text("all of it", encoding="utf-8")
+    (tmp_path / "checkpoint-5").write_text("a file", encoding="utf-8")
     copied = save(tmp_path, 4)
     copied.rename(tmp_path / "checkpoint-1")  # a copy that a user renamed: its own file says 4
     (tmp_path / "elsewhere").mkdir()
@@ -242,7 +242,7 @@ def test_a_run_that_starts_again_leaves_the_checkpoints_of_the_one_before(tmp_pa
 def test_a_save_that_was_cut_off_is_none_and_goes_first(tmp_path):
     save(tmp_path, 2)
     begin(tmp_path / "checkpoint-4")
-    (tmp_path / "checkpoint-4/model.safetensors").write_text("half")
+    (tmp_path / "checkpoint-4/model.safetensors").write_text("half", encoding="utf-8")
     with pytest.raises(ValueError, match="was not saved to its end"):
         check(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="was not saved to its end"):
@@ -253,7 +253,7 @@ def test_a_save_that_was_cut_off_is_none_and_goes_first(tmp_path):
 
 def test_a_checkpoint_that_is_saved_again_is_none_in_between(tmp_path):
     old = save(tmp_path, 4)
-    (old / "left.bin").write_text("of the old one")
+    (old / "left.bin").write_text("of the old one", encoding="utf-8")
     begin(old)
     assert names(old) == [STATE_FILE]
     with pytest.raises(ValueError, match="was not saved to its end"):

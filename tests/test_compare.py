@@ -260,8 +260,8 @@ def test_a_run_killed_while_it_was_made_is_made_again(scripted, tmp_path):
     unborn = tmp_path / "c/runs/grpo-0"
     (unborn / "checkpoints").mkdir(parents=True)
     (tmp_path / "c/lock").touch()
-    (unborn / "environment.json").write_text("{}")
-    (unborn / "summary.json.0123456789abcdef.part").write_text('{"stat')
+    (unborn / "environment.json").write_text("{}", encoding="utf-8")
+    (unborn / "summary.json.0123456789abcdef.part").write_text('{"stat', encoding="utf-8")
     compare(plan_of("grpo", seeds=[0]), tmp_path / "c")
     (unborn / "config.toml").unlink()
     (unborn / "thesis.txt").write_text("all of it", encoding="utf-8")
@@ -406,10 +406,10 @@ def test_runs_of_another_machine_count_as_finished(scripted, tmp_path):
 def test_runs_of_a_rule_that_was_renamed_are_not_those_of_the_rule_that_has_its_name_now(scripted, tmp_path):
     compare(plan_of("grpo", "opefo", seeds=(0,)), tmp_path / "a", at_once=2)
     file = tmp_path / "a/comparison.json"
-    document = json.loads(file.read_text())
+    document = json.loads(file.read_text(encoding="utf-8"))
     for run in document["runs"]:
         run["date"] = "2026-11-23T20:19:45+00:00"
-    file.write_text(json.dumps(document))
+    file.write_text(json.dumps(document), encoding="utf-8")
     taken = compare(plan_of("grpo", "opefo", "opefo_polarity", seeds=(0,)), tmp_path / "b", at_once=2, known=[file])
     assert set(starts(tmp_path / "b")) == {"opefo-0"}
     assert [run["label"] for run in taken["runs"]] == ["grpo", "opefo", "opefo_polarity"]

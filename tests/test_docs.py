@@ -33,7 +33,9 @@ def test_the_readmes_trl_script_learns_without_a_warning(tmp_path):
     assert 8 <= len([line for line in script.splitlines() if line.strip()]) <= 14
     program = f"{script}\nimport json\nprint('LOGGED', json.dumps(trainer.state.log_history))\n"
     quiet = os.environ | {"TQDM_DISABLE": "1"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=quiet)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, encoding="utf-8", cwd=tmp_path, env=quiet
+    )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     rows = [row for row in json.loads(done.stdout.split("LOGGED ")[1]) if "reward" in row]

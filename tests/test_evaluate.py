@@ -248,7 +248,7 @@ def test_the_page_shows_model_text_and_does_not_run_it(compared):
 def test_the_page_begins_with_what_the_models_differ_on(compared):
     """Of four problems "even" solves the first and the third, 3 of 4 samples each; nobody solves the others."""
     _, folder = compared()
-    page = (folder / "evaluation.html").read_text()
+    page = (folder / "evaluation.html").read_text(encoding="utf-8")
     assert "those first on which the numbers of right samples differ most" in page
     assert [int(number) for number in re.findall(r">problem (\d+)", page)] == [0, 2, 1, 3]
 
@@ -273,7 +273,7 @@ def test_of_all_problems_the_page_has_those_with_the_largest_difference():
 def test_a_verdict_has_the_colour_of_its_reward(compared, monkeypatch, reward, colour):
     monkeypatch.setattr(Countdown, "scores", lambda self, answers: [Score(reward, "judged") for _ in answers])
     document, folder = compared()
-    page = (folder / "evaluation.html").read_text()
+    page = (folder / "evaluation.html").read_text(encoding="utf-8")
     assert set(re.findall(r'<span class="(\w+)">judged</span>', page)) == {colour}
     assert document["models"]["none"]["scores"]["pass@1"]["value"] == (colour == "right")
 

@@ -18,7 +18,7 @@ SOURCE = Path(_files.__file__).parent
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
     path = tmp_path / "a.txt"
-    write_text(path, "old λ")
+    write_text(path, "old λ", encoding="utf-8")
 
     def killed_half_way():
         with replacing(path) as file:
@@ -31,9 +31,9 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
     with pytest.raises(RuntimeError):
         killed_half_way()
     assert path.read_text(encoding="utf-8") == "old λ"
-    write_text(path, "new")
+    write_text(path, "new", encoding="utf-8")
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-    assert path.read_text() == "new"
+    assert path.read_text(encoding="utf-8") == "new"
 
 
 def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -47,13 +47,13 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", lambda a, b: calls.append("name") or replace(a, b))
-    write_text(tmp_path / "a", "12345")
+    write_text(tmp_path / "a", "12345", encoding="utf-8")
     assert calls == ["file of 5", "name", "folder"]
 
 
 def test_files_have_the_rights_that_new_files_have(tmp_path):
-    (tmp_path / "plain").write_text("")
-    write_text(tmp_path / "ours", "")
+    (tmp_path / "plain").write_text("", encoding="utf-8")
+    write_text(tmp_path / "ours", "", encoding="utf-8")
     append_text(tmp_path / "lines", "")
     for name in ("ours", "lines"):
         assert (tmp_path / name).stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -61,12 +61,12 @@ def test_files_have_the_rights_that_new_files_have(tmp_path):
 
 def test_a_link_is_replaced_and_never_written_through(tmp_path):
     victim, link = tmp_path / "victim", tmp_path / "run.txt"
-    victim.write_text("precious")
+    victim.write_text("precious", encoding="utf-8")
     link.symlink_to(victim)
     with pytest.raises(OSError, match=r"run\.txt is a link, and nothing is written through one"):
         append_text(link, "more")
-    write_text(link, "ours")
-    assert victim.read_text() == "precious"
+    write_text(link, "ours", encoding="utf-8")
+    assert victim.read_text(encoding="utf-8") == "precious"
     assert not link.is_symlink()
 
 
@@ -98,14 +98,14 @@ def test_a_folder_whose_links_lead_out_of_it_is_refused(tmp_path):
 def test_a_new_folder_is_there_when_it_is_full(tmp_path):
     def killed_half_way():
         with new_folder(tmp_path / "deep/policy") as folder:
-            (folder / "config.json").write_text("{}")
+            (folder / "config.json").write_text("{}", encoding="utf-8")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         killed_half_way()
     assert not list((tmp_path / "deep").iterdir())
     with new_folder(tmp_path / "deep/other") as folder:
-        (folder / "config.json").write_text("{}")
+        (folder / "config.json").write_text("{}", encoding="utf-8")
         assert not (tmp_path / "deep/other").exists()
     assert [p.name for p in (tmp_path / "deep/other").iterdir()] == ["config.json"]
 

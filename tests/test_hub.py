@@ -133,5 +133,5 @@ def test_training_and_evaluating_a_policy_that_is_here_never_touches_the_network
         ["eval", "--model", "embedded", str(tmp_path / "run"), "--problems", "2", "--samples", "2", "--json"],
     ]
     code = WITHOUT_A_NETWORK.format(commands=commands)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

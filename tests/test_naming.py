@@ -62,7 +62,7 @@ def test_papo_is_one_algorithm_in_every_way_to_ask_for_it(tmp_path):
     ):
         assert told == DEMO | {"gain": 5}
     untold = tmp_path / "untold.toml"
-    untold.write_text("[trainer]\nmax_steps = 2\n")
+    untold.write_text("[trainer]\nmax_steps = 2\n", encoding="utf-8")
     assert load_recipe(str(untold), ["method.gain=5"]).method == {"name": "papo", "gain": 5}
 
 
@@ -114,7 +114,9 @@ def test_a_whole_table_is_all_that_a_method_is_told(tmp_path):
     whole = load_recipe("countdown", ["method.gain=2", table], say=said.append).method
     assert whole == {"name": "papo", "controller": "thermostat", "level": 0.4}
     assert load_recipe("countdown", [table, "method.gain=2"], say=said.append).method == whole | {"gain": 2}
-    (tmp_path / "plan.toml").write_text('[methods]\npapo = { name = "papo", gain = 2.0 }\nsame = { name = "papo" }\n')
+    (tmp_path / "plan.toml").write_text(
+        '[methods]\npapo = { name = "papo", gain = 2.0 }\nsame = { name = "papo" }\n', encoding="utf-8"
+    )
     planned = load_plan(str(tmp_path / "plan.toml")).methods
     assert planned == {"papo": {"name": "papo", "gain": 2.0}, "same": DEMO}
     assert said == []
@@ -145,7 +147,7 @@ def recorded(document) -> list[dict]:
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
 def test_no_recorded_method_leans_on_a_default_that_has_changed(file):
     """A table says its controller, and one of `reference` its end, path and horizon: no default moves what it was."""
-    for table in recorded(json.loads(file.read_text())):
+    for table in recorded(json.loads(file.read_text(encoding="utf-8"))):
         if table["name"] == "papo":
             assert table.get("controller") in CONTROLLERS, table
             if table["controller"] == "reference":
@@ -175,7 +177,7 @@ def test_every_plan_has_its_results():
 @pytest.mark.parametrize(("plan", "result"), [(plan, name) for plan, names in COMMITTED.items() for name in names])
 def test_a_committed_plan_is_what_was_run(plan, result, monkeypatch):
     monkeypatch.chdir(ROOT)  # plans name recipes from there
-    document = json.loads((RESULTS / f"{result}.json").read_text())
+    document = json.loads((RESULTS / f"{result}.json").read_text(encoding="utf-8"))
     file = str(PLANS / f"{plan}.toml")
     if "methods" in tomllib.loads(Path(file).read_text(encoding="utf-8")):
         planned = load_plan(file, overrides=["task.numbers=[3]"] if result == "comparison-3" else [])
@@ -217,7 +219,7 @@ def test_a_name_is_answered_before_anything_heavy_is_loaded(arguments, said):
         "from entropy_polarity.cli import main\n"
         "main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert said in done.stdout + done.stderr
     assert "was loaded" not in done.stderr
     assert done.returncode == (0 if arguments == ["--version"] else 2)

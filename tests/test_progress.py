@@ -159,7 +159,7 @@ def test_a_game_tells_of_its_turns():
 def test_the_budget_follows_the_models(embedded, tmp_path):
     large = tmp_path / "large"
     large.mkdir()
-    (large / "config.json").write_text("{}")
+    (large / "config.json").write_text("{}", encoding="utf-8")
     with (large / "model-00001-of-00001.safetensors").open("wb") as file:
         file.truncate(100_000_001)  # a hole in a file: no byte of it is written
     assert budget([embedded]) == (200, 16)

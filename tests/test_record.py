@@ -37,7 +37,7 @@ def train(writer: RunWriter, steps: range, note: str = "") -> None:
 def checkpoint(directory: Path, step: int, whole: bool = True, resumable: bool = True) -> Path:
     folder = directory / "checkpoints" / f"checkpoint-{step}"
     begin(folder)
-    (folder / "model.safetensors").write_text("weights")
+    (folder / "model.safetensors").write_text("weights", encoding="utf-8")
     if whole:
         finish(folder, "papo", {}, {}, resumable)
     return folder

@@ -98,16 +98,16 @@ def test_what_a_user_put_there_is_still_there(run):
     mine = ["checkpoints/checkpoint-mine", "checkpoints/checkpoint-99", "checkpoints/checkpoint-3", "tokens"]
     for folder in mine:
         (run / folder).mkdir(exist_ok=True)
-        (run / folder / "notes.txt").write_text("mine")
+        (run / folder / "notes.txt").write_text("mine", encoding="utf-8")
     (run / "checkpoints/best").symlink_to("checkpoint-6")
     train(LONGER, run, resume=True)
-    assert all((run / folder / "notes.txt").read_text() == "mine" for folder in mine)
+    assert all((run / folder / "notes.txt").read_text(encoding="utf-8") == "mine" for folder in mine)
     assert last_checkpoint(run).name == "checkpoint-8"
 
 
 def test_what_stands_where_a_checkpoint_will_be_written_is_refused_at_once(run):
     (run / "checkpoints/checkpoint-8").mkdir()
-    (run / "checkpoints/checkpoint-8/notes.txt").write_text("mine")
+    (run / "checkpoints/checkpoint-8/notes.txt").write_text("mine", encoding="utf-8")
     refused(run, "checkpoint-8 is no checkpoint of this run, or was not saved to its end, .*: move it away")
     (run / "checkpoints/checkpoint-8").rename(run / "checkpoints/kept")
     (run / "checkpoints/checkpoint-6/polarity_state.json").unlink()
@@ -175,7 +175,7 @@ def test_a_damaged_summary_or_environment_is_named(run, name, text):
     (run / name).unlink() if text is None else (run / name).write_text(text, encoding="latin-1")
     with pytest.raises((ValueError, OSError), match=rf"{name} is (missing|damaged.*): write \{{\}} into it"):
         Run.read(run)
-    (run / name).write_text("{}")
+    (run / name).write_text("{}", encoding="utf-8")
     assert "Rollouts, coloured" in render_page(Run.read(run))
 
 
@@ -194,7 +194,7 @@ def test_the_page_leaves_out_what_cannot_be_read_and_says_so(run):
     page = render_page(Run.read(run))
     assert all(f"{run}/tokens/00000{step}.parquet is damaged (" in page for step in (3, 5))
     assert 'class="rollout"' not in page
-    (run / "rollouts.jsonl").write_text('{"step": 1}\n')
+    (run / "rollouts.jsonl").write_text('{"step": 1}\n', encoding="utf-8")
     assert "Left out: 1 rows of rollouts.jsonl" in render_page(Run.read(run))
 
 
@@ -220,10 +220,10 @@ def test_a_link_out_of_the_run_is_refused_and_its_target_untouched(run, tmp_path
     if (run / place).is_dir() or place.endswith("8"):
         target.mkdir()
         for name in ("notes.txt", "000009.parquet", "000009.part"):
-            (target / name).write_text("mine")
+            (target / name).write_text("mine", encoding="utf-8")
         shutil.rmtree(run / place, ignore_errors=True)
     else:
-        target.write_text("mine")
+        target.write_text("mine", encoding="utf-8")
         (run / place).unlink(missing_ok=True)
     (run / place).symlink_to(target)
     before = contents(target) if target.is_dir() else target.read_bytes()
@@ -233,9 +233,9 @@ def test_a_link_out_of_the_run_is_refused_and_its_target_untouched(run, tmp_path
 
 def make_older(checkpoint: Path) -> None:
     """As versions without sums left it."""
-    state = json.loads((checkpoint / "polarity_state.json").read_text())
+    state = json.loads((checkpoint / "polarity_state.json").read_text(encoding="utf-8"))
     kept = {key: state[key] for key in ("method", "settings", "state", "resumable")}
-    (checkpoint / "polarity_state.json").write_text(json.dumps(kept))
+    (checkpoint / "polarity_state.json").write_text(json.dumps(kept), encoding="utf-8")
 
 
 def test_an_older_version_s_run_goes_on_and_says_what_cannot_be_checked(run, straight):
@@ -352,7 +352,7 @@ def test_a_run_that_ends_with_its_best_model_deletes_no_folder_of_a_user(tmp_pat
     trainer.args.eval_strategy, trainer.args.eval_steps, trainer.args.greater_is_better = "steps", 2, False
     for name in ("checkpoint-1", "checkpoint-99"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "thesis.txt").write_text("all of it")
+        (tmp_path / name / "thesis.txt").write_text("all of it", encoding="utf-8")
     trainer.train()
     assert trainer.state.best_model_checkpoint is not None
     there = {path.name for path in tmp_path.glob("checkpoint-*")}

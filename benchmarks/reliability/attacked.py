@@ -88,7 +88,7 @@ class Scene:
         self._close()
         for path in self.folder.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        (self.folder / "kept").write_text(self.secret)
+        (self.folder / "kept").write_text(self.secret, encoding="utf-8")
         os.chmod(self.folder / "kept", 0o666)
         (self.folder / "empty").mkdir()
         os.chmod(self.folder / "empty", 0o777)
