@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from test_trl import make_trainer
 from test_trl_methods import EXAMPLES, REUSED, STATEFUL, uneven
 
+from entropy_polarity.method_state import read_state
 from entropy_polarity.trainers.trl import PolarityTrainer
 
 GROUP, ROWS = 4, 16
@@ -74,9 +75,7 @@ def main() -> None:
             "way": torch.cat(way),
             "state": json.dumps(trainer.method_state),
             "metrics": json.dumps([row for row in logged if row]),
-            "checkpoint": json.dumps(
-                json.loads((folder / "checkpoint-4/polarity_state.json").read_text(encoding="utf-8"))["state"]
-            ),
+            "checkpoint": json.dumps(read_state(folder / "checkpoint-4")["state"]),
         }
     if dist.get_rank() == 0:
         torch.save(results, sys.argv[1])

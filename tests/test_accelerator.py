@@ -83,11 +83,9 @@ def test_figures_of_a_rehearsal_never_take_the_place_of_a_cards(place):
 
 def test_a_test_that_failed_or_had_an_error_is_named(tmp_path):
     report = tmp_path / "report.xml"
-    cases = '<testcase name="a"/><testcase name="b"><failure/></testcase><testcase name="c"><error/></testcase>'
-    report.write_text(
-        f'<testsuites><testsuite>{cases}<testcase name="d"><skipped/></testcase></testsuite></testsuites>',
-        encoding="utf-8",
-    )
+    children = {"a": "", "b": "<failure/>", "c": "<error/>", "d": "<skipped/>"}
+    cases = "".join(f'<testcase name="{name}">{child}</testcase>' for name, child in children.items())
+    report.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>", encoding="utf-8")
     assert verdicts(report) == ({"passed": 1, "failed": 2, "skipped": 1}, ["b", "c"])
 
 

@@ -18,7 +18,7 @@ def without_encoding(tree: ast.AST) -> Iterator[ast.Call]:
         if "encoding" in keywords:
             continue
         name = getattr(call.func, "attr", getattr(call.func, "id", ""))
-        if name in ("read_text", "write_text"):
+        if isinstance(call.func, ast.Attribute) and name in ("read_text", "write_text"):  # of a Path; ours is UTF-8
             yield call
         elif name in ("open", "fdopen"):
             owner = getattr(getattr(call.func, "value", None), "id", "")

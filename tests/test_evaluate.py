@@ -214,7 +214,7 @@ def test_another_baseline_turns_the_signs(compared):
 
 def test_every_attempt_has_its_line_and_the_document_is_written(compared):
     document, folder = compared()
-    assert sorted(p.name for p in folder.iterdir()) == ["evaluation.html", "evaluation.json", "problems.jsonl"]
+    assert sorted(p.name for p in folder.iterdir()) == ["evaluation.html", "evaluation.json", "lock", "problems.jsonl"]
     assert json.loads((folder / "evaluation.json").read_text(encoding="utf-8")) == json.loads(json.dumps(document))
     lines = [json.loads(line) for line in (folder / "problems.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(line["model"], line["seed"], line["problem"]) for line in lines] == [

@@ -18,7 +18,7 @@ SOURCE = Path(_files.__file__).parent
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
     path = tmp_path / "a.txt"
-    write_text(path, "old λ", encoding="utf-8")
+    write_text(path, "old λ")
 
     def killed_half_way():
         with replacing(path) as file:
@@ -31,7 +31,7 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
     with pytest.raises(RuntimeError):
         killed_half_way()
     assert path.read_text(encoding="utf-8") == "old λ"
-    write_text(path, "new", encoding="utf-8")
+    write_text(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     assert path.read_text(encoding="utf-8") == "new"
 
@@ -47,13 +47,13 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", lambda a, b: calls.append("name") or replace(a, b))
-    write_text(tmp_path / "a", "12345", encoding="utf-8")
+    write_text(tmp_path / "a", "12345")
     assert calls == ["file of 5", "name", "folder"]
 
 
 def test_files_have_the_rights_that_new_files_have(tmp_path):
     (tmp_path / "plain").write_text("", encoding="utf-8")
-    write_text(tmp_path / "ours", "", encoding="utf-8")
+    write_text(tmp_path / "ours", "")
     append_text(tmp_path / "lines", "")
     for name in ("ours", "lines"):
         assert (tmp_path / name).stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -65,7 +65,7 @@ def test_a_link_is_replaced_and_never_written_through(tmp_path):
     link.symlink_to(victim)
     with pytest.raises(OSError, match=r"run\.txt is a link, and nothing is written through one"):
         append_text(link, "more")
-    write_text(link, "ours", encoding="utf-8")
+    write_text(link, "ours")
     assert victim.read_text(encoding="utf-8") == "precious"
     assert not link.is_symlink()
 

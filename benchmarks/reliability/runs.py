@@ -146,7 +146,7 @@ def kills(part: Part, folder: Path, whole: Path, count: int, seconds: float, in_
     while len(at) < count:
         run, killed = folder / f"{part.name}-{chain}", 0
         while len(at) < count and killed < 5:
-            number, moment = draw.randrange(1, 140), draw.uniform(0, seconds)
+            number, moment = draw.randrange(1, 140), draw.uniform(0, seconds / 2)
             action = killed_at_write(run, number) if in_writes else go_on(run)
             process = start(action, folder / "log")
             code = ended(process, None if in_writes else moment)

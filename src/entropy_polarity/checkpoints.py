@@ -67,7 +67,7 @@ def begin(folder: Path) -> None:
         remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
     refuse_links(folder)
-    write_text(folder / STATE_FILE, json.dumps(UNFINISHED), encoding="utf-8")
+    write_text(folder / STATE_FILE, json.dumps(UNFINISHED))
 
 
 def finish(folder: Path, method: str, settings: dict[str, Any], state: dict[str, Any], resumable: bool) -> None:
@@ -142,7 +142,7 @@ def rotate(newest: Path, limit: int | None, best: Path | None = None) -> None:
 
 def remove(checkpoint: Path) -> None:
     """Delete a checkpoint of our own making; what a kill leaves of it is marked as unfinished."""
-    write_text(checkpoint / STATE_FILE, json.dumps(UNFINISHED), encoding="utf-8")
+    write_text(checkpoint / STATE_FILE, json.dumps(UNFINISHED))
     shutil.rmtree(checkpoint)
 
 

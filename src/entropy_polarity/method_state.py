@@ -33,7 +33,7 @@ def save_state(
         saved["files"] = files
     saved = json.loads(json.dumps(saved))  # what will be read again, tuples as lists
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / STATE_FILE, json.dumps(saved | {_DIGEST: _digest(saved)}), encoding="utf-8")
+    write_text(folder / STATE_FILE, json.dumps(saved | {_DIGEST: _digest(saved)}))
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -69,9 +69,9 @@ class RunWriter:
         (directory / TOKENS).mkdir(parents=True, exist_ok=True)
         (directory / CHECKPOINTS).mkdir(exist_ok=True)
         writer = cls(directory)
-        write_text(directory / ENVIRONMENT, json.dumps(environment(seed), indent=2), encoding="utf-8")
+        write_text(directory / ENVIRONMENT, json.dumps(environment(seed), indent=2))
         writer.write_summary({"status": "running"})
-        write_text(directory / CONFIG, tomli_w.dumps(_without_none(config)), encoding="utf-8")  # last: now it is a run
+        write_text(directory / CONFIG, tomli_w.dumps(_without_none(config)))  # last: now it is a run
         return writer
 
     @classmethod
@@ -99,9 +99,9 @@ class RunWriter:
             refuse_lost_rows(directory, reached, kept, recorded=written["record"]["completions"] > 0)
         for name, (rows, _) in kept.items():
             if (directory / name).exists():
-                write_text(directory / name, "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+                write_text(directory / name, "".join(json.dumps(row) + "\n" for row in rows))
         drop_after(directory, reached)
-        write_text(directory / CONFIG, tomli_w.dumps(_without_none(config)), encoding="utf-8")
+        write_text(directory / CONFIG, tomli_w.dumps(_without_none(config)))
         return cls(directory), checkpoint
 
     def metrics(self, row: dict[str, Any]) -> None:
@@ -124,10 +124,10 @@ class RunWriter:
                 sync_file(self.directory / name)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        write_text(self.directory / SUMMARY, json.dumps(_jsonable(summary), indent=2), encoding="utf-8")
+        write_text(self.directory / SUMMARY, json.dumps(_jsonable(summary), indent=2))
 
     def write_report(self, html: str) -> Path:
-        write_text(self.directory / REPORT, html, encoding="utf-8")
+        write_text(self.directory / REPORT, html)
         return self.directory / REPORT
 
 

@@ -92,7 +92,7 @@ def audited_before(file: Path, output: Path | None = None) -> dict[str, Any]:
 def _written(document: dict[str, Any], output: Path) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     write_document(output / AUDIT, document)
-    write_text(output / PAGE, render_audit(document), encoding="utf-8")
+    write_text(output / PAGE, render_audit(document))
     return document
 
 

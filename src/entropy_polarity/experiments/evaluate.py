@@ -137,7 +137,7 @@ def evaluate_models(
         document["models"][label] = {"model": weights[label], "batch_sizes": batch_sizes[label], **found}
     if output is not None:
         write_document(output / EVALUATION, document)
-        write_text(output / PAGE, render_evaluation(document, examples(attempts)), encoding="utf-8")
+        write_text(output / PAGE, render_evaluation(document, examples(attempts)))
     return document
 
 

@@ -22,7 +22,7 @@ def write_document(path: Path, document: dict[str, Any]) -> None:
     """Indented JSON, but each list of numbers on one line; in one move, so that a kill leaves no half."""
     text = json.dumps(without_nan(document), indent=1, allow_nan=False)
     text = re.sub(r"\[\n[^\[\]{}\"]*\]", lambda numbers: re.sub(r"\s+", "", numbers[0]), text)
-    write_text(path, text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
 def read_document(file: Path, kind: str, versions: tuple[int, ...] = (1,)) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def read_comparison(file: Path, baselines: Sequence[str] = ()) -> dict[str, Any]
 def write_page(document: dict[str, Any], output: Path) -> Path:
     """The page of a comparison in the folder `output`."""
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / PAGE, render_comparison(document), encoding="utf-8")
+    write_text(output / PAGE, render_comparison(document))
     return output / PAGE
 
 

@@ -69,7 +69,7 @@ class Job:
             return [*TRAIN, "--resume", str(self.directory), *said_again(self.recipe.to_dict())]
         shutil.rmtree(self.directory, ignore_errors=True)  # `refuse_others` looked into it
         recipe = self.root / "recipes" / f"{self.name}.toml"
-        write_text(recipe, tomli_w.dumps(self.recipe.to_dict()), encoding="utf-8")
+        write_text(recipe, tomli_w.dumps(self.recipe.to_dict()))
         return [*TRAIN, str(recipe), "--output", str(self.directory)]
 
     def state(self, kind: str, note: str = "") -> RunState:
