@@ -1,4 +1,4 @@
-"""docs/results.md and the numbers of docs/theory.md and scale.md, from result files: benchmarks/results_page.py."""
+"""docs/results.md and the numbers of theory.md, scale.md and reliability.md in docs, from result files."""
 
 import json
 from collections.abc import Callable
@@ -16,6 +16,7 @@ import regime
 import thermostat
 import verl_driver
 from blocks import filled, markdown
+from reliability.table import table as reliability_table
 
 from entropy_polarity.methods import name_of
 from entropy_polarity.report.audit_tables import audit_tables
@@ -23,7 +24,7 @@ from entropy_polarity.report.tables import TextTable, comparison_tables, search_
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE, THEORY = ROOT / "benchmarks/results", ROOT / "docs/results.md", ROOT / "docs/theory.md"
-SCALE = ROOT / "docs/scale.md"
+SCALE, RELIABILITY = ROOT / "docs/scale.md", ROOT / "docs/reliability.md"
 MISSING = "Not measured yet."
 SEARCHES = ("search", "papo")
 COMPARISONS = (
@@ -104,6 +105,11 @@ def scale(text: str, folder: Path = RESULTS) -> str:
     return filled(text, {"verl_driver": verl_driver.table(measured["results"]) if measured else MISSING}, SCALE.name)
 
 
+def reliability(text: str, folder: Path = RESULTS) -> str:
+    """The page on reliability, with what was tried and how much of it held written anew."""
+    return filled(text, {"reliability": reliability_table(folder)}, RELIABILITY.name)
+
+
 def _variants(found: dict[str, dict[str, Any]]) -> str:
     """The local and the exact level of each audit, on both sets of states."""
     head = ["audit", "states", "local: Spearman", "local: signs", "exact: Pearson", "exact: signs", "exact: slope"]
@@ -160,6 +166,5 @@ def _markdown(table: TextTable) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    THEORY.write_text(theory(THEORY.read_text(encoding="utf-8")), encoding="utf-8")
-    SCALE.write_text(scale(SCALE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, made in {PAGE: page, THEORY: theory, SCALE: scale, RELIABILITY: reliability}.items():
+        path.write_text(made(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -94,6 +94,7 @@ def test_the_page_of_results_is_the_result_files():
         results_page.PAGE: results_page.page,
         results_page.THEORY: results_page.theory,
         results_page.SCALE: results_page.scale,
+        results_page.RELIABILITY: results_page.reliability,
     }
     for path, made in pages.items():
         assert made(path.read_text(encoding="utf-8")) == path.read_text(encoding="utf-8")
