@@ -5,7 +5,7 @@
 Every configuration below trains the embedded policy a few tiny steps three times: with TRL's GRPOTrainer, with
 PolarityTrainer and method "grpo", and with PAPO at λ = 0, both with TRL's head; under losses of whole sequences, where
 PAPO is refused, with "entropy_bonus" and a coefficient of 0 in its place. Held: the same weights, and in every line of
-the log all of TRL's values but those of the clock. About five minutes on one core.
+the log all of TRL's values but those of the clock. About ten minutes on a busy core.
 """
 
 import argparse
