@@ -20,6 +20,7 @@ from entropy_polarity.checkpoints import (
     strangers,
 )
 from entropy_polarity.method_state import STATE_FILE, load_state, read_state, save_state
+from entropy_polarity.methods import make_transform
 
 FILES = {
     "model.safetensors": os.urandom(3000),
@@ -55,7 +56,7 @@ def names(folder: Path) -> list[str]:
 
 def test_a_whole_checkpoint_passes_and_gives_its_state_back(tmp_path):
     assert check(save(tmp_path, 4)) is True
-    assert load_state(tmp_path / "checkpoint-4", "papo", {"gain": 0.1, "path": ["a", 1]}) == {"k": 0.1 + 0.2}
+    assert load_state(tmp_path / "checkpoint-4", "papo", {"gain": 0.1, "path": ["a", 1]}, {"k": 0}) == {"k": 0.1 + 0.2}
     assert read_state(tmp_path / "checkpoint-4")["files"].keys() == FILES.keys()
 
 
@@ -115,7 +116,7 @@ def test_a_flipped_bit_anywhere_in_the_state_itself_is_seen(tmp_path):
 def test_a_state_file_that_is_none_is_one_line(tmp_path, text):
     checkpoint = save(tmp_path, 4)
     (checkpoint / STATE_FILE).write_text(text, encoding="latin-1")
-    for read in (read_state, check, lambda folder: load_state(folder, "papo", {})):
+    for read in (read_state, check, lambda folder: load_state(folder, "papo", {}, {})):
         with pytest.raises(ValueError, match=f"{STATE_FILE} is damaged") as refused:
             read(checkpoint)
         assert len(str(refused.value)) < 500
@@ -153,7 +154,7 @@ def test_what_somebody_adds_or_writes_into_the_card_is_no_harm(tmp_path):
 def test_an_older_version_s_checkpoint_cannot_be_checked_but_read(tmp_path):
     checkpoint = save_as_older_versions_did(tmp_path, 4)
     assert check(checkpoint) is False
-    assert load_state(checkpoint, "papo", {"gain": 0.1, "path": ["a", 1]}) == {"k": 1}
+    assert load_state(checkpoint, "papo", {"gain": 0.1, "path": ["a", 1]}, {"k": 0}) == {"k": 1}
     assert checkpoints(tmp_path) == [checkpoint]
 
 
@@ -246,7 +247,7 @@ def test_a_save_that_was_cut_off_is_none_and_goes_first(tmp_path):
     with pytest.raises(ValueError, match="was not saved to its end"):
         check(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="was not saved to its end"):
-        load_state(tmp_path / "checkpoint-4", "papo", {})
+        load_state(tmp_path / "checkpoint-4", "papo", {}, {})
     rotate(save(tmp_path, 6), 2)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
 
@@ -279,3 +280,13 @@ def test_nothing_is_saved_through_a_link(tmp_path):
     with pytest.raises(OSError, match=r"model.safetensors is a link that leads out of"):
         begin(tmp_path / "run/checkpoint-6")
     assert names(outside) == []
+
+
+def test_the_state_of_what_a_name_meant_before_is_no_state_of_today(tmp_path):
+    """In version 0.1 papo without settings was the controller trend."""
+    before, today = (make_transform("papo", settings).init() for settings in ({"controller": "trend"}, {}))
+    save_state(tmp_path / "checkpoint-4", "papo", {}, before)
+    with pytest.raises(ValueError, match=r"another rule .*'trend' in version 0.1.*: train again"):
+        load_state(tmp_path / "checkpoint-4", "papo", {}, today)
+    save_state(tmp_path / "checkpoint-6", "papo", {}, today)
+    assert load_state(tmp_path / "checkpoint-6", "papo", {}, today) == today

@@ -57,9 +57,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     return {"resumable": True} | saved
 
 
-def load_state(folder: Path, method: str, settings: dict[str, Any]) -> State:
+def load_state(folder: Path, method: str, settings: dict[str, Any], beginning: State) -> State:
     """The state a run with the same method and settings saved. Raises FileNotFoundError where none was, ValueError
-    where it is damaged, that of another method, or of the middle of a rollout.
+    where it is damaged, that of another method, or of the middle of a rollout, or where it holds other numbers than the
+    method begins with: the same words meant another rule then.
     """
     saved = read_state(folder)
     if saved == UNFINISHED:
@@ -69,7 +70,16 @@ def load_state(folder: Path, method: str, settings: dict[str, Any]) -> State:
     for name, now in (("method", method), ("settings", settings)):
         if saved[name] != now:
             raise ValueError(f"{folder} was trained with {name} {saved[name]!r}, not {now!r}")
+    if _names(saved["state"]) != _names(beginning):
+        raise ValueError(
+            f"{folder} was trained when {method!r} with settings {settings!r} was another rule (papo's controller was "
+            "'trend' in version 0.1): train again, or from its weights with --model"
+        )
     return saved["state"]
+
+
+def _names(state: Any) -> Any:
+    return {name: _names(value) for name, value in state.items()} if isinstance(state, dict) else None
 
 
 def _digest(saved: dict[str, Any]) -> str:

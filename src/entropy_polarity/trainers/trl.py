@@ -420,7 +420,8 @@ class PolarityTrainer(GRPOTrainer):
         with naming_the_file(checkpoint, "optimizer.pt", "scheduler.pt"):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.method_state = load_state(Path(checkpoint), self.args.method, self.args.settings)
+            beginning = self.transform.init()
+            self.method_state = load_state(Path(checkpoint), self.args.method, self.args.settings, beginning)
             self._next_state = self.method_state
 
     def _load_rng_state(self, checkpoint):

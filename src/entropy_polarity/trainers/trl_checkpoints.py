@@ -31,7 +31,7 @@ def refuse_what_cannot_resume(trainer: Any, checkpoint: Path) -> None:
             warnings.warn(f"{checkpoint} has no sums of its files: an older version saved it", stacklevel=3)
             if (damage := damaged_file(checkpoint)) is not None:
                 raise ValueError(f"{damage}: resume from another checkpoint")
-    load_state(checkpoint, trainer.args.method, trainer.args.settings)
+    load_state(checkpoint, trainer.args.method, trainer.args.settings, trainer.transform.init())
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # these keep files of their own, and miss them
         return
     for name, pattern in (("optimizer.pt", "optimizer.*"), ("scheduler.pt",) * 2, ("rng_state.pth", "rng_state*.pth")):

@@ -216,7 +216,7 @@ class Reweighting:
         save_state(folder, self.method, self.settings, self.state)
 
     def load(self, folder: Path) -> None:
-        self.state = load_state(folder, self.method, self.settings)
+        self.state = load_state(folder, self.method, self.settings, self.transform.init())
 
 
 def _put(batch: Any, columns: dict[str, Tensor]) -> Any:
