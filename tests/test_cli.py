@@ -65,7 +65,7 @@ def run_papo(monkeypatch, capfd, tmp_path):
         (("train", "--resume", "nowhere", "--seed", "1"), "--seed cannot be given with --resume"),
         (("eval", "--model", "./nowhere"), "no model at ./nowhere"),
         (("eval", "--task", "countdwn"), "did you mean 'countdown'"),
-        (("eval", "--problems", "0"), "problems=0"),
+        (("eval", "--problems", "0"), "problems is 0; expected at least 1"),
         (("eval", "--temperature", "0"), "temperature is 0.0"),
         (("eval", "--top-p", "1.5"), "top_p is 1.5"),
         (("eval", "--batch-size", "0"), "batch_size is 0"),

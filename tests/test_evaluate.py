@@ -321,7 +321,8 @@ def test_what_an_environment_did_not_always_count_is_compared_where_it_did():
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"problems": 0}, "problems=0 and samples=16"),
+        ({"problems": 0}, "problems is 0; expected at least 1"),
+        ({"samples": 0}, "samples is 0; expected at least 1"),
         ({"temperature": -1.0}, r"temperature is -1.0; expected a positive number"),
         ({"top_p": 0.0}, r"top_p is 0.0; expected a number above 0, at most 1"),
         ({"top_p": float("nan")}, "top_p is nan"),

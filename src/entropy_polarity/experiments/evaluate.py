@@ -15,7 +15,7 @@ import torch
 from entropy_polarity._errors import unknown_name
 from entropy_polarity._files import append_text, locked, write_text
 from entropy_polarity.episodes import check_starts
-from entropy_polarity.evaluate import Attempts, attempt, check_counts, warn_after, warn_before
+from entropy_polarity.evaluate import Attempts, attempt, warn_after, warn_before
 from entropy_polarity.experiments.models import labelled, settle_task, weights_of
 from entropy_polarity.experiments.results import bounds, provenance, rounded, without_nan, write_document
 from entropy_polarity.experiments.train import quiet
@@ -51,7 +51,9 @@ class Settings:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        check_counts(*(1 if count is None else count for count in (self.problems, self.samples)))
+        for name, count in (("problems", self.problems), ("samples", self.samples)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} is {count}; expected at least 1")
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; expected a positive number")
         if not 0 < self.top_p <= 1:
