@@ -18,7 +18,6 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,15 +27,11 @@ try:
     from trl import GRPOTrainer
 except ModuleNotFoundError as error:
     raise ImportError(f"PolarityTrainer needs TRL ({error}): pip install 'entropy-polarity[trl]'") from None
-from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer import grpo_trainer
 
-from entropy_polarity.checkpoints import begin, finish, last_of, rotate
-from entropy_polarity.method_state import load_state
 from entropy_polarity.methods import make_transform
 from entropy_polarity.tokens import Tokens, concatenate
-from entropy_polarity.trainers.trl_checkpoints import naming_the_file, refuse_what_cannot_resume
+from entropy_polarity.trainers.trl_checkpoints import CheckpointedTrainer, RolloutBoundaries
 from entropy_polarity.trainers.trl_config import PolarityConfig, polarity_config
 from entropy_polarity.trainers.trl_evaluation import EvaluatedTokens
 from entropy_polarity.trainers.trl_exact import exact_sensitivity_of
@@ -70,22 +65,7 @@ class Decision(NamedTuple):
     kept: Tensor | None
 
 
-class _RolloutBoundaries(TrainerCallback):
-    """Checkpoints only between rollouts: a save that falls inside one waits for its end."""
-
-    def __init__(self, trainer: "PolarityTrainer") -> None:
-        self.trainer = trainer
-        self.waiting = False
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer.at_rollout_boundary:
-            control.should_save |= self.waiting
-            self.waiting = False
-        elif control.should_save and state.global_step < state.max_steps:
-            control.should_save, self.waiting = False, True
-
-
-class PolarityTrainer(GRPOTrainer):
+class PolarityTrainer(CheckpointedTrainer):
     """GRPOTrainer whose advantages go through a method of `entropy_polarity.methods`.
 
     Takes GRPOTrainer's arguments; `args` is a PolarityConfig, or what `polarity_config` makes one of. With λ = 0 and
@@ -115,7 +95,6 @@ class PolarityTrainer(GRPOTrainer):
         self._live: Tokens | None = None
         self._evaluated = EvaluatedTokens()
         self._rollout_inputs: dict[str, Any] = {}
-        self._limit: int | None = None  # of checkpoints
         with loading_whole():
             super().__init__(*call.args, **call.kwargs)
         if "reuse" in self.transform.needs and self.micro_steps_per_rollout <= args.gradient_accumulation_steps:
@@ -126,7 +105,7 @@ class PolarityTrainer(GRPOTrainer):
             )
         if self.transform.exact_every and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("sign_from='exact' needs whole parameters on every process: not with FSDP or DeepSpeed")
-        self.add_callback(_RolloutBoundaries(self))
+        self.add_callback(RolloutBoundaries(self))
 
     __init__.__signature__ = inspect.signature(GRPOTrainer.__init__)  # pyright: ignore[reportFunctionMemberAccess]
 
@@ -138,11 +117,6 @@ class PolarityTrainer(GRPOTrainer):
     def _steps_per_generation(self) -> int:
         assert self.args.steps_per_generation is not None  # GRPOConfig fills it in
         return self.args.steps_per_generation
-
-    @property
-    def at_rollout_boundary(self) -> bool:
-        """Whether every update on the last rollout batch has been made: where a run can be resumed."""
-        return self._step % self.micro_steps_per_rollout == 0
 
     # ---- the rollout batch ------------------------------------------------------------------------------
 
@@ -378,52 +352,3 @@ class PolarityTrainer(GRPOTrainer):
             for name, value in self._evaluated.take(flows=(self.num_generations_eval or 0) > 1).items():
                 self._metrics["eval"][name].append(value)
         super().log(logs, start_time)
-
-    # ---- checkpoints ------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """As GRPOTrainer's. A checkpoint to resume from must be whole: ValueError names the file that is missing or was
-        changed, and the last whole checkpoint beside it. True is the last that was saved to its end."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_of(Path(str(self.args.output_dir)), resumable=True) or True
-        if isinstance(resume_from_checkpoint, str | Path):
-            refuse_what_cannot_resume(self, Path(resume_from_checkpoint))
-            resume_from_checkpoint = str(resume_from_checkpoint)
-        self._limit = limit = self.args.save_total_limit
-        if limit == 1 and self.args.metric_for_best_model:
-            self.args.save_total_limit = None  # TRL would end by deleting all that is called checkpoint-* but the best
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
-
-    def _save_checkpoint(self, model, trial):
-        run = Path(self._get_output_dir(trial=trial))
-        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            begin(folder)
-        self.accelerator.wait_for_everyone()
-        # Old checkpoints go only when the new one is whole: TRL's own rotation would come before, and goes by date.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if not self.args.should_save:
-            return
-        finish(folder, self.args.method, self.args.settings, self.method_state, self.at_rollout_boundary)
-        best = self.state.best_model_checkpoint
-        rotate(folder, self._limit, Path(best) if best else None)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        with naming_the_file(checkpoint, "optimizer.pt", "scheduler.pt"):
-            super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            beginning = self.transform.init()
-            self.method_state = load_state(Path(checkpoint), self.args.method, self.args.settings, beginning)
-            self._next_state = self.method_state
-
-    def _load_rng_state(self, checkpoint):
-        with naming_the_file(checkpoint, "rng_state.pth", f"rng_state_{self.args.process_index}.pth"):
-            super()._load_rng_state(checkpoint)
