@@ -5,7 +5,8 @@ from pathlib import Path
 
 from entropy_polarity.tasks.games import Answer
 
-Path(os.environ["CANARY"]).touch()
+if "CANARY" in os.environ:  # pytest looks into every module for examples
+    Path(os.environ["CANARY"]).touch()
 
 
 class Env:

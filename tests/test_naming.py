@@ -13,7 +13,7 @@ from entropy_polarity.experiments.audit_recipe import audit_recipe
 from entropy_polarity.experiments.compare.ablation import ablation_plan
 from entropy_polarity.experiments.compare.plan import load_plan
 from entropy_polarity.experiments.compare.search import search_plan
-from entropy_polarity.methods import METHODS, given_beside, make_transform
+from entropy_polarity.methods import METHODS, given_beside, make_transform, name_of
 from entropy_polarity.phase import CONTROLLERS
 from entropy_polarity.recipe import load_recipe
 
@@ -174,6 +174,17 @@ def test_every_plan_has_its_results():
     assert {path.stem for path in PLANS.glob("*.toml")} == COMMITTED.keys()
 
 
+def named(one: dict) -> str:
+    """Today's name of what was run."""
+    return name_of(one["method"]["name"], one["date"])
+
+
+def label_of(one: dict) -> str:
+    return (
+        one["label"].replace(one["method"]["name"], named(one)) if named(one) != one["method"]["name"] else one["label"]
+    )
+
+
 @pytest.mark.parametrize(("plan", "result"), [(plan, name) for plan, names in COMMITTED.items() for name in names])
 def test_a_committed_plan_is_what_was_run(plan, result, monkeypatch):
     monkeypatch.chdir(ROOT)  # plans name recipes from there
@@ -185,7 +196,7 @@ def test_a_committed_plan_is_what_was_run(plan, result, monkeypatch):
         planned = ablation_plan(file, [0, 1, 2, 3])
     if planned.search.values:
         planned = search_plan(planned)
-    run = {(one["label"], one["seed"]): one["method"] for one in document["runs"]}
+    run = {(label_of(one), one["seed"]): one["method"] | {"name": named(one)} for one in document["runs"]}
     assert run == {(label, seed): planned.methods[label] for label, seed in planned.pairs()}
 
 

@@ -269,7 +269,7 @@ def test_micro_batch_size_does_not_change_the_weights(tmp_path, method):
 def test_lambda_is_fixed_while_a_rollout_is_reused(tmp_path):
     """Two iterations, two micro-batches: one λ a rollout, and the controller moves once a rollout."""
     trainer = make_trainer(
-        PolarityTrainer, tmp_path, method=("papo", {"controller": "reference", "level": 0.1}), max_steps=8,
+        PolarityTrainer, tmp_path, method=("papo", {"level": 0.1, "path": "constant"}), max_steps=8,
         num_iterations=2, per_device_train_batch_size=8, steps_per_generation=2,
     )  # fmt: skip
     lambdas = []

@@ -36,9 +36,9 @@ def _config(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): expected the configuration of a model") from None
+        raise ValueError(f"{file} is damaged ({one_line(error, 200)}): take another model or checkpoint") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a {type(found).__name__}; expected the configuration of a model")
+        raise ValueError(f"{file} is damaged (a {type(found).__name__}): take another model or checkpoint")
     return found
 
 
