@@ -95,7 +95,7 @@ def _load(
         z = tl.load(logits_ptr + columns)
     if not FUSED:
         z = _capped(_wide(z), cap_in, cap_out, HAS_CAP)
-        if HAS_CAP:
+        if IS_TAIL and HAS_CAP:
             z = tl.where(columns < n_cols, z, -float("inf"))
     return z
 
@@ -333,18 +333,20 @@ def _cap(head: Head) -> dict[str, float | bool]:
 
 
 def _fusion(logits: Tensor, head: Head) -> dict[str, float | bool]:
-    """Whether distances are one fused operation, and from where on the maximum is 2^24 bits away from 0 (`_line`)."""
+    """Whether distances are one fused operation, and from where on the maximum is 2^24 bits away from 0 (`_line`).
+
+    Only these kernels are short of time; the others may have the registers that the compiler would like.
+    """
     bits = head.scale / math.log(2)
     fits = logits.dtype in (torch.bfloat16, torch.float16) and head.softcap is None and 2.0**-64 < bits < 2.0**64
-    return {"far": 2.0**24 / bits, "FUSED": fits and _has_pairs(logits.device)}
+    fused = fits and _has_pairs(logits.device)
+    return {"far": 2.0**24 / bits, "FUSED": fused, **({"maxnreg": REGISTERS} if fused else {})}
 
 
 @functools.cache
 def _has_pairs(device: torch.device) -> bool:
     """Whether 16-bit numbers can be compared two at a time: on NVIDIA's GPUs since Ampere, and in the interpreter."""
-    return device.type != "cuda" or (
-        torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def _layout(logits: Tensor) -> tuple[Tensor, dict[str, int]]:
@@ -359,10 +361,6 @@ def _layout(logits: Tensor) -> tuple[Tensor, dict[str, int]]:
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def _registers() -> dict[str, int]:
-    return {} if torch.version.hip else {"maxnreg": REGISTERS}  # AMD's compiler knows no such option
 
 
 def _mask(mask: Tensor | None, otherwise: Tensor) -> dict[str, Any]:
@@ -399,7 +397,7 @@ class Triton(Engine):
             _fold_kernel[(state.shape[1],)](
                 logits_ptr=logits, tokens_ptr=tokens, state_ptr=state, stats_ptr=stats,
                 state_stride=state.stride(0), stats_stride=stats.stride(0), start=start, n_cols=logits.shape[-1],
-                IS_FIRST=start == 0, IS_LAST=columns is not None, BLOCK=BLOCK, num_warps=WARPS, **_registers(),
+                IS_FIRST=start == 0, IS_LAST=columns is not None, BLOCK=BLOCK, num_warps=WARPS,
                 **layout, **_mask(mask, tokens), **_cap(head), **_fusion(logits, head),
             )  # fmt: skip
 
