@@ -4,8 +4,8 @@
 
 The engine is asked for its launches on tensors that hold no data; each one is compiled ahead of time for sm_80 and
 sm_90 and disassembled. Counted is the shortest way once around the loop that reads the logits: what is executed while
-no new maximum turns up, which is all but a few blocks of a row. A gradient kernel has no loop: all of it counts but what
-only the block with the sampled token does. `at_most` counts the longest way instead: that of those few blocks.
+no new maximum turns up, which is all but a few blocks of a row. A gradient kernel has no loop: all of it counts, but
+what only the block with the sampled token does. `at_most` counts the longest way: that of those few blocks.
 """
 
 import argparse
