@@ -24,7 +24,7 @@ pytestmark = [
 def python(*arguments: str) -> str:
     """Where kernels are compiled: this process may have imported them for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(SCRIPT.parent)
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
