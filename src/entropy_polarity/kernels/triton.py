@@ -1,4 +1,5 @@
-# pyright: reportOperatorIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false
 """The Triton engine: the same six numbers a row, and the same gradient, at the speed of the GPU's memory.
 
 One program reads one row of logits, 16 or 32 bit, once. Every lane keeps its own four sums of the logits below the
