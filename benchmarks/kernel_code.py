@@ -4,7 +4,8 @@
 
 The engine is asked for its launches on tensors that hold no data; each one is compiled ahead of time for sm_80 and
 sm_90 and disassembled. Counted is the shortest way once around the loop that reads the logits: what is executed while
-no new maximum turns up, which is all but a few blocks of a row. A gradient kernel has no loop: all of it counts.
+no new maximum turns up, which is all but a few blocks of a row. A gradient kernel has no loop: all of it counts, but
+what only the block with the sampled token does. `at_most` counts the longest way: that of those few blocks.
 """
 
 import argparse
@@ -173,14 +174,23 @@ class Code(NamedTuple):
                     ways[n] = prefer(ways.get(n, [*ways[i], n]), [*ways[i], n], key=len)
         return ways.get(end)
 
-    def hot_path(self) -> list[str]:
-        """The most laborious loop, once around and with nothing that can be left out; without one, all the way down."""
+    def paths(self, prefer: Callable[..., list[int]]) -> list[list[int]]:
+        """The ways once around every loop; without one, those from the start to every end."""
         turns = ((i, n) for i, following in enumerate(self.successors) for n in following if n < i)
-        ways = [self.way(first, last, min) for last, first in turns]
+        ways = [self.way(first, last, prefer) for last, first in turns]
         if not ways:
             exits = (i for i, instruction in enumerate(self.text) if instruction.endswith("EXIT"))
-            ways = [self.way(0, last, max) for last in exits]
-        return [self.text[i] for i in max(filter(None, ways), key=len)]
+            ways = [self.way(0, last, prefer) for last in exits]
+        return [way for way in ways if way]
+
+    def hot_path(self) -> list[str]:
+        """The most laborious loop, or way to an end, without anything that can be left out."""
+        return [self.text[i] for i in max(self.paths(min), key=len)]
+
+    def longest_path(self) -> int:
+        """Instructions of that loop, or of the kernel, with all that can turn up."""
+        ends = max(self.paths(min), key=len)[-1]
+        return max(len(way) for way in self.paths(max) if way[-1] == ends)
 
 
 def described(launch: Launch, architecture: int) -> dict[str, Any]:
@@ -207,6 +217,7 @@ def described(launch: Launch, architecture: int) -> dict[str, Any]:
         "instructions": len(code.text),
         "hot_path": len(path),
         "per_element": round(len(path) * a_logit / exponentials, 2),
+        "at_most": round(code.longest_path() * a_logit / exponentials, 2),
     }
 
 

@@ -24,7 +24,7 @@ pytestmark = [
 def python(*arguments: str) -> str:
     """Where kernels are compiled: this process may have imported them for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(SCRIPT.parent)
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, encoding="utf-8", env=environment, cwd=ROOT
     )
@@ -45,18 +45,38 @@ def test_every_pass_over_the_logits_is_compiled_for_both_architectures(kernels):
         assert ("middle tile", "bf16", architecture) in seen
 
 
-def test_no_kernel_spills_and_four_blocks_of_a_fold_fit_a_multiprocessor(kernels):
-    # 65,536 registers / (128 registers x 4 warps x 32 threads) = 4 blocks.
+def test_no_kernel_spills_and_five_blocks_of_a_bf16_fold_fit_a_multiprocessor(kernels):
+    # 65,536 registers / (96 registers x 4 warps x 32 threads) = 5 blocks; of the others 4.
     for kernel in kernels:
         assert (kernel["stack_bytes"], kernel["spill_instructions"]) == (0, 0), kernel
-        assert kernel["registers"] * kernel["warps"] <= 128 * 4, kernel
+        assert kernel["registers"] * kernel["warps"] <= (96 if kernel["dtype"] == "bf16" else 128) * 4, kernel
 
 
 def test_the_loop_over_the_logits_has_few_instructions_for_each(kernels):
+    # At the speed of memory an H200 has 13.8 for a bf16 logit, twice as many for float32 or a gradient.
+    ceilings = {"bf16": 11.5, "fp32": 12.5}
     folds = [kernel for kernel in kernels if kernel["case"] != "gradient" and kernel["architecture"] == "sm_90"]
     assert folds
     for kernel in folds:
-        assert kernel["per_element"] <= 15, kernel
+        assert kernel["per_element"] <= ceilings[kernel["dtype"]], kernel
+        assert kernel["at_most"] <= 2 * ceilings[kernel["dtype"]], kernel
+
+
+def test_a_gradient_has_few_instructions_for_each_logit_even_where_the_sampled_token_is(kernels):
+    gradients = [kernel for kernel in kernels if kernel["case"] == "gradient" and kernel["architecture"] == "sm_90"]
+    assert gradients
+    for kernel in gradients:
+        assert kernel["per_element"] <= 12, kernel
+        assert kernel["at_most"] <= 16, kernel
+
+
+@pytest.mark.slow
+def test_no_kernel_of_any_kind_spills_or_takes_more_than_128_registers():
+    kernels = json.loads(python(str(SCRIPT), "--all", "--json"))
+    assert {kernel["softcap"] for kernel in kernels} == {kernel["mask"] for kernel in kernels} == {True, False}
+    for kernel in kernels:
+        assert (kernel["stack_bytes"], kernel["spill_instructions"]) == (0, 0), kernel
+        assert kernel["registers"] <= 128, kernel
 
 
 ODD_SHAPES = """

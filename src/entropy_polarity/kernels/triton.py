@@ -1,14 +1,16 @@
-# pyright: reportOperatorIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false
 """The Triton engine: the same six numbers a row, and the same gradient, at the speed of the GPU's memory.
 
-One program reads one row of logits, 16 or 32 bit, once. Every lane keeps its own four sums, so that nothing is reduced
-inside the loop but the block's maximum; sums are rescaled only when that maximum rises. The mode is in its lane's sums
-until the end, when that one lane (1 / BLOCK of the row) is read again without it: no cost for each element, and no tail
-is ever added to 1 and rounded away.
+One program reads one row of logits, 16 or 32 bit, once. Every lane keeps its own four sums of the logits below the
+maximum, so that nothing is reduced inside the loop but the block's maximum. Blocks that reach that maximum are few: in
+them the sums are rescaled, and logits equal to it are counted instead of summed. So the mode is never in the sums, no
+tail is added to 1 and rounded away, and a logit that is summed is not too near the maximum for `_line`.
 
 The instructions of its inner loop are counted in docs/performance.md.
 """
 
+import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,11 +23,11 @@ from torch import Tensor
 from entropy_polarity.kernels.engine import Engine
 from entropy_polarity.kernels.state import Head
 
-# A row's block and its warps: 16 elements a thread, two loads of 16 bytes each for 16-bit logits.
-BLOCK, WARPS = 2048, 4
-GRADIENT_BLOCK, GRADIENT_WARPS = 4096, 8
-# Lanes read at once when the mode's lane is summed again.
-AGAIN = 128
+# A row's block and its warps: four loads of 8 elements a thread, which share one search for the maximum. Registers for
+# five such programs on a multiprocessor; the compiler would take more than it needs.
+BLOCK, WARPS, REGISTERS = 4096, 4, 96
+# A soft cap's tanh and its derivative want more registers: twice the threads for a gradient.
+GRADIENT_BLOCK, GRADIENT_WARPS, CAPPED_GRADIENT_WARPS = 4096, 4, 8
 
 # A tile of logits made from hidden states: 256 MiB, and as many rows as fit one chunk of most training steps.
 PRODUCT_BYTES, PRODUCT_ROWS = 2**28, 8192
@@ -34,6 +36,7 @@ _LOWEST = tl.constexpr(-1e4)  # as polarity.LOWEST
 _LOWEST_FLOAT = tl.constexpr(-3.4028234663852886e38)
 _LN2 = tl.constexpr(0.6931471805599453)
 _NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # which has no machine to run assembly on
 
 
 @triton.jit
@@ -50,10 +53,12 @@ def _tanh(x, cap):
 
 @triton.jit
 def _folded(x, cap, HAS_CAP: tl.constexpr):
-    """`Head.folded`."""
+    """`Head.folded`, but -inf stays: it is no logit (`_within`)."""
     if HAS_CAP:
-        x, _ = _tanh(x, cap)
-    return x
+        folded, _ = _tanh(x, cap)
+        return tl.where(x == -float("inf"), x, folded)
+    else:
+        return x
 
 
 @triton.jit
@@ -73,12 +78,82 @@ def _log1p(x):
 
 
 @triton.jit
-def _sums(z, top, bits, r, rd, q, qd):
-    """Add the folded elements z, at distances d below the maximum's, to the four sums of their lanes."""
-    d = tl.maximum((z - top) * bits, _LOWEST, propagate_nan=_NAN_STAYS)  # subtract first: d of the mode is 0
+def _wide(z):
+    """z in float32; bfloat16 is the upper half of it."""
+    if z.dtype == tl.bfloat16:
+        return (z.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return z.to(tl.float32)
+
+
+@triton.jit
+def _larger(a, b):
+    """The larger numbers of two blocks, 16-bit ones two at a time; NaN loses."""
+    if _INTERPRETED or a.dtype == tl.float32:
+        return tl.maximum(_wide(a), _wide(b))
+    elif a.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.bfloat16, is_pure=True, pack=2)
+    else:
+        return tl.inline_asm_elementwise("max.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def _raised(z, low):
+    """z in float32, no lower than `low`; NaN stays. Two bfloat16 are raised at a time, then shifted or masked."""
+    if _INTERPRETED or z.dtype != tl.bfloat16:
+        return tl.maximum(_wide(z), low, propagate_nan=_NAN_STAYS)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 pair; max.NaN.bf16x2 pair, $2, $3; shl.b32 $0, pair, 16; and.b32 $1, pair, 0xffff0000; }",
+            "=f,=f,r,r", [z, low.to(tl.bfloat16)], tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
+def _load(logits_ptr, columns, n_cols, IS_TAIL: tl.constexpr, HAS_CAP: tl.constexpr, FUSED: tl.constexpr):
+    """Logits, -inf beyond the last column: as they are where distances are FUSED, else in float32."""
+    if IS_TAIL:
+        x = tl.load(logits_ptr + columns, mask=columns < n_cols, other=-float("inf"))
+    else:
+        x = tl.load(logits_ptr + columns)
+    if not FUSED:
+        x = _within(_wide(x), HAS_CAP)
+        if IS_TAIL and HAS_CAP:
+            x = tl.where(columns < n_cols, x, -float("inf"))
+    return x
+
+
+@triton.jit
+def _product(maximum, bits):
+    """maximum · bits, rounded here and now: a plain product might become half of another operation, unrounded."""
+    return tl.fma(maximum, bits, 0.0)
+
+
+@triton.jit
+def _line(maximum, bits, far, FUSED: tl.constexpr):
+    """a and b of the distance in bits below the maximum: a z + b in one operation if FUSED, else (z - b) a.
+
+    With C = maximum · bits rounded, bits · z - C is rounded once but lies δ = maximum · bits - C too high, and
+    |δ| <= 2^-24 |C|. It is good for 16-bit z other than the maximum, which are 2^-12 |C| or more away (so δ, which
+    `_fold_kernel` takes off the sums, is small against every distance), not for equal ones, whose distance is δ, not 0.
+    At |C| >= 2^24 all others are 2^12 bits away and more: e^d is 0. Then no product may overflow: b alone makes it 0.
+    """
+    if FUSED:
+        is_near = tl.abs(maximum) < far
+        return tl.where(is_near, bits, 0.0), tl.where(is_near, -_product(maximum, bits), -1000.0)
+    else:
+        return bits, tl.where(maximum == -float("inf"), 0.0, maximum)
+
+
+@triton.jit
+def _sums(z, a, b, r, rd, q, qd, FUSED: tl.constexpr):
+    """Add the elements z, at distances d below the maximum, to the four sums of their lanes."""
+    if FUSED:
+        d = tl.fma(z, a, b)
+    else:
+        d = tl.maximum((z - b) * a, _LOWEST, propagate_nan=_NAN_STAYS)
     e = tl.exp2(d)
-    ee = e * e
-    return r + e, tl.fma(e, d, rd), q + ee, tl.fma(ee, d, qd)
+    return r + e, tl.fma(e, d, rd), tl.fma(e, e, q), tl.fma(e * e, d, qd)
 
 
 @triton.jit
@@ -89,44 +164,68 @@ def _lower(delta, r, rd, q, qd):
 
 
 @triton.jit
-def _take(x, first, maximum, top, mode_block, bits, cap, HAS_CAP: tl.constexpr, r0, rd0, q0, qd0, r, rd, q, qd):
-    """Add a block x to its lanes, after lowering all sums where it holds a new maximum, whose folded value is `top`."""
-    z = _folded(x, cap, HAS_CAP)
-    if HAS_CAP:
-        z = tl.where(x == -float("inf"), -float("inf"), z)  # beyond the last column
-    highest = tl.max(x, axis=0)
-    if highest > maximum:
-        rises_to = highest
-        if HAS_CAP:
-            rises_to = tl.max(tl.where(x == highest, z, -float("inf")), axis=0)
-        delta = tl.maximum((top - rises_to) * bits, _LOWEST)
-        if mode_block < 0:  # the mode of the columns before these is an ordinary token of the sums now
-            r0 += 1.0
-            q0 += 1.0
-        r0, rd0, q0, qd0 = _lower(delta, r0, rd0, q0, qd0)
-        r, rd, q, qd = _lower(delta, r, rd, q, qd)
-        maximum = highest
-        top = rises_to
-        mode_block = first
-    shift = tl.where(top == -float("inf"), 0.0, top)
-    r, rd, q, qd = _sums(z, shift, bits, r, rd, q, qd)
-    return maximum, top, mode_block, r0, rd0, q0, qd0, r, rd, q, qd
+def _finite(parts, low, FUSED: tl.constexpr):
+    """Parts in float32 without -inf, whose e^d d would be 0 (-inf); unless FUSED, `_sums` sees to that."""
+    if FUSED:
+        return [_raised(x, low) for x in parts]
+    else:
+        return parts
 
 
 @triton.jit
-def _load(logits_ptr, columns, inside, HAS_CAP: tl.constexpr):
-    """Logits in float32, -inf outside."""
-    x = _within(tl.load(logits_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32), HAS_CAP)
-    return tl.where(inside, x, -float("inf")) if HAS_CAP else x
+def _others(parts, maximum, low, FUSED: tl.constexpr):
+    """`_finite` without the elements that equal the maximum."""
+    if FUSED:
+        return [tl.where(_wide(x) == maximum, low, _raised(x, low)) for x in parts]
+    else:
+        return [tl.where(x == maximum, low, x) for x in parts]
+
+
+@triton.jit
+def _take(
+    parts, maximum, top, bits, far, cap, r0, rd0, q0, qd0, r, rd, q, qd, HAS_CAP: tl.constexpr, FUSED: tl.constexpr
+):
+    """Add parts of a row, (LANES,) each, to the sums of their lanes, or to the row's own: the tokens that tie.
+
+    What ties is decided on the logits as they are; distances are between `_folded` ones, and `top` is the maximum's.
+    """
+    low = -64 * far if FUSED else -float("inf")  # e^d is 0 here, and d finite
+    x = parts[0]
+    for i in tl.static_range(1, len(parts)):
+        x = _larger(x, parts[i])
+    highest = tl.max(x, axis=0).to(tl.float32)
+    if highest >= maximum:
+        is_new = tl.where(highest > maximum, 1.0, 0.0)  # the mode so far is an ordinary token of the sums now
+        rises_to = _folded(highest, cap, HAS_CAP)
+        delta = tl.maximum((top - rises_to) * bits, _LOWEST)
+        r0, rd0, q0, qd0 = _lower(delta, r0 + is_new, rd0, q0 + is_new, qd0)
+        equal = tl.zeros_like(r)
+        for i in tl.static_range(len(parts)):
+            equal += tl.where(_wide(parts[i]) == highest, 1.0, 0.0)
+        ties = tl.where(highest == -float("inf"), 0.0, tl.sum(equal, axis=0) - is_new)
+        r0 += ties
+        q0 += ties
+        if FUSED:
+            delta = tl.maximum(_product(maximum, bits) - _product(highest, bits), _LOWEST)
+        r, rd, q, qd = _lower(delta, r, rd, q, qd)
+        maximum = highest
+        top = rises_to
+        finite = _others(parts, maximum, low, FUSED)
+    else:
+        finite = _finite(parts, low, FUSED)
+    a, b = _line(top, bits, far, FUSED)
+    for i in tl.static_range(len(parts)):
+        r, rd, q, qd = _sums(_folded(finite[i], cap, HAS_CAP), a, b, r, rd, q, qd, FUSED)
+    return maximum, top, r0, rd0, q0, qd0, r, rd, q, qd
 
 
 @triton.jit
 def _fold_kernel(
     logits_ptr, tokens_ptr, mask_ptr, state_ptr, stats_ptr,
     batch_stride, row_stride, rows_a_batch, mask_stride, state_stride, stats_stride,
-    start, n_cols, bits, cap,
-    IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CAP: tl.constexpr,
-    BLOCK: tl.constexpr, AGAIN: tl.constexpr,
+    start, n_cols, bits, far, cap,
+    IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CAP: tl.constexpr, FUSED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     state_ptr += row
@@ -154,52 +253,36 @@ def _fold_kernel(
         q0 = tl.load(state_ptr + 3 * state_stride)
         qd0 = tl.load(state_ptr + 4 * state_stride) / _LN2
         x_a = tl.load(state_ptr + 5 * state_stride)
-    mode_block = -1  # where the maximum was found, if in these columns
-    lanes = tl.arange(0, BLOCK)
-    r = tl.zeros((BLOCK,), tl.float32)
-    rd = tl.zeros((BLOCK,), tl.float32)
-    q = tl.zeros((BLOCK,), tl.float32)
-    qd = tl.zeros((BLOCK,), tl.float32)
+    LANES: tl.constexpr = BLOCK // 4
+    lanes = tl.arange(0, LANES)
+    r = tl.zeros((LANES,), tl.float32)
+    rd = tl.zeros((LANES,), tl.float32)
+    q = tl.zeros((LANES,), tl.float32)
+    qd = tl.zeros((LANES,), tl.float32)
 
     whole = n_cols // BLOCK * BLOCK
-    for first in range(0, whole, BLOCK):
-        x = _within(tl.load(logits_ptr + first + lanes).to(tl.float32), HAS_CAP)
-        maximum, top, mode_block, r0, rd0, q0, qd0, r, rd, q, qd = _take(
-            x, first, maximum, top, mode_block, bits, cap, HAS_CAP, r0, rd0, q0, qd0, r, rd, q, qd
+    for first in range(whole, n_cols, LANES):  # before the loop, across which it would hold a register
+        parts = (_load(logits_ptr, first + lanes, n_cols, True, HAS_CAP, FUSED),)
+        maximum, top, r0, rd0, q0, qd0, r, rd, q, qd = _take(
+            parts, maximum, top, bits, far, cap, r0, rd0, q0, qd0, r, rd, q, qd, HAS_CAP, FUSED
         )
-    if whole < n_cols:
-        x = _load(logits_ptr, whole + lanes, whole + lanes < n_cols, HAS_CAP)
-        maximum, top, mode_block, r0, rd0, q0, qd0, r, rd, q, qd = _take(
-            x, whole, maximum, top, mode_block, bits, cap, HAS_CAP, r0, rd0, q0, qd0, r, rd, q, qd
+    for first in tl.range(0, whole, BLOCK, num_stages=2):  # loads the next block while it works on one
+        columns = (first + lanes, first + LANES + lanes, first + 2 * LANES + lanes, first + 3 * LANES + lanes)
+        parts = [_load(logits_ptr, c, n_cols, False, HAS_CAP, FUSED) for c in columns]
+        maximum, top, r0, rd0, q0, qd0, r, rd, q, qd = _take(
+            parts, maximum, top, bits, far, cap, r0, rd0, q0, qd0, r, rd, q, qd, HAS_CAP, FUSED
         )
-
-    if mode_block >= 0:
-        x = _load(logits_ptr, mode_block + lanes, mode_block + lanes < n_cols, HAS_CAP)
-        mode_lane = tl.min(tl.where(x == maximum, lanes, BLOCK - 1), axis=0)
-        is_lane = lanes == mode_lane
-        r = tl.where(is_lane, 0.0, r)
-        rd = tl.where(is_lane, 0.0, rd)
-        q = tl.where(is_lane, 0.0, q)
-        qd = tl.where(is_lane, 0.0, qd)
-        again = tl.arange(0, AGAIN)
-        r1 = tl.zeros((AGAIN,), tl.float32)
-        rd1 = tl.zeros((AGAIN,), tl.float32)
-        q1 = tl.zeros((AGAIN,), tl.float32)
-        qd1 = tl.zeros((AGAIN,), tl.float32)
-        for first in range(0, n_cols, AGAIN * BLOCK):
-            columns = first + again * BLOCK + mode_lane
-            inside = (columns < n_cols) & (columns != mode_block + mode_lane)
-            others = _folded(_load(logits_ptr, columns, inside, HAS_CAP), cap, HAS_CAP)
-            others = tl.where(inside, others, -float("inf")) if HAS_CAP else others
-            r1, rd1, q1, qd1 = _sums(others, top, bits, r1, rd1, q1, qd1)
-        r0 += tl.sum(r1, axis=0)
-        rd0 += tl.sum(rd1, axis=0)
-        q0 += tl.sum(q1, axis=0)
-        qd0 += tl.sum(qd1, axis=0)
-    r0 += tl.sum(r, axis=0)
-    rd0 += tl.sum(rd, axis=0)
-    q0 += tl.sum(q, axis=0)
-    qd0 += tl.sum(qd, axis=0)
+    r1 = tl.sum(r, axis=0)
+    rd1 = tl.sum(rd, axis=0)
+    q1 = tl.sum(q, axis=0)
+    qd1 = tl.sum(qd, axis=0)
+    if FUSED:
+        excess = tl.fma(maximum, bits, -_product(maximum, bits))
+        r1, rd1, q1, qd1 = _lower(tl.where(tl.abs(maximum) < far, -excess, 0.0), r1, rd1, q1, qd1)
+    r0 += r1
+    rd0 += rd1
+    q0 += q1
+    qd0 += qd1
 
     rd0 *= _LN2
     qd0 *= _LN2
@@ -249,7 +332,9 @@ def _gradient_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
-    columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    first = program % blocks * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    columns = first + lanes
     inside = columns < n_cols
     out_ptr += row * out_stride
     if HAS_MASK:
@@ -260,9 +345,8 @@ def _gradient_kernel(
     maximum = tl.load(maximum_ptr + row)
     alpha = tl.load(coefficients_ptr + row)
     beta = tl.load(coefficients_ptr + row + coefficients_stride) * _LN2
-    gamma = tl.load(coefficients_ptr + row + 2 * coefficients_stride)
-    token = tl.load(tokens_ptr + row) - start
-    x = _load(logits_ptr, columns, inside, HAS_CAP)
+    token = tl.load(tokens_ptr + row) - start - first
+    x = _within(_wide(tl.load(logits_ptr + columns, mask=inside)), HAS_CAP)
     if HAS_CAP:
         z, bend = _tanh(x, cap)
         d = tl.where(x == maximum, 0.0, (z - _folded(maximum, cap, HAS_CAP)) * bits)
@@ -270,7 +354,9 @@ def _gradient_kernel(
         d = (x - maximum) * bits
     d = tl.maximum(d, _LOWEST, propagate_nan=_NAN_STAYS)
     gradient = tl.exp2(d) * tl.fma(beta, d, alpha)
-    gradient = tl.where(columns == token, gamma, gradient)
+    if (token >= 0) & (token < BLOCK):  # one block of a row: the others compare nothing
+        gamma = tl.load(coefficients_ptr + row + 2 * coefficients_stride)
+        gradient = tl.where(lanes == token.to(tl.int32), gamma, gradient)
     if HAS_CAP:
         gradient *= bend  # pyright: ignore[reportPossiblyUnboundVariable]
     tl.store(out_ptr + columns, gradient.to(out_ptr.dtype.element_ty), mask=inside)
@@ -280,6 +366,23 @@ def _cap(head: Head) -> dict[str, float | bool]:
     """The kernels' arguments for a head: what turns distances into bits, and its soft cap."""
     cap = 0.0 if head.softcap is None else 2 * head.logit_scale / (head.softcap * math.log(2))
     return {"bits": head.scale / math.log(2), "cap": cap, "HAS_CAP": head.softcap is not None}
+
+
+def _fusion(logits: Tensor, head: Head) -> dict[str, float | bool]:
+    """Whether distances are one fused operation, and from where on the maximum is 2^24 bits away from 0 (`_line`).
+
+    Only these kernels are short of time; the others may have the registers that the compiler would like.
+    """
+    bits = head.scale / math.log(2)
+    fits = logits.dtype in (torch.bfloat16, torch.float16) and head.softcap is None and 2.0**-64 < bits < 2.0**64
+    fused = fits and _has_pairs(logits.device)
+    return {"far": 2.0**24 / bits, "FUSED": fused, **({"maxnreg": REGISTERS} if fused else {})}
+
+
+@functools.cache
+def _has_pairs(device: torch.device) -> bool:
+    """Whether 16-bit numbers can be compared two at a time: on NVIDIA's GPUs since Ampere, and in the interpreter."""
+    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def _layout(logits: Tensor) -> tuple[Tensor, dict[str, int]]:
@@ -330,8 +433,8 @@ class Triton(Engine):
             _fold_kernel[(state.shape[1],)](
                 logits_ptr=logits, tokens_ptr=tokens, state_ptr=state, stats_ptr=stats,
                 state_stride=state.stride(0), stats_stride=stats.stride(0), start=start, n_cols=logits.shape[-1],
-                IS_FIRST=start == 0, IS_LAST=columns is not None, BLOCK=BLOCK, AGAIN=AGAIN, num_warps=WARPS,
-                **layout, **_mask(mask, tokens), **_cap(head),
+                IS_FIRST=start == 0, IS_LAST=columns is not None, BLOCK=BLOCK, num_warps=WARPS,
+                **layout, **_mask(mask, tokens), **_cap(head), **_fusion(logits, head),
             )  # fmt: skip
 
     def gradient(self, tile, tokens, mask, start, head, maximum, coefficients, out) -> None:
@@ -340,10 +443,11 @@ class Triton(Engine):
             return
         tile, layout = _layout(tile)
         blocks = triton.cdiv(width, GRADIENT_BLOCK)
+        warps = GRADIENT_WARPS if head.softcap is None else CAPPED_GRADIENT_WARPS
         with _on(maximum):
             _gradient_kernel[(rows * blocks,)](
                 logits_ptr=tile, out_ptr=out, tokens_ptr=tokens, maximum_ptr=maximum, coefficients_ptr=coefficients,
                 out_stride=out.stride(0), coefficients_stride=coefficients.stride(0), start=start, n_cols=width,
-                blocks=blocks, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS,
+                blocks=blocks, BLOCK=GRADIENT_BLOCK, num_warps=warps,
                 **layout, **_mask(mask, tokens), **_cap(head),
             )  # fmt: skip
