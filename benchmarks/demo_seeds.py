@@ -5,6 +5,9 @@
     done; done
     python benchmarks/demo_seeds.py runs/countdown-* --output benchmarks/results/demo.json
 
+The same command takes another path on another processor or with more threads: benchmarks/results/demo-elsewhere.json has
+such runs of PAPO, and `--spread FILE ...` says where all of them ended.
+
 Every run is evaluated before and after on the same 300 held-out problems, 16 samples each; intervals are 95 %
 bootstrap intervals over problems. Entropy is the mean of the first and of the last ten rollouts.
 """
@@ -51,6 +54,18 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def spread(results: list[dict[str, Any]]) -> str:
+    """The README's words on where runs of PAPO ended: `python benchmarks/demo_seeds.py --spread FILE ...`."""
+    papo = [r for r in results if r["method"]["name"] == "papo"]
+    ends = {k: sorted(r["pass_at"][k]["after"]["value"] for r in papo) for k in ("1", "16")}
+    machines = {(r["environment"]["machine"]["processor"], r["environment"]["machine"]["threads"]) for r in papo}
+    return (
+        f"all {len(papo)} runs of PAPO, on {len(machines)} kinds of machine and numbers of threads, ended between "
+        f"{ends['1'][0]:.2f} and {ends['1'][-1]:.2f} in pass@1 and between {ends['16'][0]:.2f} and {ends['16'][-1]:.2f} in "
+        "pass@16"
+    )
+
+
 def _estimate(e: dict[str, float]) -> str:
     return f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]"
 
@@ -86,7 +101,12 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--table", type=Path, help="print the table of an existing result file")
+    parser.add_argument("--spread", type=Path, nargs="+", help="say where the runs of these result files ended")
     arguments = parser.parse_args()
+    if arguments.spread:
+        files = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.spread]
+        print(spread([run for file in files for run in file["runs"]]))
+        return
     if arguments.table:
         print(table(json.loads(arguments.table.read_text(encoding="utf-8"))["runs"]))
         return
@@ -95,7 +115,7 @@ def main() -> None:
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(
-            json.dumps({"benchmark": "demo", "runs": results}, indent=2) + "\n", encoding="utf-8"
+            json.dumps({"benchmark": arguments.output.stem, "runs": results}, indent=2) + "\n", encoding="utf-8"
         )
 
 

@@ -70,6 +70,8 @@ def test_every_metric_of_a_run_has_one_line_and_no_line_is_idle(small_runs):
 def test_the_readmes_tables_are_the_result_files():
     results = json.loads((ROOT / "benchmarks/results/demo.json").read_text(encoding="utf-8"))
     assert demo_seeds.table(results["runs"]) in README
+    elsewhere = json.loads((ROOT / "benchmarks/results/demo-elsewhere.json").read_text(encoding="utf-8"))
+    assert demo_seeds.spread(results["runs"] + elsewhere["runs"]) in README
     step = json.loads((ROOT / "benchmarks/results/trainer_step.json").read_text(encoding="utf-8"))
     for figure in ("papo_to_grpo", "grpo_to_grpo"):
         assert trainer_step.shown(step[figure]) in README
