@@ -5,8 +5,8 @@
     done; done
     python benchmarks/demo_seeds.py runs/countdown-* --output benchmarks/results/demo.json
 
-The same command takes another path on another processor or with more threads: benchmarks/results/demo-elsewhere.json has
-such runs of PAPO, and `--spread FILE ...` says where all of them ended.
+The same command takes another path on another processor or with more threads. benchmarks/results/demo-elsewhere.json
+has such runs of PAPO, and `--spread FILE ...` says where all of them ended.
 
 Every run is evaluated before and after on the same 300 held-out problems, 16 samples each; intervals are 95 %
 bootstrap intervals over problems. Entropy is the mean of the first and of the last ten rollouts.
@@ -61,8 +61,8 @@ def spread(results: list[dict[str, Any]]) -> str:
     machines = {(r["environment"]["machine"]["processor"], r["environment"]["machine"]["threads"]) for r in papo}
     return (
         f"all {len(papo)} runs of PAPO, on {len(machines)} kinds of machine and numbers of threads, ended between "
-        f"{ends['1'][0]:.2f} and {ends['1'][-1]:.2f} in pass@1 and between {ends['16'][0]:.2f} and {ends['16'][-1]:.2f} in "
-        "pass@16"
+        f"{ends['1'][0]:.2f} and {ends['1'][-1]:.2f} in pass@1 and between "
+        f"{ends['16'][0]:.2f} and {ends['16'][-1]:.2f} in pass@16"
     )
 
 
