@@ -261,11 +261,29 @@ def test_a_checkpoint_that_is_saved_again_is_none_in_between(tmp_path):
         check(old)
 
 
-def test_a_deletion_that_was_cut_off_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize("first", [STATE_FILE, "optimizer.pt"])
+def test_a_deletion_that_was_cut_off_leaves_a_draft_which_the_next_one_takes(tmp_path, monkeypatch, first):
     checkpoint = save(tmp_path, 4)
-    monkeypatch.setattr("shutil.rmtree", lambda path: (path / "optimizer.pt").unlink())
-    remove(checkpoint)
+    with monkeypatch.context() as killed:
+        killed.setattr("shutil.rmtree", lambda path: (path / first).unlink())
+        remove(checkpoint)
     assert last_of(tmp_path) is None
+    assert strangers(tmp_path) == []
+    (tmp_path / "checkpoint-mine.0123456789abcdef.part").mkdir()
+    rotate(save(tmp_path, 6), 2)
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-mine.0123456789abcdef.part"]
+
+
+def test_a_save_that_was_cut_off_as_it_began_is_nobodys(tmp_path, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr("shutil.rmtree", lambda path: None)
+        killed.setattr("entropy_polarity.checkpoints.write_text", lambda path, text: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            begin(tmp_path / "checkpoint-4")
+    assert len(names(tmp_path)) == 1
+    assert strangers(tmp_path) == checkpoints(tmp_path) == []
+    begin(tmp_path / "checkpoint-4")
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4"]
 
 
 def test_nothing_is_saved_through_a_link(tmp_path):

@@ -30,10 +30,15 @@ _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 _LOOK = 0.1  # seconds between two looks at a lock
 
 
+def draft_of(path: Path) -> Path:
+    """A place beside `path` for what is not there yet, or not any more."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file to write into; it takes the place of `path` when the block ends, and is gone when that raises."""
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+    draft = draft_of(path)
     try:
         with open(draft, "xb", opener=_without_links) as file:
             yield file
@@ -62,7 +67,7 @@ def append_text(path: Path, text: str) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill; it gets the name `path`, where nothing may be, when the block ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+    draft = draft_of(path)
     draft.mkdir()
     try:
         yield draft
@@ -75,6 +80,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     sync_folder(draft)
     os.rename(draft, path)
     sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder in one move: what a kill leaves of it has the name of a draft."""
+    draft = draft_of(path)
+    os.rename(path, draft)
+    shutil.rmtree(draft)
 
 
 def sync_file(path: Path) -> None:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from entropy_polarity._files import refuse_links, sync_file, sync_folder, write_text
+from entropy_polarity._files import DRAFT, new_folder, refuse_links, remove_folder, sync_file, sync_folder, write_text
 from entropy_polarity.method_state import STATE_FILE, UNFINISHED, read_state, save_state
 
 PREFIX = "checkpoint-"
@@ -65,9 +65,11 @@ def begin(folder: Path) -> None:
         raise OSError(f"{folder} is a link, and no checkpoint is written through one: remove it")
     if _ours(folder):
         remove(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    refuse_links(folder)
-    write_text(folder / STATE_FILE, json.dumps(UNFINISHED))
+    if folder.exists():  # somebody's, and the trainer will write there
+        refuse_links(folder)
+        return write_text(folder / STATE_FILE, json.dumps(UNFINISHED))
+    with new_folder(folder) as draft:  # there is no moment at which it is nobody's
+        write_text(draft / STATE_FILE, json.dumps(UNFINISHED))
 
 
 def finish(folder: Path, method: str, settings: dict[str, Any], state: dict[str, Any], resumable: bool) -> None:
@@ -138,12 +140,20 @@ def rotate(newest: Path, limit: int | None, best: Path | None = None) -> None:
     old.sort(key=lambda path: (finished(path), checkpoint_step(path)))
     for path in old[: max(0, len(there) - max(limit, len(kept)))]:
         remove(path)
+    remove_drafts(newest.parent)
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint of our own making; what a kill leaves of it is marked as unfinished."""
-    write_text(checkpoint / STATE_FILE, json.dumps(UNFINISHED))
-    shutil.rmtree(checkpoint)
+    """Delete a checkpoint of our own making. It loses its name first: what a kill leaves of it is a draft."""
+    remove_folder(checkpoint)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Delete what kills left of checkpoints that were begun or removed."""
+    for path in folder.glob(f"{PREFIX}*"):
+        draft = DRAFT.fullmatch(path.name)
+        if draft and draft["name"].removeprefix(PREFIX).isdigit() and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def _ours(path: Path) -> bool:

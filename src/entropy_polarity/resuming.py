@@ -24,6 +24,7 @@ from entropy_polarity.checkpoints import (
     last_of,
     refuse_broken,
     remove,
+    remove_drafts,
     strangers,
 )
 
@@ -114,6 +115,7 @@ def drop_after(directory: Path, step: int) -> None:
     for path in checkpoints(directory / CHECKPOINTS):
         if checkpoint_step(path) > step or not finished(path):
             remove(path)
+    remove_drafts(directory / CHECKPOINTS)
 
 
 def _command(directory: Path, step: int) -> str:
