@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/papo train --output $(RUN)
 
 test: setup
-	OMP_NUM_THREADS=1 PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 # verl needs an older transformers: it has an environment of its own. Its Megatron engine imports without a GPU.
 $(VENV)-verl/.installed: pyproject.toml constraints-verl.txt requirements-verl.txt
