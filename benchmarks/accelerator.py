@@ -47,6 +47,7 @@ class Place:
     work: Path
     rehearsal: bool
     deadline: float
+    recipe: str = "countdown"  # of the parts that train
     limit: float = field(default=0.0, init=False)  # of the part at work, on the same clock
 
     def command(self, *arguments: str, env: dict[str, str] | None = None) -> None:
@@ -197,7 +198,7 @@ def near(a: list[float], b: list[float]) -> bool:
 
 
 def learning(place: Place) -> dict[str, Any]:
-    """GRPO against PAPO on the same seeds, one more pair as long as there is time; held-out evaluation before and
+    """GRPO against the recipe's PAPO on the same seeds, one more pair as long as there is time; evaluated before and
     after."""
     folder, result = place.work / "learning", place.result("learning")
     settings = [*TINY, *SHORT, "trainer.use_cpu=true"] if place.rehearsal else ["trainer.use_cpu=false"]
@@ -207,7 +208,7 @@ def learning(place: Place) -> dict[str, Any]:
         began = time.monotonic()
         seeds.append(str(len(seeds)))
         try:
-            place.command("-m", "entropy_polarity.cli", "compare", "countdown",
+            place.command("-m", "entropy_polarity.cli", "compare", place.recipe,
                           "--methods", "grpo", "papo", "--seeds", *seeds, *how)  # fmt: skip
         except StoppedError:
             if not result.exists():
@@ -223,7 +224,7 @@ def audit(place: Place) -> dict[str, Any]:
     """Does polarity predict the entropy change of an update on this device?"""
     folder, steps = place.work / "audit", "8" if place.rehearsal else "40"
     settings = [*TINY, "trainer.use_cpu=true"] if place.rehearsal else ["trainer.use_cpu=false"]
-    place.command("-m", "entropy_polarity.cli", "audit", "countdown", "--steps", steps,
+    place.command("-m", "entropy_polarity.cli", "audit", place.recipe, "--steps", steps,
                   "--output", str(folder), *(f"--set={s}" for s in settings))  # fmt: skip
     shutil.copy(folder / "audit.json", place.result("audit"))
     return {"updates": int(steps)}
@@ -317,11 +318,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="for all parts (default: 9; of a rehearsal: 15)")
     parser.add_argument("--output", type=Path, help="where the result files go (default: runs/accelerator)")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="these, also where they are done already")
+    parser.add_argument("--recipe", default="countdown", help="what `learning` and `audit` train: a name or a path")
     parser.add_argument("--rehearse", action="store_true", help="every part on a CPU, tiny: its figures are of no use")
     arguments = parser.parse_args()
     minutes = arguments.minutes or (15 if arguments.rehearse else 9)
     output = (arguments.output or ROOT / "runs/accelerator").resolve()
-    place = Place(output, output.with_name(f"{output.name}-work"), arguments.rehearse, time.monotonic() + 60 * minutes)
+    work, deadline = output.with_name(f"{output.name}-work"), time.monotonic() + 60 * minutes
+    place = Place(output, work, arguments.rehearse, deadline, arguments.recipe)
     for folder in (place.output, place.work):
         folder.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: the same command goes on"))
