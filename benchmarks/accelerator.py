@@ -109,6 +109,7 @@ def checks(place: Place) -> dict[str, Any]:
     chosen = "triton and (every_kind_of_row or lowest_logit or 16_bit_logits)" if place.rehearsal else "not chunked-"
     files = ["tests/test_engines.py"] if place.rehearsal else ["tests/test_engines.py", "tests/test_kernels.py"]
     interpreter = {"TRITON_INTERPRET": "1"} if place.rehearsal else {}
+    report.unlink(missing_ok=True)  # of a former try
     failure = None
     try:
         place.command("-m", "pytest", *files, "-k", chosen, "-m", "", f"--junitxml={report}", env=interpreter)
@@ -117,8 +118,8 @@ def checks(place: Place) -> dict[str, Any]:
     if not report.exists():
         raise failure or StoppedError("pytest wrote no report")
     counts, failed = verdicts(report)
-    if failed or not counts["passed"]:
-        raise StoppedError(f"{counts}; failed: {'; '.join(failed)}")
+    if failed or failure or not counts["passed"]:
+        raise StoppedError(f"{counts}; failed: {'; '.join(failed) or failure}")
     return counts
 
 
@@ -201,6 +202,7 @@ def learning(place: Place) -> dict[str, Any]:
     """GRPO against the recipe's PAPO on the same seeds, one more pair as long as there is time; evaluated before and
     after."""
     folder, result = place.work / "learning", place.result("learning")
+    result.unlink(missing_ok=True)  # of a former try; what is finished in the folder is kept
     settings = [*TINY, *SHORT, "trainer.use_cpu=true"] if place.rehearsal else ["trainer.use_cpu=false"]
     seeds: list[str] = []
     how = ["--jobs", "2", "--output", str(folder), *(f"--set={setting}" for setting in settings)]

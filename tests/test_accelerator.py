@@ -89,6 +89,17 @@ def test_a_test_that_failed_or_had_an_error_is_named(tmp_path):
     assert verdicts(report) == ({"passed": 1, "failed": 2, "skipped": 1}, ["b", "c"])
 
 
+def test_the_report_of_a_former_try_is_no_result_of_this_one(place, monkeypatch):
+    (place.work / "checks.xml").write_text('<testsuite><testcase name="a"/></testsuite>', encoding="utf-8")
+
+    def late(*arguments, **_):
+        raise StoppedError("out of time")
+
+    monkeypatch.setattr(place, "command", late)
+    with pytest.raises(StoppedError, match="out of time"):
+        accelerator.checks(place)
+
+
 def test_checks_without_a_single_test_that_ran_have_failed(place, monkeypatch):
     def nothing(*arguments, **_):
         (place.work / "checks.xml").write_text("<testsuites><testsuite/></testsuites>", encoding="utf-8")

@@ -15,6 +15,7 @@ from entropy_polarity.checkpoints import (
     finish,
     last_of,
     refuse_broken,
+    refuse_in_the_way,
     remove,
     rotate,
     strangers,
@@ -284,6 +285,21 @@ def test_a_save_that_was_cut_off_as_it_began_is_nobodys(tmp_path, monkeypatch):
     assert strangers(tmp_path) == checkpoints(tmp_path) == []
     begin(tmp_path / "checkpoint-4")
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4"]
+
+
+def test_what_is_somebody_elses_is_never_taken_over_and_is_told_before_training(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-²").mkdir()
+    refuse_in_the_way(tmp_path, 0, 10)  # an empty folder is in nobody's way
+    (tmp_path / "checkpoint-4/thesis.txt").write_text("all of it", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"checkpoint-4 is no checkpoint of this run.*: move it away"):
+        refuse_in_the_way(tmp_path, 0, 10)
+    for reached, last in ((4, 10), (0, 3)):
+        refuse_in_the_way(tmp_path, reached, last)
+    with pytest.raises(OSError, match="checkpoint-4 is no checkpoint of ours"):
+        begin(tmp_path / "checkpoint-4")
+    rotate(save(tmp_path, 6), 1)
+    assert (tmp_path / "checkpoint-4/thesis.txt").is_file()
 
 
 def test_nothing_is_saved_through_a_link(tmp_path):

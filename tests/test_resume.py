@@ -15,7 +15,7 @@ from test_trl import make_trainer
 from entropy_polarity import cli
 from entropy_polarity._files import locked
 from entropy_polarity.checkpoints import begin
-from entropy_polarity.experiments.models import weights_of
+from entropy_polarity.experiments.models import refuse_renamed, weights_of
 from entropy_polarity.experiments.train import train
 from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.recipe import load_recipe, with_flags
@@ -358,3 +358,14 @@ def test_a_run_that_ends_with_its_best_model_deletes_no_folder_of_a_user(tmp_pat
     there = {path.name for path in tmp_path.glob("checkpoint-*")}
     assert there >= {"checkpoint-1", "checkpoint-99", "checkpoint-4", Path(trainer.state.best_model_checkpoint).name}
     assert trainer.args.save_total_limit == 1
+
+
+def test_a_run_whose_method_meant_another_rule_does_not_go_on_under_the_name(tmp_path):
+    (tmp_path / "config.toml").write_text('[method]\nname = "opefo"\n[record]\ncompletions = 4\n', encoding="utf-8")
+    for date, now in (("2026-11-23T20:19:45+00:00", "opefo_polarity"), ("2027-01-01", None)):
+        (tmp_path / "environment.json").write_text(json.dumps({"date": date}), encoding="utf-8")
+        if now is None:
+            refuse_renamed(tmp_path)
+            continue
+        with pytest.raises(ValueError, match=f"'opefo' was what '{now}' is now"):
+            refuse_renamed(tmp_path)

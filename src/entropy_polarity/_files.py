@@ -71,14 +71,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     draft.mkdir()
     try:
         yield draft
+        for file in draft.rglob("*"):
+            sync_file(file) if file.is_file() else sync_folder(file)
+        sync_folder(draft)
+        os.rename(draft, path)
     except BaseException:
         shutil.rmtree(draft)
         raise
-    for file in draft.rglob("*"):
-        if file.is_file():
-            sync_file(file)
-    sync_folder(draft)
-    os.rename(draft, path)
     sync_folder(path.parent)
 
 
@@ -99,14 +98,15 @@ def sync_folder(path: Path) -> None:
     """Return when the names in a folder are on the disk, where the system can promise that."""
     if not hasattr(os, "O_DIRECTORY"):
         return
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError as error:
         if error.errno not in _NO_SYNC:
             raise
-    finally:
-        os.close(handle)
 
 
 def refuse_links(folder: Path) -> None:
@@ -119,6 +119,8 @@ def refuse_links(folder: Path) -> None:
     for parent, folders, files in os.walk(root):
         for name in (*folders, *files):
             path = os.path.join(parent, name)
+            if not os.path.lexists(path):  # a draft of another process, moved meanwhile
+                continue
             target = os.path.realpath(path)
             if os.path.islink(path) and os.path.commonpath([root, target]) != root:
                 raise OSError(f"{path} is a link that leads out of {folder}: put the file or folder itself there")

@@ -35,8 +35,19 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def strangers(folder: Path) -> list[Path]:
     """What is called as a checkpoint is, and is none of ours."""
-    named = (path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit())
+    named = (path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal())
     return sorted(set(named) - set(checkpoints(folder)), key=checkpoint_step)
+
+
+def refuse_in_the_way(folder: Path, reached: int, last: float) -> None:
+    """Raise ValueError where something that is not ours has the name of a checkpoint that training may come to."""
+    for path in strangers(folder):
+        empty = path.is_dir() and not any(path.iterdir())
+        if reached < checkpoint_step(path) <= last and not empty:
+            raise ValueError(
+                f"{path} is no checkpoint of this run, or was not saved to its end, and training would write there: "
+                "move it away"
+            )
 
 
 def finished(checkpoint: Path, resumable: bool = False) -> bool:
@@ -60,14 +71,15 @@ def last_of(folder: Path, *, resumable: bool = False) -> Path | None:
 
 def begin(folder: Path) -> None:
     """Make the folder of a checkpoint, marked as unfinished. One of the same name and of our own making goes before;
-    raises OSError where it leads somewhere else."""
+    raises OSError where it is somebody else's, or leads somewhere else."""
     if folder.is_symlink():
         raise OSError(f"{folder} is a link, and no checkpoint is written through one: remove it")
     if _ours(folder):
         remove(folder)
-    if folder.exists():  # somebody's, and the trainer will write there
+    if folder.exists():
         refuse_links(folder)
-        return write_text(folder / STATE_FILE, json.dumps(UNFINISHED))
+        if any(folder.iterdir()):
+            raise OSError(f"{folder} is no checkpoint of ours, and one would be written there: move it away")
     with new_folder(folder) as draft:  # there is no moment at which it is nobody's
         write_text(draft / STATE_FILE, json.dumps(UNFINISHED))
 
@@ -152,7 +164,7 @@ def remove_drafts(folder: Path) -> None:
     """Delete what kills left of checkpoints that were begun or removed."""
     for path in folder.glob(f"{PREFIX}*"):
         draft = DRAFT.fullmatch(path.name)
-        if draft and draft["name"].removeprefix(PREFIX).isdigit() and path.is_dir() and not path.is_symlink():
+        if draft and draft["name"].removeprefix(PREFIX).isdecimal() and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
 
 

@@ -118,7 +118,7 @@ def _reaching(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _is_here(name: Any) -> bool:
-    return isinstance(name, str) and "\0" not in name and Path(name).expanduser().exists()
+    return isinstance(name, str) and "\0" not in name and Path(os.path.expanduser(name)).exists()
 
 
 def _is_path(name: Any) -> bool:

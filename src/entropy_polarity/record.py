@@ -38,8 +38,8 @@ from entropy_polarity._reading import (
     read_summary,
     whole_rows,
 )
-from entropy_polarity.checkpoints import checkpoint_step, last_of
-from entropy_polarity.resuming import drop_after, refuse_in_the_way, refuse_lost_rows, rows_until, to_resume
+from entropy_polarity.checkpoints import checkpoint_step, last_of, refuse_in_the_way
+from entropy_polarity.resuming import drop_after, refuse_lost_rows, rows_until, to_resume
 
 TOKEN_COLUMNS = pa.schema(
     [
@@ -93,7 +93,7 @@ class RunWriter:
         written = read_config(directory)
         checkpoint = to_resume(directory, step, say)
         reached = 0 if checkpoint is None else checkpoint_step(checkpoint)
-        refuse_in_the_way(directory, reached, config.get("trainer", {}).get("max_steps", 0))
+        refuse_in_the_way(directory / CHECKPOINTS, reached, config.get("trainer", {}).get("max_steps", 0))
         kept = {name: rows_until(directory / name, reached) for name in (METRICS, ROLLOUTS)}
         if step is None:
             refuse_lost_rows(directory, reached, kept, recorded=written["record"]["completions"] > 0)

@@ -25,7 +25,6 @@ from entropy_polarity.checkpoints import (
     refuse_broken,
     remove,
     remove_drafts,
-    strangers,
 )
 
 Rows = list[dict[str, Any]]
@@ -56,16 +55,6 @@ def to_resume(directory: Path, step: int | None, say: Callable[[str], None]) -> 
     if not refuse_broken(checkpoint, go_on, f"{_command(directory, 0)} starts over"):
         say(f"{checkpoint} was saved by an older version, without sums: its files cannot be checked")
     return checkpoint
-
-
-def refuse_in_the_way(directory: Path, reached: int, max_steps: int) -> None:
-    """Raise ValueError where a folder that is not ours has the name of a checkpoint that training may come to."""
-    for path in strangers(directory / CHECKPOINTS):
-        if reached < checkpoint_step(path) <= max_steps:
-            raise ValueError(
-                f"{path} is no checkpoint of this run, or was not saved to its end, and training would write there: "
-                "move it away"
-            )
 
 
 def rows_until(path: Path, step: int) -> tuple[Rows, str | None]:

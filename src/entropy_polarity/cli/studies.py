@@ -46,7 +46,10 @@ def compare(
     from entropy_polarity.experiments.compare.plan import load_plan
 
     if finished is not None:
-        refuse("--from", methods=methods, seeds=seeds, jobs=jobs, max_steps=max_steps, search=search, known=known)
+        refuse(
+            "--from", methods=methods, seeds=seeds, jobs=jobs, max_steps=max_steps, search=search, known=known,
+            set=overrides,
+        )  # fmt: skip
         return _compared_before(finished, baselines, output, as_json)
     if search:
         refuse("--search (give them in the plan's [search] table)", seeds=seeds)

@@ -45,7 +45,7 @@ def audit_recipe(
     else:
         recipe = str(Path(str(model)) / CONFIG)
     chosen = [*ON_POLICY, *OPTIMIZERS.get(optimizer or "", ()), f"trainer.max_steps={steps}"]
-    if task is not None and (trained is None or task != trained["task"]["name"]):
+    if task is not None and (trained is None or task != load_recipe(recipe).task["name"]):
         chosen.append(f"task={{name={task!r}}}")
     loaded = with_flags(load_recipe(recipe, [*chosen, *overrides], method, say), model=weights)
     if trained is not None:

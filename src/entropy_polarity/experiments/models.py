@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from entropy_polarity._reading import ENVIRONMENT, json_object
 from entropy_polarity.checkpoints import refuse_broken
 from entropy_polarity.consent import check_said_again
 from entropy_polarity.method_state import STATE_FILE
+from entropy_polarity.methods import name_of
 from entropy_polarity.recipe import apply_override, load_recipe
 from entropy_polarity.record import CHECKPOINTS, CONFIG, last_checkpoint, read_config
 
@@ -46,6 +48,14 @@ def weights_of(model: str) -> tuple[str, dict[str, Any] | None]:
     if (folder / STATE_FILE).is_file():
         refuse_broken(folder, lambda whole: f"{whole} beside it is whole", policy_only=True)
     return (model, None) if config is None else (str(folder), config)
+
+
+def refuse_renamed(run: Path) -> None:
+    """Raise ValueError where the name of a run's method meant another rule when the run was made."""
+    made = str(json_object(run / ENVIRONMENT, "write {} into it to go on without").get("date", ""))
+    name = read_config(run).get("method", {}).get("name", "")
+    if (now := name_of(name, made)) != name:
+        raise ValueError(f"{run} was made when {name!r} was what {now!r} is now, and cannot go on as {name!r}")
 
 
 def settle_task(named: dict[str, str], task: str | None, task_settings: Sequence[str]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from entropy_polarity._machine import kept_memory
 from entropy_polarity._text import valid
 from entropy_polarity.episodes import check_starts
 from entropy_polarity.evaluate import evaluate
+from entropy_polarity.experiments.models import refuse_renamed
 from entropy_polarity.generation import Progress, silent
 from entropy_polarity.generation.tools import check_tool_support
 from entropy_polarity.policy import resolve_model
@@ -226,6 +227,7 @@ def _train(
     if resume:
         read_config(output)  # a lock is put into no other folder
         held.enter_context(locked(output))
+        refuse_renamed(output)
         summary = _summary_to_resume(output, config.max_steps, from_step)
     else:
         refuse_occupied(output)

@@ -1,5 +1,6 @@
 """The embedded policies: 0.86M-parameter Qwen3, one that has read countdown problems, two that have watched a game."""
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,6 +29,6 @@ def resolve_model(model: str) -> str:
         how = "an adapter alone: merge it into its model and save that" if adapter else "config.json is missing"
         raise FileNotFoundError(f"{model} holds no model: {how}")
     looks_like_a_path = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
-    if looks_like_a_path and not path.expanduser().is_dir():
+    if looks_like_a_path and not Path(os.path.expanduser(model)).is_dir():
         raise FileNotFoundError(f"no model at {model}: give a folder with config.json, or {EMBEDDED!r}")
-    return str(path.expanduser()) if path.expanduser().is_dir() else model
+    return os.path.expanduser(model) if Path(os.path.expanduser(model)).is_dir() else model

@@ -17,7 +17,7 @@ _KERNELS = ("attn_implementation", "experts_implementation")
 
 def check_folder(folder: Path) -> None:
     """Raise ValueError, in a line, where the model in `folder` is none that can be trained, or would bring in more than
-    the folder holds. A file that cannot be read is left to whoever loads it."""
+    the folder holds."""
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds an adapter, which names another model: merge the two and save that")
     if not any(folder.glob("*.safetensors")) and (pickled := sorted(folder.glob("*.bin"))):

@@ -19,7 +19,8 @@ def load_policy(model: str) -> tuple[Any, Any]:
     hub is asked for nothing but a name that is no folder.
 
     Raises ValueError or OSError, in a line, for what is no causal language model, for weights that are not those of the
-    model, and for what would bring in more than safetensors and settings.
+    model, and for a folder that would bring in more than safetensors and settings. A name of the hub is the caller's
+    own word: what its configuration asks for, such as a kernel, is transformers' to fetch.
     """
     path = resolve_model(model)
     local = Path(path).is_dir()

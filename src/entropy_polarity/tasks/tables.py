@@ -1,6 +1,7 @@
 """Problems from tables of other people: a data set of the hub, a file, a folder. What does not fit is one line."""
 
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 def is_one_table(data: str) -> bool:
     """A file, or a folder with one table: the names of splits say nothing there."""
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     return path.is_file() or (path.is_dir() and not (path / "dataset_dict.json").is_file())
 
 
@@ -92,7 +93,7 @@ def load_table(data: str, subset: str = "", split: str = "") -> Any:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is in our line
-    path, silent = Path(data).expanduser(), None
+    path, silent = Path(os.path.expanduser(data)), None
     if not path.exists() and (path.suffix in FILES or data.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"nothing at {data}: expected .jsonl, .json, .parquet, or a folder of save_to_disk")
     try:

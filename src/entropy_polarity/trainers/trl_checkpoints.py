@@ -3,6 +3,8 @@
 TRL takes what it finds in a checkpoint and is silent about the rest, and lets old ones go by their date.
 """
 
+import json
+import math
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -12,11 +14,12 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from entropy_polarity._damage import damaged_file
-from entropy_polarity.checkpoints import begin, finish, last_of, refuse_broken, rotate
+from entropy_polarity.checkpoints import begin, finish, last_of, refuse_broken, refuse_in_the_way, rotate
 from entropy_polarity.method_state import load_state
 from entropy_polarity.phase import State
 from entropy_polarity.trainers.trl_config import PolarityConfig
@@ -107,11 +110,16 @@ class CheckpointedTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As GRPOTrainer's. A checkpoint to resume from must be whole: ValueError names the file that is missing or was
         changed, and the last whole checkpoint beside it. True is the last that was saved to its end."""
+        reached = 0
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_of(Path(str(self.args.output_dir)), resumable=True) or True
         if isinstance(resume_from_checkpoint, str | Path):
             refuse_what_cannot_resume(self, Path(resume_from_checkpoint))
+            reached = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text("utf-8"))["global_step"]
             resume_from_checkpoint = str(resume_from_checkpoint)
+        # Now, and not after hours of training, when it is to be saved there.
+        last = self.args.max_steps if self.args.max_steps > 0 else math.inf
+        refuse_in_the_way(Path(str(self.args.output_dir)), reached, last)
         self._limit = limit = self.args.save_total_limit
         if limit == 1 and self.args.metric_for_best_model:
             self.args.save_total_limit = None  # TRL would end by deleting all that is called checkpoint-* but the best
@@ -133,11 +141,11 @@ class CheckpointedTrainer(GRPOTrainer):
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
-        if not self.args.should_save:
-            return
-        finish(folder, self.args.method, self.args.settings, self.method_state, self.at_rollout_boundary)
-        best = self.state.best_model_checkpoint
-        rotate(folder, self._limit, Path(best) if best else None)
+        if self.args.should_save:
+            finish(folder, self.args.method, self.args.settings, self.method_state, self.at_rollout_boundary)
+            best = self.state.best_model_checkpoint
+            rotate(folder, self._limit, Path(best) if best else None)
+        self.accelerator.wait_for_everyone()  # whoever reads it next finds it whole
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with naming_the_file(checkpoint, "optimizer.pt", "scheduler.pt"):

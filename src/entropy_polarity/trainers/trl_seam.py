@@ -41,6 +41,15 @@ def seams() -> dict[str, set[str]]:
             trl_utils._ChunkedLogProbFunction.forward,
             {"hidden", "weight", "bias", "targets", "temperature", "outputs"},
         ),
+        **{
+            f"GRPOTrainer.{name}": (getattr(GRPOTrainer, name), names)
+            for name, names in {
+                "_save_checkpoint": {"model", "trial"},
+                "_load_optimizer_and_scheduler": {"checkpoint"},
+                "_load_rng_state": {"checkpoint"},
+                "_get_output_dir": {"trial"},
+            }.items()
+        },
         "create_model_from_path": (grpo_trainer.create_model_from_path, {"model_id", "kwargs"}),
     }
     return {name: names - inspect.signature(hooked).parameters.keys() for name, (hooked, names) in wanted.items()}

@@ -14,6 +14,7 @@ from entropy_polarity.experiments.compare.runs import Job, Queue, claim, locked,
 from entropy_polarity.experiments.compare.search import candidates_of, choose, judge, search_plan, unseen_problems
 from entropy_polarity.experiments.compare.summary import Facts, summarise
 from entropy_polarity.experiments.results import as_written, provenance, read_document, write_document
+from entropy_polarity.methods import make_transform, name_of
 from entropy_polarity.record import Run
 from entropy_polarity.report.comparison import render_comparison
 from entropy_polarity.report.progress import RunState
@@ -151,8 +152,6 @@ def _run(
 
 def _known(files: Sequence[Path], plan: Plan) -> dict[tuple[str, int], Facts]:
     """The runs of `plan` that result files hold. Raises ValueError for a file of another setting."""
-    from entropy_polarity.methods import name_of
-
     runs: dict[tuple[str, int], Facts] = {}
     for file in files:
         try:
@@ -161,7 +160,9 @@ def _known(files: Sequence[Path], plan: Plan) -> dict[tuple[str, int], Facts]:
             document = None
         if not isinstance(document, dict) or "runs" not in document:
             raise ValueError(f"{file} is no result of papo compare: give a comparison.json or a search.json")
-        if document.get("plan", {}).get("resolved") != json.loads(json.dumps(_portable(plan)["resolved"])):
+        with as_written(file):
+            resolved = document.get("plan", {}).get("resolved")
+        if resolved != json.loads(json.dumps(_portable(plan)["resolved"])):
             raise ValueError(f"{file} is of another recipe than the plan: its runs cannot be taken over")
         with as_written(file):
             for run in (Facts(**run) for run in document["runs"]):
@@ -174,8 +175,6 @@ def _known(files: Sequence[Path], plan: Plan) -> dict[tuple[str, int], Facts]:
 
 def _check(plan: Plan) -> None:
     """Everything that a run would refuse in its first seconds, for every method, before any starts."""
-    from entropy_polarity.methods import make_transform
-
     for label, table in plan.methods.items():
         settings = {key: value for key, value in table.items() if key != "name"}
         try:

@@ -25,8 +25,9 @@ from entropy_polarity._files import DRAFT, LOCK, refuse_links, write_text
 from entropy_polarity._files import locked as locked_folder
 from entropy_polarity.consent import said_again
 from entropy_polarity.experiments.compare import tied
+from entropy_polarity.experiments.models import refuse_renamed
 from entropy_polarity.recipe import Recipe, load_recipe
-from entropy_polarity.record import CONFIG, ENVIRONMENT, METRICS, SUMMARY, read_config, read_summary
+from entropy_polarity.record import CONFIG, ENVIRONMENT, METRICS, SUMMARY, read_summary
 from entropy_polarity.report.progress import RunState
 
 # Without the current folder, which may be anybody's, in front of the path of modules.
@@ -107,7 +108,7 @@ def refuse_others(jobs: Sequence[Job]) -> None:
         if not job.directory.exists():
             continue
         if (job.directory / CONFIG).is_file():
-            read_config(job.directory)  # whole?
+            refuse_renamed(job.directory)
             there = _flat(load_recipe(str(job.directory / CONFIG)).to_dict())
             planned = _flat(job.recipe.to_dict())
             for key in sorted(there.keys() | planned.keys()):
