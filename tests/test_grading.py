@@ -20,6 +20,20 @@ def box(*answers):
 
 # kind: gold, completions that are right, completions that are wrong.
 CASES = {
+    "number words": [
+        ("1500000", box(r"1.5\text{ million}", "1.5 million", r"\$1.5\text{ million dollars}"), box("1.5")),
+        ("1.5", box("1½", r"1\frac{1}{2}"), box(r"1.5\text{ million}", r"1.5\text{ billion}")),
+        ("36", box(r"3\text{ dozen}"), box("3")),
+        ("2000", box(r"2\text{ thousand}", "2 thousand"), box("2")),
+        ("5", box(r"5\text{ months}", r"5\text{ cm}", "５", "=5", "x=5"), box(
+            r"5\text{ thousandths}", r"5\text{ squared}", r"5\text{ factorial}", r"5\text{ or less}",
+            r"5\text{ is wrong}")),
+        (r"\frac{1}{2}", box("½"), box("⅓")),
+    ],
+    "equations of numbers": [
+        ("7", box("3+4=7", "7=7"), box("3+5=7", "2=7", "7=2")),
+        ("8", box("3+5=8"), box("3+5=7")),
+    ],
     "money": [
         (r"\$36", [*box(r"\$36", "36", "36.00", "€36"), "It costs $36.", r"It costs \$36."], box(r"\$35", "3.6")),
         (r"\$32,\!348", [*box(r"\$32,\!348", "32348", r"\$32,348"), r"The sum is $\$32,348$."], box("32", "348",

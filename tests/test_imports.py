@@ -22,6 +22,7 @@ TRAINERS = {
     "audit",
     "forecast",
     "episodes",
+    "policy",
     "tasks",
     "record",
     "checkpoints",

@@ -350,13 +350,13 @@ def test_a_run_that_ends_with_its_best_model_deletes_no_folder_of_a_user(tmp_pat
     trainer = make_trainer(PolarityTrainer, tmp_path, max_steps=4, **settings)
     trainer.eval_dataset = trainer.train_dataset.select(range(4))
     trainer.args.eval_strategy, trainer.args.eval_steps, trainer.args.greater_is_better = "steps", 2, False
-    for name in ("checkpoint-1", "checkpoint-99"):
+    for name in ("checkpoint-98", "checkpoint-99"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.txt").write_text("all of it", encoding="utf-8")
     trainer.train()
     assert trainer.state.best_model_checkpoint is not None
     there = {path.name for path in tmp_path.glob("checkpoint-*")}
-    assert there >= {"checkpoint-1", "checkpoint-99", "checkpoint-4", Path(trainer.state.best_model_checkpoint).name}
+    assert there >= {"checkpoint-98", "checkpoint-99", "checkpoint-4", Path(trainer.state.best_model_checkpoint).name}
     assert trainer.args.save_total_limit == 1
 
 

@@ -161,7 +161,7 @@ def test_a_mistake_found_late_leaves_the_place_free(tmp_path):
 
 def test_one_checkpoint_is_kept_whole_when_only_one_is_kept(tmp_path, monkeypatch):
     """save_total_limit=1: the old checkpoint goes only after the new one has its last file."""
-    from entropy_polarity.trainers import trl as module
+    from entropy_polarity.trainers import trl_checkpoints as module
 
     seen = []
     rotate = module.rotate

@@ -19,7 +19,7 @@ def unknown_name(kind: str, given: Any, known: Iterable[str]) -> ValueError:
     near = get_close_matches(str(given), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     # A list nobody can read helps nobody: TRL's configuration alone has over two hundred fields.
-    listed = f"Known: {', '.join(names)}" if len(names) <= 30 else f"{len(names)} names are known"
+    listed = f"Known: {', '.join(names) or 'none'}" if len(names) <= 30 else f"{len(names)} names are known"
     return ValueError(f"unknown {kind} {given!r}: {hint}{listed}")
 
 

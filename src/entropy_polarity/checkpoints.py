@@ -39,15 +39,14 @@ def strangers(folder: Path) -> list[Path]:
     return sorted(set(named) - set(checkpoints(folder)), key=checkpoint_step)
 
 
-def refuse_in_the_way(folder: Path, reached: int, last: float) -> None:
-    """Raise ValueError where something that is not ours has the name of a checkpoint that training may come to."""
+def refuse_in_the_way(folder: Path, reached: int, last: float, cure: str = "") -> None:
+    """Raise ValueError where what is not ours has the name of a checkpoint after step `reached`, up to `last`: training
+    may come to it, or it was the last of the run. `cure` is said in place of moving it away."""
     for path in strangers(folder):
         empty = path.is_dir() and not any(path.iterdir())
         if reached < checkpoint_step(path) <= last and not empty:
-            raise ValueError(
-                f"{path} is no checkpoint of this run, or was not saved to its end, and training would write there: "
-                "move it away"
-            )
+            said = f"the one before it is whole: {cure}" if cure else "training would write there: move it away"
+            raise ValueError(f"{path} is no checkpoint of this run, or was not saved to its end, and {said}")
 
 
 def finished(checkpoint: Path, resumable: bool = False) -> bool:

@@ -1,12 +1,13 @@
 """Which models are meant, where their weights are, and which task they were made for."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from entropy_polarity._reading import ENVIRONMENT, json_object
-from entropy_polarity.checkpoints import refuse_broken
+from entropy_polarity.checkpoints import checkpoint_step, refuse_broken, refuse_in_the_way
 from entropy_polarity.consent import check_said_again
 from entropy_polarity.method_state import STATE_FILE
 from entropy_polarity.methods import name_of
@@ -44,6 +45,7 @@ def weights_of(model: str) -> tuple[str, dict[str, Any] | None]:
         config, checkpoint = read_config(folder), last_checkpoint(folder)
         if checkpoint is None:
             raise FileNotFoundError(f"{model} is a run without a finished checkpoint: nothing to look at yet")
+        refuse_in_the_way(checkpoint.parent, checkpoint_step(checkpoint), math.inf, f"--model {checkpoint} takes it")
         folder = checkpoint
     if (folder / STATE_FILE).is_file():
         refuse_broken(folder, lambda whole: f"{whole} beside it is whole", policy_only=True)

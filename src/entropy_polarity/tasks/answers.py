@@ -82,6 +82,8 @@ _SIGNS = str.maketrans({
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ",
     "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ", "²": "^2", "³": "^3", "\u00a0": " ", "\u202f": " ",
     "€": "", "£": "", "¥": "", "\t": " ", "\n": " ",
+    "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
+    **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
 })  # fmt: skip
 _TEXT = r"\\(?:text|mbox|mathrm|mathit|mathbf|mathsf|textrm|textit|textbf|operatorname|rm)"
 _NUMERAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
@@ -97,12 +99,20 @@ _UNIT = (
     r"units?|square|sq|cubic|cu|people|students?|children|apples?|coins?|books?|meals?|tiles?|pieces?|points?|times|"
     r"ways?)"
 )
+_TIMES = {"hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}", "trillion": "10^{12}",
+          "dozen": "12"}  # fmt: skip
+# Text after a number that says another number, or takes it back: no unit.
+_NO_MEASURE = (
+    r"\b(?:or|not|no|is|less|more|most|least|squared|cubed|factorial|half|halves|"
+    r"(?:third|fourth|fifth|sixth|eighth|tenth|hundredth|thousandth|millionth)s?)\b"
+)
 _UNITS = rf"{_UNIT}(?:{_GAP}*(?:(?:per|/){_GAP}*)?{_UNIT})*(?:/[hs])?{_POWER}"
 _CODE = r"(?<![a-zA-Z\\])(?:np|numpy|math|sympy|sp)\."
 _ARGUMENT = r"(?<![_^])(?<!\\frac )(?<!\\frac)(?<!\\binom )(?<!\\binom)(?<!\\sqrt )"
 _RULES = [
     (re.compile(pattern), by)
     for pattern, by in [
+        (r"^\s*=\s*(?=[^=]*$)", ""),  # "= 10"
         (r"\{([:,!])\}", r"\1"),  # 12{:}30, 1{,}000
         (r"\\\$|\$", ""),  # money: inside an answer a dollar opens no mathematics
         (r"\\(?:left|right|big|Big|bigl|bigr|displaystyle|limits)(?![a-zA-Z])\.?", ""),
@@ -112,8 +122,13 @@ _RULES = [
         (r"^(\s*-?\d{1,3}) (\d{3})(?![\d ])", r"\1\2"),
         (_TEXT + r"\s*\{\s*([eiπ])\s*\}", r"\1 "),  # an upright constant
         (rf"(?<![\w.])({_NUMERAL})[eE]([+-]?\d+)(?!\w|\.\d)", r"(\1*10^{\2})"),
+        # Number words, in text and bare.
+        (rf"(?<=[\d}}]){_GAP}*({_TEXT}\s*\{{|)\s*({'|'.join(_TIMES)})\b", lambda n: rf"\times {_TIMES[n[2]]} {n[1]}"),
         # Units: text after whatever, and words after a number.
-        (rf"(?<=[^\s,;]){_GAP}*{_TEXT}\s*\{{(?!{_NO_UNIT}\}})[^{{}}\\]*\}}{_POWER}{_END}", ""),
+        (
+            rf"(?<=[^\s,;]){_GAP}*{_TEXT}\s*\{{(?!{_NO_UNIT}\}}|[^{{}}]*{_NO_MEASURE})[^{{}}\\]*\}}{_POWER}{_END}",
+            "",
+        ),
         (rf"(?<=[\d}}]){_GAP}*{_UNITS}{_END}", ""),
         # A programmer's notation.
         (rf"{_CODE}log(?![a-zA-Z0-9])", r"\\ln "),

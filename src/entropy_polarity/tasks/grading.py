@@ -8,7 +8,7 @@ import functools
 import logging
 import re
 from decimal import Decimal
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 from entropy_polarity.tasks.answers import bases, boxed, clock, has_letters, normalised, without_unit, word
@@ -103,6 +103,8 @@ def same(gold: Answer, found: Answer) -> bool:
     ours, theirs = bases(gold.words), bases(found.words)
     if ours and theirs and ours != theirs:
         return False
+    if _contradicts_itself(found):
+        return False
     times = clock(gold.words), clock(found.words)
     if all(times):
         return times[0] == times[1]
@@ -116,6 +118,15 @@ def same(gold: Answer, found: Answer) -> bool:
     if not has_letters(gold.words):
         given += _bare(found)
     return any(_math_verify().verify(a.readings, b.readings) for a, b in product(wanted, given))
+
+
+def _contradicts_itself(answer: Answer) -> bool:
+    """Whether it is an equation of numbers that does not hold, such as 3 + 5 = 7: its right side alone is no answer."""
+    sides, other = answer.words.split("="), has_letters(answer.words) or re.search("[<>!:]", answer.words)
+    if other or len(sides) < 2 or not all(map(str.strip, sides)):
+        return False
+    readings = [read(side).readings for side in sides]
+    return not all(_math_verify().verify(a, b) for a, b in pairwise(readings))
 
 
 def _bare(answer: Answer) -> list[Answer]:

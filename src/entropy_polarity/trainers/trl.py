@@ -30,6 +30,7 @@ except ModuleNotFoundError as error:
 from trl.trainer import grpo_trainer
 
 from entropy_polarity.methods import make_transform
+from entropy_polarity.policy import resolve_model
 from entropy_polarity.tokens import Tokens, concatenate
 from entropy_polarity.trainers.trl_checkpoints import CheckpointedTrainer, RolloutBoundaries
 from entropy_polarity.trainers.trl_config import PolarityConfig, polarity_config
@@ -85,6 +86,8 @@ class PolarityTrainer(CheckpointedTrainer):
     def __init__(self, *given: Any, **named: Any) -> None:
         call = inspect.signature(GRPOTrainer).bind(*given, **named)
         args = call.arguments["args"] = polarity_config(call.arguments.get("args"), call.arguments["model"])
+        if isinstance(call.arguments["model"], str):
+            call.arguments["model"] = resolve_model(call.arguments["model"])  # "embedded" is a folder of the package
         self.transform = make_transform(args.method, args.settings)
         self.method_state = self._next_state = self.transform.init()
         self.on_rollout = self.on_loss = None

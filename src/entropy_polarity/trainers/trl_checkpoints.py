@@ -115,7 +115,8 @@ class CheckpointedTrainer(GRPOTrainer):
             resume_from_checkpoint = last_of(Path(str(self.args.output_dir)), resumable=True) or True
         if isinstance(resume_from_checkpoint, str | Path):
             refuse_what_cannot_resume(self, Path(resume_from_checkpoint))
-            reached = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text("utf-8"))["global_step"]
+            state = (Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8")
+            reached = json.loads(state)["global_step"]
             resume_from_checkpoint = str(resume_from_checkpoint)
         # Now, and not after hours of training, when it is to be saved there.
         last = self.args.max_steps if self.args.max_steps > 0 else math.inf
