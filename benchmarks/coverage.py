@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 from blocks import markdown
 
-from entropy_polarity import agreement
-from entropy_polarity.agreement import block_bootstrap, pearson
 from entropy_polarity.experiments.results import provenance, write_document
-from entropy_polarity.statistics import intervals
+from entropy_polarity.statistics import agreement, intervals
+from entropy_polarity.statistics.agreement import block_bootstrap, pearson
 
 RUNS, UPDATES, REPETITIONS = 3, 40, 400
 AUTOCORRELATIONS, CORRELATIONS = (0.0, 0.5, 0.8), (0.3, 0.9)

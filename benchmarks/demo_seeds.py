@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from entropy_polarity.record import Run
+from entropy_polarity.runs.record import Run
 
 
 def summarise(run: Run) -> dict[str, Any]:

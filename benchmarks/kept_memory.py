@@ -25,10 +25,10 @@ RECIPES = {"countdown": 5, "guess": 4, "keydoor": 2}  # and how many steps
 
 def part(recipe: str, keep: bool) -> dict[str, Any]:
     """A few steps in this process."""
-    from entropy_polarity._machine import kept_memory
-    from entropy_polarity.experiments.train import checked, prompts_of, quiet, quiet_trainer
+    from entropy_polarity.experiments.training import checked, prompts_of, quiet, quiet_trainer
     from entropy_polarity.policy.loading import load_policy
-    from entropy_polarity.recipe import load_recipe
+    from entropy_polarity.runs.recipe import load_recipe
+    from entropy_polarity.support.machine import kept_memory
 
     quiet()
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +97,7 @@ def main() -> None:
     if arguments.part:
         print(json.dumps(part(arguments.part[0], arguments.part[1] == "kept")))
         return
-    from entropy_polarity.record import environment
+    from entropy_polarity.runs.record import environment
 
     results = [measure(recipe, arguments.rounds) for recipe in RECIPES]
     print(table(results))

@@ -58,12 +58,12 @@ class Recorder:
 
 def launches(dtype: torch.dtype, masked: bool, softcap: float | None) -> list[Launch]:
     """What the public functions launch, forward and backward, on tensors without data."""
-    from entropy_polarity.kernels import entry, triton
-    from entropy_polarity.kernels.engine import Choice
+    from entropy_polarity.kernels import public, triton
+    from entropy_polarity.kernels.dispatch import Choice
 
     found: list[Launch] = []
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(entry, "choose", return_value=Choice("triton", "ahead of time")))
+        patches.enter_context(mock.patch.object(public, "choose", return_value=Choice("triton", "ahead of time")))
         patches.enter_context(mock.patch("torch.is_autocast_enabled", return_value=False))  # knows no "meta"
         for name in [name for name in vars(triton) if name.endswith("_kernel")]:
             patches.enter_context(mock.patch.object(triton, name, Recorder(getattr(triton, name), found)))
@@ -72,15 +72,15 @@ def launches(dtype: torch.dtype, masked: bool, softcap: float | None) -> list[La
         if softcap is None:
             logits = empty(ROWS, VOCABULARY, dtype=dtype, requires_grad=True)
             mask = empty(ROWS, dtype=torch.bool) if masked else None
-            stats = entry.token_stats(logits, tokens, mask=mask, check=False)
+            stats = public.token_stats(logits, tokens, mask=mask, check=False)
             torch.autograd.grad(stats.logp.sum(), logits)
         if not masked:
             hidden, weight = (empty(n, 64, dtype=dtype, requires_grad=True) for n in (ROWS, VOCABULARY))
-            stats = entry.linear_token_stats(hidden, weight, tokens, softcap=softcap, check=False)
+            stats = public.linear_token_stats(hidden, weight, tokens, softcap=softcap, check=False)
             torch.autograd.grad(stats.logp.sum(), [hidden, weight])
             settings = {"softcap": softcap, "check": False}
             if dtype != torch.float16:  # refused
-                entry.linear_token_loss(hidden, weight, tokens, lambda stats, _: stats.logp.sum(), **settings)
+                public.linear_token_loss(hidden, weight, tokens, lambda stats, _: stats.logp.sum(), **settings)
     for launch in found:
         if "out_ptr" in launch.arguments:  # only on CUDA gradients always have the logits' type
             launch.arguments["out_ptr"] = launch.arguments["logits_ptr"]

@@ -18,7 +18,7 @@ from typing import Any
 from blocks import markdown
 from demo_seeds import collect
 
-from entropy_polarity.record import Run
+from entropy_polarity.runs.record import Run
 
 SHARE = 0.3 / 0.2642
 

@@ -18,10 +18,10 @@ from typing import Any
 from blocks import markdown
 
 from entropy_polarity.experiments.results import provenance, write_document
-from entropy_polarity.experiments.train import checked, prompts_of, quiet, quiet_trainer
-from entropy_polarity.polarity import branch_flows
+from entropy_polarity.experiments.training import checked, prompts_of, quiet, quiet_trainer
+from entropy_polarity.maths import branch_flows
 from entropy_polarity.policy.loading import load_policy
-from entropy_polarity.recipe import load_recipe
+from entropy_polarity.runs.recipe import load_recipe
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.transforms.weights import token_flow, token_polarity
 

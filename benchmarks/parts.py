@@ -21,16 +21,16 @@ import numpy as np
 from blocks import markdown
 from torch import nn
 
-from entropy_polarity.agreement import agreement
-from entropy_polarity.exact import entropy_gradient
+from entropy_polarity.diagnostics.exact import entropy_gradient
+from entropy_polarity.diagnostics.forecast import Forecaster, dot, followed, moving
 from entropy_polarity.experiments.audit_recipe import audit_recipe
 from entropy_polarity.experiments.results import provenance, write_document
-from entropy_polarity.experiments.train import checked, prompts_of, quiet, quiet_trainer, trainer_config
-from entropy_polarity.forecast import Forecaster, dot, followed, moving
+from entropy_polarity.experiments.training import checked, prompts_of, quiet, quiet_trainer, trainer_config
 from entropy_polarity.policy.loading import load_policy
-from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, with_flags
-from entropy_polarity.trainers.auditing import UpdateForecaster
-from entropy_polarity.trainers.trl_exact import joined
+from entropy_polarity.runs.recipe import DEFAULT_RECIPE, Recipe, with_flags
+from entropy_polarity.statistics.agreement import agreement
+from entropy_polarity.trainers.trl.auditing import UpdateForecaster
+from entropy_polarity.trainers.trl.sequences import joined
 
 FORMULAS = {"shared": "-<g, G>", "forecast": "<ḡ, δ>"}
 

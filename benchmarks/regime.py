@@ -16,7 +16,7 @@ from typing import Any
 from blocks import markdown
 from demo_seeds import collect
 
-from entropy_polarity.record import Run
+from entropy_polarity.runs.record import Run
 
 
 def table(results: list[dict[str, Any]]) -> str:

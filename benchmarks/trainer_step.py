@@ -29,12 +29,12 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from entropy_polarity.forecast import EVERY
+from entropy_polarity.diagnostics.forecast import EVERY
 from entropy_polarity.policy import resolve_model
-from entropy_polarity.record import environment
+from entropy_polarity.runs.record import environment
 from entropy_polarity.tasks.countdown import Countdown
-from entropy_polarity.trainers.auditing import UpdateForecaster
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
+from entropy_polarity.trainers.trl.auditing import UpdateForecaster
 
 WARM_UP_ROLLOUTS = 3
 

@@ -67,8 +67,8 @@ def trainer_and_method() -> tuple[Any, Any]:
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
     from entropy_polarity.trainers.verl import activate
-    from entropy_polarity.trainers.verl_config import prepare
-    from entropy_polarity.trainers.verl_driver import Reweighting
+    from entropy_polarity.trainers.verl.config import prepare
+    from entropy_polarity.trainers.verl.driver import Reweighting
 
     config = OmegaConf.create(
         {
@@ -174,7 +174,7 @@ def main() -> None:
     import transfer_queue as tq
     from omegaconf import OmegaConf
 
-    from entropy_polarity.record import environment
+    from entropy_polarity.runs.record import environment
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[10**5, 10**6, 10**7])

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from entropy_polarity.experiments.train import checked, prompts_of, quiet, quiet_trainer
+from entropy_polarity.experiments.training import checked, prompts_of, quiet, quiet_trainer
 from entropy_polarity.policy.loading import load_policy
-from entropy_polarity.recipe import load_recipe
+from entropy_polarity.runs.recipe import load_recipe
 
 
 def main() -> None:

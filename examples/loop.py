@@ -61,7 +61,7 @@ def token_facts(model, batch: dict[str, torch.Tensor], advantages: torch.Tensor,
 
 def policy_loss(tokens: Tokens, clip: tuple[float, float] = (0.2, 0.2)) -> torch.Tensor:
     """The clipped surrogate, averaged over all tokens of the batch (DAPO, arXiv 2503.14476)."""
-    ratio = (tokens.known("logp") - tokens.known("old_logp")).exp()
+    ratio = (tokens.require("logp") - tokens.require("old_logp")).exp()
     clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
     surrogate = torch.min(ratio * tokens.advantages, clipped * tokens.advantages)
     return -(surrogate * tokens.mask).sum() / tokens.mask.sum()

@@ -7,9 +7,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from entropy_polarity.controllers import Metrics, State
 from entropy_polarity.kernels import token_stats
-from entropy_polarity.phase import Metrics, State
-from entropy_polarity.polarity import surviving_ratio
+from entropy_polarity.maths import surviving_ratio
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.transforms import Transform
 

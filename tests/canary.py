@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from entropy_polarity.tasks.games import Answer
+from entropy_polarity.tasks.games import StepResult
 
 if "CANARY" in os.environ:  # pytest looks into every module for examples
     Path(os.environ["CANARY"]).touch()
@@ -13,8 +13,8 @@ class Env:
     def reset(self, seed: int) -> str:
         return "1-32:"
 
-    def step(self, action: str) -> Answer:
-        return Answer("", 1.0, done=True)
+    def step(self, action: str) -> StepResult:
+        return StepResult("", 1.0, done=True)
 
     def facts(self) -> dict[str, float]:
         return {}

@@ -32,9 +32,9 @@ def embedded() -> str:
 @pytest.fixture(scope="session")
 def small_runs(tmp_path_factory):
     """Two finished runs of six steps, one with each of the controllers that log metrics of their own."""
-    from entropy_polarity.experiments.train import train
-    from entropy_polarity.recipe import load_recipe
-    from entropy_polarity.record import Run
+    from entropy_polarity.experiments.training import train
+    from entropy_polarity.runs.recipe import load_recipe
+    from entropy_polarity.runs.record import Run
 
     folder = tmp_path_factory.mktemp("runs")
     for controller in ("trend", "reference"):

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from entropy_polarity.tasks.games import Answer
+from entropy_polarity.tasks.games import StepResult
 
 REST = "import time; time.sleep(60)"
 
@@ -59,18 +59,18 @@ class Obedient:
         self.count += 1
         said = f"{self.count} {random.random()} {np.random.rand()}"
         if action == "give up":
-            return Answer(said, done=True, reason="gave up")
+            return StepResult(said, done=True, reason="gave up")
         if action == "win":
-            return Answer(said, 1.0, done=True)
+            return StepResult(said, 1.0, done=True)
         if action == "end":
-            return Answer(said, 0.5, done=True, reason="a reason that is not listed")
+            return StepResult(said, 0.5, done=True, reason="a reason that is not listed")
         if action == "nan":
-            return Answer(said, float("nan"))
+            return StepResult(said, float("nan"))
         if action == "nothing":
             return None
         if action == "process":
-            return Answer(str(os.getpid()))
-        return Answer("long " * 2000 if action == "long" else said)
+            return StepResult(str(os.getpid()))
+        return StepResult("long " * 2000 if action == "long" else said)
 
     def facts(self):
         return {"count": self.count, "nan": float("nan")}
@@ -83,8 +83,8 @@ class Moody(Obedient):
         self.mood = ["hang", "exit", "raise", "", "", ""][seed // 2 % 6]
         return super().reset(seed)
 
-    def step(self, action: str) -> Answer:
-        return Answer(super().step(self.mood).observation[:9], 0.1 * len(action))
+    def step(self, action: str) -> StepResult:
+        return StepResult(super().step(self.mood).observation[:9], 0.1 * len(action))
 
 
 class Babel(Obedient):
@@ -95,8 +95,8 @@ class Babel(Obedient):
     def reset(self, seed: int) -> str:
         return f"{seed} \ud800\0\x1b[2J\u202e"
 
-    def step(self, action: str) -> Answer:
-        return Answer("\udfff\0 </script>", 0.5, done=len(action) % 2 == 0, reason="gave \ud800up")
+    def step(self, action: str) -> StepResult:
+        return StepResult("\udfff\0 </script>", 0.5, done=len(action) % 2 == 0, reason="gave \ud800up")
 
     def facts(self):
         return {"half \ud800": 1.0}

@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from entropy_polarity.recipe import load_recipe
-from entropy_polarity.record import Run, RunWriter
+from entropy_polarity.runs.recipe import load_recipe
+from entropy_polarity.runs.record import Run, RunWriter
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from test_trl import make_trainer
 from test_trl_methods import EXAMPLES, REUSED, STATEFUL, uneven
 
-from entropy_polarity.method_state import read_state
+from entropy_polarity.runs.method_state import read_state
 from entropy_polarity.trainers.trl import PolarityTrainer
 
 GROUP, ROWS = 4, 16

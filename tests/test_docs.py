@@ -19,9 +19,9 @@ import results_page
 import torch
 import trainer_step
 
+from entropy_polarity.controllers import CONTROLLERS
 from entropy_polarity.methods import METHODS, make_transform
-from entropy_polarity.phase import CONTROLLERS
-from entropy_polarity.recipe import load_recipe
+from entropy_polarity.runs.recipe import load_recipe
 from entropy_polarity.tokens import Tokens
 
 ROOT = Path(__file__).parents[1]

@@ -17,10 +17,9 @@ from small import SMALL
 from test_cli import papo
 from test_tasks_training import few_steps, policy
 
-from entropy_polarity.experiments.audit import audited_before
+from entropy_polarity.experiments.auditing import audited_before
 from entropy_polarity.experiments.compare.experiment import read_comparison
 from entropy_polarity.experiments.evaluate import Settings, evaluate_models
-from entropy_polarity.record import Run
 from entropy_polarity.report.audit import render_audit
 from entropy_polarity.report.comparison import render_comparison
 from entropy_polarity.report.evaluation import render_evaluation
@@ -31,6 +30,7 @@ from entropy_polarity.report.live import LiveView
 from entropy_polarity.report.page import render_page
 from entropy_polarity.report.progress import ComparisonView, RunState
 from entropy_polarity.report.terminal import print_audit, print_comparison, print_estimates, print_evaluation
+from entropy_polarity.runs.record import Run
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 HOSTILE = (

@@ -10,81 +10,113 @@ import pytest
 import entropy_polarity
 
 SOURCE = Path(entropy_polarity.__file__).parent
-ROOMS = {p.stem for p in SOURCE.glob("*.py")} | {p.parent.name for p in SOURCE.glob("*/__init__.py")}
-TRAINERS = {
-    "methods",
-    "transforms",
-    "phase",
-    "kernels",
-    "tokens",
-    "polarity",
-    "exact",
-    "audit",
-    "forecast",
-    "episodes",
-    "policy",
-    "tasks",
-    "record",
-    "checkpoints",
-    "method_state",
-}
+FILES = sorted(SOURCE.rglob("*.py"))
+# A part is a folder, or a module beside the folders. `support` is open to all of them.
 ALLOWED = {
-    "__init__": ROOMS,  # lazily
-    "cli": ROOMS,
-    "experiments": ROOMS - {"cli"},
-    "doctor": {"kernels", "tasks", "trainers"},
-    "trainers": TRAINERS,
-    "methods": {"transforms", "phase", "polarity"},
-    "transforms": {"phase", "polarity", "tokens"},
-    "exact": {"kernels", "polarity", "tokens"},
-    "audit": {"exact", "forecast"},
-    "forecast": {"exact"},
-    "agreement": {"statistics"},
-    "asymmetry": set(),
-    "kernels": {"polarity", "tokens"},
-    "polarity": {"tokens"},
-    "evaluate": {"episodes", "generation", "statistics", "tasks"},
-    "generation": {"tasks"},
-    "statistics": set(),
-    "episodes": {"tasks"},
-    "policy": {"tasks"},
-    "report": {"record", "asymmetry"},
     "tokens": set(),
-    "phase": set(),
+    "maths": {"tokens"},
+    "controllers": set(),
+    "kernels": {"maths", "tokens"},
+    "transforms": {"controllers", "maths", "tokens"},
+    "methods": {"controllers", "transforms"},
+    "diagnostics": {"kernels", "maths", "tokens"},
+    "statistics": set(),
     "tasks": set(),
-    "recipe": {"methods"},
-    "record": {"checkpoints", "resuming"},
-    "resuming": {"checkpoints"},
-    "checkpoints": {"method_state"},
-    "consent": {"recipe"},
-    "method_state": {"phase"},
+    "generation": {"tasks"},
+    "policy": {"tasks"},
+    "evaluation": {"generation", "statistics", "tasks"},
+    "runs": {"controllers", "methods"},
+    "report": {"diagnostics", "runs"},
+    "trainers": {
+        "controllers",
+        "diagnostics",
+        "generation",
+        "kernels",
+        "maths",
+        "methods",
+        "policy",
+        "runs",
+        "tasks",
+        "tokens",
+        "transforms",
+    },
+    "support": set(),
 }
-SHARED = {room for room in ROOMS if room.startswith("_")} - {"__init__"}  # small helpers, open to every room
-ALLOWED |= {room: set() for room in SHARED}
+PARTS = {*ALLOWED, "cli", "experiments"}
+ALLOWED |= {"experiments": PARTS - {"cli"}, "cli": PARTS}
 
 
-def imported_rooms(tree: ast.AST) -> set[str]:
+def module_of(file: Path) -> str:
+    """Its dotted name below the package; "" for the package itself."""
+    return ".".join(file.relative_to(SOURCE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+MODULES = {module_of(file): file for file in FILES}
+
+
+def imports_of(file: Path) -> set[str]:
+    """The modules of the package that a file imports, wherever in it; the package itself is lazy and counts for none."""
     names: list[str] = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are written in full"
             names += [f"{node.module}.{alias.name}" for alias in node.names]
-    return {parts[1] for name in names if (parts := name.split("."))[0] == "entropy_polarity" and len(parts) > 1}
+    below = {name.removeprefix("entropy_polarity.") for name in names if name.startswith("entropy_polarity.")}
+    return {name if name in MODULES else name.rpartition(".")[0] for name in below} - {""}
 
 
-@pytest.mark.parametrize("room", sorted(ROOMS))
-def test_a_room_imports_only_what_the_design_allows(room):
-    files = [SOURCE / f"{room}.py"] if (SOURCE / f"{room}.py").exists() else (SOURCE / room).rglob("*.py")
-    for file in files:
-        forbidden = imported_rooms(ast.parse(file.read_text(encoding="utf-8"))) & ROOMS - ALLOWED[room] - SHARED - {
-            room
-        }
-        assert not forbidden, f"{file.relative_to(SOURCE)} imports {', '.join(sorted(forbidden))}"
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The names along one circle of a graph; none where there is no circle."""
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        for other in sorted(graph.get(name, set()) - done):
+            if found := walk(other, [*path, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(graph) if (found := walk(name, []))), [])
 
 
-@pytest.mark.parametrize("module", ["", ".record", ".report", ".recipe", ".methods", ".tasks.countdown"])
+def test_every_part_of_the_package_is_in_the_rule():
+    assert {module.partition(".")[0] for module in MODULES if module} == PARTS
+
+
+@pytest.mark.parametrize("part", sorted(PARTS))
+def test_a_part_imports_only_what_the_design_allows(part):
+    for module, file in MODULES.items():
+        if module.partition(".")[0] == part:
+            forbidden = {name.partition(".")[0] for name in imports_of(file)} - ALLOWED[part] - {part, "support"}
+            assert not forbidden, f"{module} imports {', '.join(sorted(forbidden))}"
+
+
+def test_no_file_imports_itself_in_a_circle():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert not circle({module: imports_of(file) for module, file in MODULES.items() if module})
+
+
+def test_no_part_imports_itself_in_a_circle():
+    parts: dict[str, set[str]] = {}
+    for module, file in MODULES.items():
+        if module:
+            part = module.partition(".")[0]
+            parts.setdefault(part, set()).update(name.partition(".")[0] for name in imports_of(file))
+    assert not circle({part: others - {part} for part, others in parts.items()})
+
+
+def test_no_module_has_the_name_of_what_it_defines():
+    """Or the name in its package would be now the module, now the function."""
+    for module, file in MODULES.items():
+        own = {n.name for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.FunctionDef)}
+        assert module.rpartition(".")[2] not in own, module
+
+
+@pytest.mark.parametrize("module", ["", ".runs.record", ".report", ".runs.recipe", ".methods", ".tasks.countdown"])
 def test_the_parts_that_only_read_and_write_files_load_no_torch(module):
     code = f"import sys, entropy_polarity{module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout

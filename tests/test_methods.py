@@ -13,11 +13,11 @@ import torch
 from batches import OUTPUTS, TOKEN_FACTS, in_double, literal, outputs, run, sampled_batch, with_columns
 from trl import GRPOTrainer
 
-from entropy_polarity import phase, token_stats
+from entropy_polarity import controllers, token_stats
+from entropy_polarity.maths import predicted_entropy_change
 from entropy_polarity.methods import METHODS, make_transform
-from entropy_polarity.polarity import predicted_entropy_change
 from entropy_polarity.tokens import Tokens
-from entropy_polarity.transforms import Loss, Transform, chain, loss_terms, token_polarity
+from entropy_polarity.transforms import LossOverrides, Transform, chain, loss_terms, token_polarity
 from entropy_polarity.transforms.batch import largest, mean_entropy, token_keys
 from entropy_polarity.transforms.selection import clip_cov_choice
 from entropy_polarity.transforms.weights import polarity_sign, shuffled_signs, token_flow
@@ -29,7 +29,7 @@ VERL = json.loads((Path(__file__).parent / "golden" / "verl.json").read_text(enc
 # so few tokens, with settings that do.
 CASES: dict[str, tuple[str, dict]] = {
     **{name: (name, method.example) for name, method in METHODS.items()},
-    **{f"papo {name}": ("papo", {"controller": name}) for name in phase.CONTROLLERS},
+    **{f"papo {name}": ("papo", {"controller": name}) for name in controllers.CONTROLLERS},
     "papo conserving": ("papo", {"controller": "balance", "soft_sign": 0.02, "conserve": True}),
     "papo weighing": ("papo", {"controller": "constant", "lambda_": -0.4, "soft_sign": 0.02}),
     "papo steering": ("papo", {"controller": "reference", "level": 0.6}),
@@ -78,7 +78,7 @@ def history(*seeds: int, scale: float = 2.0) -> list[Tokens]:
 
 def test_every_method_and_controller_is_tried_here():
     assert METHODS.keys() <= CASES.keys()
-    assert {f"papo {name}" for name in phase.CONTROLLERS} <= CASES.keys()
+    assert {f"papo {name}" for name in controllers.CONTROLLERS} <= CASES.keys()
     assert {"papo", "papo constant", "grpo"} <= IDLE <= CASES.keys()
 
 
@@ -161,7 +161,7 @@ def test_local_on_any_split_is_update_on_the_whole(case, parts):
 def test_which_methods_look_at_what():
     decides = {"rewards": set(), "each token": set(), "whole batch": set()}
     for name, method in METHODS.items():
-        decides[make_transform(name, method.example).decides].add(name)
+        decides[make_transform(name, method.example).decides_from].add(name)
     assert decides["rewards"] == {"dapo", "qae", "nsr", "psr"}
     assert decides["each token"] == {
         "grpo", "entropy_bonus", "adaptive_coefficient", "entropy_advantage", "w_reinforce",
@@ -289,7 +289,7 @@ def test_equal_rewards_teach_nothing_in_a_group(quantile, reward):
         assert not run(METHODS["dapo"].build(**settings), batch)[0].mask.any()
 
 
-@pytest.mark.parametrize("controller", phase.CONTROLLERS)
+@pytest.mark.parametrize("controller", controllers.CONTROLLERS)
 @pytest.mark.parametrize("soft_sign", [0.0, 0.05])
 def test_without_room_for_lambda_papo_changes_no_bit(controller, soft_sign):
     bound = {"lambda_": 0.0} if controller == "constant" else {"lambda_max": 0.0}
@@ -412,8 +412,8 @@ def test_dapo_drops_groups_with_equal_rewards():
     result, _, _ = run(method("dapo"), batch)
     assert result.mask.tolist() == [[True, True], [True, False], [False, False], [False, False]]
     assert result.advantages.equal(batch.advantages)
-    assert method("dapo").loss == Loss(0.2, 0.28, average="token")
-    assert method("dapo", clip_low=0.1, clip_high=0.5).loss == Loss(0.1, 0.5, average="token")
+    assert method("dapo").loss == LossOverrides(0.2, 0.28, average="token")
+    assert method("dapo", clip_low=0.1, clip_high=0.5).loss == LossOverrides(0.1, 0.5, average="token")
 
 
 def test_dapo_punishes_length_before_the_advantages_are_made():
@@ -484,7 +484,7 @@ COVARYING = {
 def test_clip_cov_silences_tokens_between_its_bounds(low, high, chosen):
     found = advantages(method("clip_cov", fraction=1.0, low=low, high=high), literal(**COVARYING))[0]
     assert found == [0 if i in chosen else a for i, a in enumerate(COVARYING["advantages"][0])]
-    assert method("clip_cov", clip=0.3).loss == Loss(0.3, 0.3)
+    assert method("clip_cov", clip=0.3).loss == LossOverrides(0.3, 0.3)
 
 
 def test_clip_cov_leaves_tokens_alone_that_ppo_has_clipped():
@@ -530,7 +530,7 @@ def test_kl_cov_holds_the_tokens_with_the_largest_covariance():
         result, _, _ = run(method("kl_cov", fraction=fraction, coefficient=0.3), batch)
         assert result.ratio_penalty[0].tolist() == close([0.3 * x for x in [*held, 0]])
         assert result.advantages.equal(batch.advantages)
-    assert method("kl_cov").loss == Loss(inf, inf)
+    assert method("kl_cov").loss == LossOverrides(inf, inf)
     assert "reuse" in method("kl_cov").needs
 
 

@@ -25,13 +25,13 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from entropy_polarity.checkpoints import checkpoint_step, checkpoints
 from entropy_polarity.experiments.models import weights_of
 from entropy_polarity.experiments.results import provenance, write_document
-from entropy_polarity.experiments.train import train
-from entropy_polarity.recipe import load_recipe, with_flags
-from entropy_polarity.record import Run, RunWriter, last_checkpoint
+from entropy_polarity.experiments.training import train
 from entropy_polarity.report.page import render_page
+from entropy_polarity.runs.checkpoints import checkpoint_step, checkpoints
+from entropy_polarity.runs.recipe import load_recipe, with_flags
+from entropy_polarity.runs.record import Run, RunWriter, last_checkpoint
 
 RECIPE = load_recipe(
     "countdown",

@@ -36,17 +36,17 @@ import tomli_w
 import torch
 
 from entropy_polarity import cli
-from entropy_polarity.experiments.audit import audited_before
+from entropy_polarity.experiments.auditing import audited_before
 from entropy_polarity.experiments.compare.experiment import read_comparison
 from entropy_polarity.experiments.results import write_document
 from entropy_polarity.policy import resolve_model
-from entropy_polarity.record import Run, environment
 from entropy_polarity.report.audit import render_audit
 from entropy_polarity.report.comparison import render_comparison
 from entropy_polarity.report.live import LiveView
 from entropy_polarity.report.page import render_page
 from entropy_polarity.report.progress import ComparisonView, RunState
 from entropy_polarity.report.terminal import print_audit, print_comparison, print_estimates
+from entropy_polarity.runs.record import Run, environment
 
 RESULTS = Path(__file__).parents[1] / "results"
 SMALL = ("trainer.max_steps=2", "trainer.save_steps=1", "trainer.per_device_train_batch_size=8",

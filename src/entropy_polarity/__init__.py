@@ -3,16 +3,14 @@
 The names below are loaded on first use, so that parts that need no torch stay light.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from entropy_polarity.exact import Sequences, exact_sensitivity
+    from entropy_polarity.diagnostics.exact import Sequences, exact_sensitivity
     from entropy_polarity.kernels import linear_token_loss, linear_token_stats, token_stats
+    from entropy_polarity.maths import branch_flows, polarity, predicted_entropy_change
     from entropy_polarity.methods import METHODS, make_transform
-    from entropy_polarity.polarity import branch_flows, polarity, predicted_entropy_change
     from entropy_polarity.tokens import Tokens, TokenStats
     from entropy_polarity.transforms import Transform, chain
 
@@ -22,11 +20,11 @@ _HOME = {
     "token_stats": "kernels",
     "linear_token_stats": "kernels",
     "linear_token_loss": "kernels",
-    "branch_flows": "polarity",
-    "predicted_entropy_change": "polarity",
-    "polarity": "polarity",
-    "exact_sensitivity": "exact",
-    "Sequences": "exact",
+    "branch_flows": "maths",
+    "predicted_entropy_change": "maths",
+    "polarity": "maths",
+    "exact_sensitivity": "diagnostics.exact",
+    "Sequences": "diagnostics.exact",
     "Tokens": "tokens",
     "TokenStats": "tokens",
     "Transform": "transforms",
@@ -57,13 +55,3 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'entropy_polarity' has no attribute {name!r}")
     return getattr(import_module(f"entropy_polarity.{_HOME[name]}"), name)
-
-
-class _Package(ModuleType):
-    """`entropy_polarity.polarity` is the function: importing the module of that name must not take its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, getattr(value, name, value) if name == "polarity" else value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
-from entropy_polarity import phase
-from entropy_polarity._errors import check_settings, unknown_name
+from entropy_polarity import controllers
+from entropy_polarity.support.errors import check_settings, unknown_name
 
 if TYPE_CHECKING:
-    from entropy_polarity.phase import Controller
+    from entropy_polarity.controllers import Controller
     from entropy_polarity.transforms import Transform
 
 
@@ -60,10 +60,10 @@ def papo(
     """PAPO: weighs expanding tokens 1 + λ and contracting ones 1 - λ, λ steered by the entropy trajectory; by default
     along a line to 0.6 of the first entropy, there after 50 rollouts.
 
-    A' = A (1 + λ_k s): see `polarity_weights`; `controller_settings` are those of `phase.<controller>`. `sign_from`
-    says whose sign s is: "local", that of T, which sees a token's own state alone; "exact", that of T*, what the token
-    does to the whole rollout's mean entropy through shared parameters, made on every `every`-th rollout for about one
-    backward and two forward passes over it (the rollouts between use T); "shuffled", an ablation.
+    A' = A (1 + λ_k s): see `polarity_weights`; `controller_settings` are those of `controllers.<controller>`.
+    `sign_from` says whose sign s is: "local", that of T, which sees a token's own state alone; "exact", that of T*,
+    what the token does to the whole rollout's mean entropy through shared parameters, made on every `every`-th rollout
+    for about one backward and two forward passes over it (the rollouts between use T); "shuffled", an ablation.
     Source: arXiv 2605.11775; the weighting rule and the controllers are our reconstruction, "exact" is ours.
     """
     if every < 1 or (every > 1 and sign_from != "exact"):
@@ -87,17 +87,17 @@ def papo(
 
 def _controller(name: str, settings: Mapping[str, Any]) -> "Controller":
     """The controller of PAPO called `name`. Raises ValueError for what it does not take, and says who does."""
-    if name not in phase.CONTROLLERS:
-        raise unknown_name("controller", name, phase.CONTROLLERS)
+    if name not in controllers.CONTROLLERS:
+        raise unknown_name("controller", name, controllers.CONTROLLERS)
     owner = f"papo's controller {name!r}"
-    takers = {other: _parameters(build) for other, build in phase.CONTROLLERS.items()}
+    takers = {other: _parameters(build) for other, build in controllers.CONTROLLERS.items()}
     for setting in settings:
         others = [other for other, taken in takers.items() if setting in taken]
         if setting not in takers[name] and others:
             taken = ", ".join(takers[name])
             raise ValueError(f"{setting!r} is no setting of {owner} ({taken}), but of controller {', '.join(others)}")
-    check_settings(owner, phase.CONTROLLERS[name], settings, *_named(_parameters(papo)))
-    return phase.CONTROLLERS[name](**settings)
+    check_settings(owner, controllers.CONTROLLERS[name], settings, *_named(_parameters(papo)))
+    return controllers.CONTROLLERS[name](**settings)
 
 
 def papo_positive_only() -> "Transform":
@@ -166,7 +166,7 @@ METHODS = {
             "papo",
             "methods",
             "arXiv 2605.11775; rule and controllers are our reconstruction",
-            controllers=phase.CONTROLLERS,
+            controllers=controllers.CONTROLLERS,
         ),
         Method("papo_positive_only", "methods", "ours"),
         Method("papo_negative_only", "methods", "ours"),
@@ -192,7 +192,7 @@ def name_of(name: str, date: str) -> str:
 def make_transform(name: str, settings: dict[str, Any] | None = None) -> "Transform":
     """The transform of the method `name`, monitored. Unknown names, unknown settings and missing ones raise ValueError.
 
-    >>> make_transform("papo", {"controller": "balance"}).decides
+    >>> make_transform("papo", {"controller": "balance"}).decides_from
     'whole batch'
     """
     check_method(name, settings)
@@ -293,7 +293,7 @@ def describe_methods() -> list[dict[str, Any]]:
             "controllers": {
                 name: {
                     "default": name == _controller_of({}),
-                    "decides": make_transform(method.name, {"controller": name}).decides,
+                    "decides": make_transform(method.name, {"controller": name}).decides_from,
                     "settings": _defaults(build),
                 }
                 for name, build in method.controllers.items()
@@ -306,8 +306,8 @@ def describe_methods() -> list[dict[str, Any]]:
 def _facts(transform: "Transform") -> dict[str, Any]:
     words = {"entropy_grad": "entropy with gradient", "reuse": "several updates on a rollout"}
     return {
-        "decides": transform.decides,
-        "cost": COST[transform.decides],
+        "decides": transform.decides_from,
+        "cost": COST[transform.decides_from],
         "needs": sorted(words.get(need, need) for need in transform.needs),
         "fixes": {name: value for name, value in transform.loss._asdict().items() if value is not None},
     }

@@ -80,7 +80,7 @@ class Tokens:
                     f"expected {tuple(expected)}: every field describes the same responses"
                 )
 
-    def known(self, name: str) -> Tensor:
+    def require(self, name: str) -> Tensor:
         """The field `name`. Raises ValueError if it was not computed."""
         value = getattr(self, name)
         if value is None:

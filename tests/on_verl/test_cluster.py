@@ -19,8 +19,8 @@ from on_verl.workers import TEMPERATURE, VOCABULARY, Actor, logits_of
 from entropy_polarity.kernels.reference import reference_token_stats
 from entropy_polarity.methods import METHODS, make_transform
 from entropy_polarity.tokens import Tokens
-from entropy_polarity.trainers.verl_config import prepare
-from entropy_polarity.trainers.verl_driver import Reweighting
+from entropy_polarity.trainers.verl.config import prepare
+from entropy_polarity.trainers.verl.driver import Reweighting
 
 PROMPT = 3
 
@@ -191,7 +191,7 @@ def test_a_method_goes_on_from_what_verl_makes(group, algorithm, outputs):
         it.config.merge_with({"algorithm": algorithm})
         meta, tokens = put(f"{name}-{outputs}-{'-'.join(map(str, algorithm.values()))}", outputs=outputs)
         noise = 0.3 * torch.randn(tokens.mask.shape, generator=torch.Generator().manual_seed(5))
-        rows = {"values": noise, "rollout_log_probs": tokens.known("logp") + noise}
+        rows = {"values": noise, "rollout_log_probs": tokens.require("logp") + noise}
         long = [tag["response_len"] for tag in meta.tags]
         more = {name: nested([row[:n] for row, n in zip(column, long, strict=True)]) for name, column in rows.items()}
         tq.kv_batch_put(keys=meta.keys, partition_id=meta.partition_id, fields=tensordict(more))

@@ -12,9 +12,9 @@ from on_verl.batches import GOLDEN, config, golden_rows, lengths, nested, of_dri
 
 from entropy_polarity.methods import METHODS, make_transform
 from entropy_polarity.tokens import Tokens
-from entropy_polarity.trainers.verl_config import prepare
-from entropy_polarity.trainers.verl_driver import Reweighting
-from entropy_polarity.trainers.verl_tokens import tokens_of
+from entropy_polarity.trainers.verl.config import prepare
+from entropy_polarity.trainers.verl.driver import Reweighting
+from entropy_polarity.trainers.verl.packing import tokens_of
 
 
 def reweighting(name: str, settings: dict) -> Reweighting:
@@ -51,10 +51,10 @@ def test_nested_columns_become_the_same_tokens():
     mask = rows["mask"].bool()
     assert torch.equal(tokens.mask, mask)
     for name in ("advantages", "logp", "entropy", "sensitivity"):
-        assert torch.equal(tokens.known(name)[mask], rows[name][mask]), name
-    assert torch.equal(tokens.known("reward"), rows["reward"].flatten())
-    assert tokens.known("group").tolist() == [row // 4 for row in range(16)]
-    assert tokens.known("sample_id").tolist() == list(range(16))
+        assert torch.equal(tokens.require(name)[mask], rows[name][mask]), name
+    assert torch.equal(tokens.require("reward"), rows["reward"].flatten())
+    assert tokens.require("group").tolist() == [row // 4 for row in range(16)]
+    assert tokens.require("sample_id").tolist() == list(range(16))
 
 
 @pytest.mark.parametrize("case", GOLDEN["methods"])
@@ -135,7 +135,7 @@ def test_a_rollout_engines_correction_is_part_of_the_polarity():
     columns["rollout_is_weights"] = columns["advantages"] * 0 + 0.5
     assert plain.importance is None
     corrected = tokens_in(keys, columns)
-    assert (corrected.known("importance")[corrected.mask] == 0.5).all()
+    assert (corrected.require("importance")[corrected.mask] == 0.5).all()
 
 
 def test_missing_statistics_are_said_so():

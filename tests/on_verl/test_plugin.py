@@ -19,9 +19,9 @@ from on_verl.batches import config
 from verl.workers.config import ActorConfig
 
 from entropy_polarity.methods import METHODS
-from entropy_polarity.trainers import verl as plugin
-from entropy_polarity.trainers.verl_config import DEFAULTS, TOKEN_LOSSES, prepare
-from entropy_polarity.trainers.verl_driver import refused
+from entropy_polarity.trainers.verl import plugin
+from entropy_polarity.trainers.verl.config import DEFAULTS, TOKEN_LOSSES, prepare
+from entropy_polarity.trainers.verl.driver import refused
 
 RECIPES = Path(__file__).parents[2] / "examples/cluster"
 LOOK = """
@@ -303,7 +303,7 @@ def test_the_agents_tool_is_one_of_verls():
 
 
 def test_the_doctor_sees_every_hook():
-    from entropy_polarity.doctor import _verl
+    from entropy_polarity.cli.doctor import _verl
 
     found = {finding.part: finding.status for finding in _verl(["verl"])}
     assert found.pop("verl's plug-in") == "ok"

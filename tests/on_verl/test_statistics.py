@@ -13,7 +13,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from entropy_polarity.kernels.reference import reference_token_stats
-from entropy_polarity.trainers.verl_engine import ASKED, ENTROPY, SENSITIVITY
+from entropy_polarity.trainers.verl.workers import ASKED, ENTROPY, SENSITIVITY
 
 
 def engine(gathered=lambda column, pad: column):

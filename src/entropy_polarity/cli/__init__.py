@@ -11,11 +11,11 @@ from collections.abc import Callable
 import tyro
 
 from entropy_polarity import __version__
-from entropy_polarity._text import one_line
 from entropy_polarity.cli.about import doctor, methods
 from entropy_polarity.cli.common import readable
 from entropy_polarity.cli.policies import evaluate, pretrain, report, train
 from entropy_polarity.cli.studies import ablate, audit, compare
+from entropy_polarity.support.text import one_line
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": readable(train),

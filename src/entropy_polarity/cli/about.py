@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from entropy_polarity._text import printable
 from entropy_polarity.cli.common import Json, print_json
+from entropy_polarity.support.text import printable
 
 
 def methods(as_json: Json = False) -> None:
@@ -44,7 +44,7 @@ def _settings_line(owner: str, settings: dict[str, Any]) -> str:
 
 def doctor(as_json: Json = False) -> None:
     """Say which kernels run here and why, and check versions, hooks and accuracy. Exit code 1 if something is wrong."""
-    from entropy_polarity.doctor import examine
+    from entropy_polarity.cli.doctor import examine
 
     findings = examine()
     if as_json:

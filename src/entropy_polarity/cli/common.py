@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
-from entropy_polarity.recipe import Recipe
+from entropy_polarity.runs.recipe import Recipe
 
 Json = Annotated[
     FlagCreatePairsOff[bool],

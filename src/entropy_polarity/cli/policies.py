@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from entropy_polarity._errors import check_settings
-from entropy_polarity._reading import read_config
-from entropy_polarity._text import printable
 from entropy_polarity.cli.common import Json, Overrides, check_early, note, print_json
-from entropy_polarity.consent import check_said_again, stay_offline
-from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, apply_override, fitting, load_recipe, with_flags
 from entropy_polarity.report.terminal import print_estimates, print_evaluation
+from entropy_polarity.runs.consent import check_said_again, stay_offline
+from entropy_polarity.runs.recipe import DEFAULT_RECIPE, Recipe, apply_override, fitting, load_recipe, with_flags
+from entropy_polarity.support.errors import check_settings
+from entropy_polarity.support.reading import read_config
+from entropy_polarity.support.text import printable
 
 
 def train(
@@ -52,7 +52,7 @@ def train(
     chosen, directory = _what_to_train(recipe, output, task, method, max_steps, seed, model, resume, overrides)
     check_early(chosen)
 
-    from entropy_polarity.experiments.train import train as run
+    from entropy_polarity.experiments.training import train as run
     from entropy_polarity.report.live import LiveView
 
     steps = chosen.trainer.get("max_steps", -1)
@@ -180,8 +180,8 @@ def report(run: Positional[Path], /, as_json: Json = False) -> None:
         run: the run directory
     """
     from entropy_polarity.experiments.results import as_written
-    from entropy_polarity.record import Run, RunWriter
     from entropy_polarity.report.page import render_page
+    from entropy_polarity.runs.record import Run, RunWriter
 
     with as_written(run):
         text = render_page(Run.read(run))
@@ -211,8 +211,8 @@ def pretrain(
         overrides: other settings, e.g. learning_rate=1e-3, numbers=[3] of countdown, config.max_terms=3 of a gym data
             set
     """
-    from entropy_polarity.experiments.pretrain import pretrain_policy
-    from entropy_polarity.policy.pretrain import PretrainSettings
+    from entropy_polarity.experiments.pretraining import pretrain_policy
+    from entropy_polarity.policy.pretraining import PretrainSettings
 
     def progress(step: int, loss: float) -> None:
         if step % 50 == 0 or step == settings.steps:

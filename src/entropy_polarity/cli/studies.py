@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from entropy_polarity._text import printable
 from entropy_polarity.cli.common import Json, Overrides, check_early, note, print_json, refuse
-from entropy_polarity.recipe import DEFAULT_RECIPE
 from entropy_polarity.report.terminal import print_audit, print_comparison, print_search
+from entropy_polarity.runs.recipe import DEFAULT_RECIPE
+from entropy_polarity.support.text import printable
 
 
 def compare(
@@ -156,7 +156,7 @@ def audit(
     from entropy_polarity.experiments.results import as_written
 
     if finished is not None:
-        from entropy_polarity.experiments.audit import audited_before
+        from entropy_polarity.experiments.auditing import audited_before
 
         refuse("--from", model=model, task=task, method=method, optimizer=optimizer, set=overrides)
         with as_written(finished):
@@ -164,7 +164,7 @@ def audit(
     chosen = audit_recipe(recipe, model, task, method, steps, optimizer, overrides, note)
     check_early(chosen)
 
-    from entropy_polarity.experiments.audit import audit as run
+    from entropy_polarity.experiments.auditing import audit as run
     from entropy_polarity.report.lines import LiveOrLines
 
     directory = output or default_output(recipe, chosen)
@@ -181,7 +181,7 @@ def audit(
 
 
 def _print_found(document: dict[str, Any], directory: Path | None, as_json: bool) -> None:
-    from entropy_polarity.experiments.audit import PAGE
+    from entropy_polarity.experiments.auditing import PAGE
 
     if as_json:
         found = {key: value for key, value in document.items() if key not in ("runs", "environment")}

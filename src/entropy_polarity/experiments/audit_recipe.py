@@ -4,10 +4,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from entropy_polarity.consent import check_said_again
 from entropy_polarity.experiments.models import weights_of
-from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, load_recipe, with_flags
-from entropy_polarity.record import CONFIG
+from entropy_polarity.runs.consent import check_said_again
+from entropy_polarity.runs.recipe import DEFAULT_RECIPE, Recipe, load_recipe, with_flags
+from entropy_polarity.runs.record import CONFIG
 
 # One update a rollout, made by the policy that sampled it.
 ON_POLICY = (

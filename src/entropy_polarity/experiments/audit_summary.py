@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from entropy_polarity.agreement import (
+from entropy_polarity.diagnostics.asymmetry import by_probability, threshold
+from entropy_polarity.diagnostics.audit import LEVELS, TokenAccount
+from entropy_polarity.diagnostics.forecast import EVERY, SHARE
+from entropy_polarity.statistics.agreement import (
     agreement,
     average,
     block_bootstrap,
@@ -17,9 +20,6 @@ from entropy_polarity.agreement import (
     sign_agreement,
     spearman,
 )
-from entropy_polarity.asymmetry import by_probability, threshold
-from entropy_polarity.audit import LEVELS, TokenAccount
-from entropy_polarity.forecast import EVERY, SHARE
 
 MAP = 24  # cells a side of the map over p_a and H
 FIRST = 5  # updates of a run before the first whose error is judged

@@ -12,21 +12,21 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from entropy_polarity._errors import unknown_name
-from entropy_polarity._files import append_text, locked, write_text
-from entropy_polarity.episodes import check_starts
-from entropy_polarity.evaluate import Attempts, attempt, warn_after, warn_before
+from entropy_polarity.evaluation import Attempts, attempt, warn_after, warn_before
 from entropy_polarity.experiments.models import labelled, settle_task, weights_of
 from entropy_polarity.experiments.results import bounds, provenance, rounded, without_nan, write_document
-from entropy_polarity.experiments.train import quiet
+from entropy_polarity.experiments.training import quiet
 from entropy_polarity.generation import Generator, Progress, Sampling, silent
+from entropy_polarity.generation.episodes import check_starts
 from entropy_polarity.generation.sampling import TransformersGenerator
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.policy.folder import check_folder
 from entropy_polarity.policy.loading import load_policy
-from entropy_polarity.record import refuse_occupied
 from entropy_polarity.report.evaluation import render_evaluation
+from entropy_polarity.runs.record import refuse_occupied
 from entropy_polarity.statistics.intervals import DIFFERENCE, RATE, Estimate, paired_bootstrap
+from entropy_polarity.support.errors import unknown_name
+from entropy_polarity.support.files import append_text, locked, write_text
 from entropy_polarity.tasks import Problem, Task, distinct_problems, make_task
 from entropy_polarity.tasks.games import Game
 

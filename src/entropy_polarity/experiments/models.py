@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from entropy_polarity._reading import ENVIRONMENT, json_object
-from entropy_polarity.checkpoints import checkpoint_step, refuse_broken, refuse_in_the_way
-from entropy_polarity.consent import check_said_again
-from entropy_polarity.method_state import STATE_FILE
 from entropy_polarity.methods import name_of
-from entropy_polarity.recipe import apply_override, load_recipe
-from entropy_polarity.record import CHECKPOINTS, CONFIG, last_checkpoint, read_config
+from entropy_polarity.runs.checkpoints import checkpoint_step, refuse_broken, refuse_in_the_way
+from entropy_polarity.runs.consent import check_said_again
+from entropy_polarity.runs.method_state import STATE_FILE
+from entropy_polarity.runs.recipe import apply_override, load_recipe
+from entropy_polarity.runs.record import CHECKPOINTS, CONFIG, last_checkpoint, read_config
+from entropy_polarity.support.reading import ENVIRONMENT, json_object
 
 _LABELLED = re.compile(r"([^=/\\]+)=(.+)")
 

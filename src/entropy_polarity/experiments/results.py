@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from entropy_polarity._files import write_text
-from entropy_polarity.record import environment
+from entropy_polarity.runs.record import environment
 from entropy_polarity.statistics.intervals import Estimate
+from entropy_polarity.support.files import write_text
 
 
 def provenance() -> dict[str, Any]:

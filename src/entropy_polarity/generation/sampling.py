@@ -8,9 +8,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from entropy_polarity._modes import evaluating
 from entropy_polarity.generation import Sampling
 from entropy_polarity.generation.memory import Item, Made, first_size, in_batches
+from entropy_polarity.support.modes import evaluating
 
 LARGEST_BATCH = 512
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from entropy_polarity._weights import check_whole
 from entropy_polarity.generation import Sampling
+from entropy_polarity.support.weights import check_whole
 
 
 class VllmGenerator:

@@ -8,7 +8,7 @@ state.py      six numbers a row           cpu.py, chunked.py, triton.py   the en
 reference.py  the float64 oracle
 """
 
-from entropy_polarity.kernels.engine import choose
-from entropy_polarity.kernels.entry import linear_token_loss, linear_token_stats, token_stats
+from entropy_polarity.kernels.dispatch import choose
+from entropy_polarity.kernels.public import linear_token_loss, linear_token_stats, token_stats
 
 __all__ = ["choose", "linear_token_loss", "linear_token_stats", "token_stats"]

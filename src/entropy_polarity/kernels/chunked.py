@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from entropy_polarity.kernels.engine import Engine, spans
+from entropy_polarity.kernels.dispatch import Engine, spans
 from entropy_polarity.kernels.state import AT_TOKEN, Head, finish, merge
-from entropy_polarity.polarity import LOWEST
+from entropy_polarity.maths import LOWEST
 
 # Elements of a tile: enough to fill a device.
 TILE_ELEMENTS = 2**23

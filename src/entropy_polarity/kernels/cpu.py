@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from entropy_polarity.kernels.chunked import Chunked, row_chunks
-from entropy_polarity.kernels.engine import spans
+from entropy_polarity.kernels.dispatch import spans
 from entropy_polarity.kernels.state import Head, merge_sums
-from entropy_polarity.polarity import LOWEST
+from entropy_polarity.maths import LOWEST
 
 # Elements of a tile: two buffers of 0.5 MiB in float32; a row of up to TILE_COLUMNS is one tile.
 TILE_ELEMENTS = 2**17

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from entropy_polarity.kernels.engine import Engine, spans
+from entropy_polarity.kernels.dispatch import Engine, spans
 from entropy_polarity.kernels.state import (
     AT_TOKEN,
     MAXIMUM,
@@ -27,7 +27,7 @@ from entropy_polarity.kernels.state import (
     empty_state,
     gradient_coefficients,
 )
-from entropy_polarity.polarity import LOWEST
+from entropy_polarity.maths import LOWEST
 from entropy_polarity.tokens import TokenStats
 
 

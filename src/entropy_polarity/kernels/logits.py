@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from entropy_polarity.kernels.engine import Engine
+from entropy_polarity.kernels.dispatch import Engine
 from entropy_polarity.kernels.state import MAXIMUM, Head, empty_state, gradient_coefficients
 
 

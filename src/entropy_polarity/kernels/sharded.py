@@ -6,7 +6,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from entropy_polarity.kernels.checks import check_head
-from entropy_polarity.kernels.engine import choose, engine
+from entropy_polarity.kernels.dispatch import choose, engine
 from entropy_polarity.kernels.state import Head, empty_state, finish, merge
 from entropy_polarity.tokens import TokenStats
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_polarity.polarity import LOWEST, stats_from_sums
+from entropy_polarity.maths import LOWEST, stats_from_sums
 from entropy_polarity.tokens import TokenStats
 
 # Rows of a state (6, N): the maximum of x, -inf as long as nothing was seen; Σ e^d, Σ e^d d, Σ e^2d, Σ e^2d d without

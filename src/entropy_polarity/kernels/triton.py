@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_polarity.kernels.engine import Engine
+from entropy_polarity.kernels.dispatch import Engine
 from entropy_polarity.kernels.state import Head
 
 # A row's block and its warps: four loads of 8 elements a thread, which share one search for the maximum. Registers for

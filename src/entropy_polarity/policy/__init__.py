@@ -4,7 +4,7 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
-from entropy_polarity._text import one_line
+from entropy_polarity.support.text import one_line
 
 EMBEDDED = "embedded"
 MAX_NAME = 4096  # as long as a path can be

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from entropy_polarity._errors import unknown_name
+from entropy_polarity.support.errors import unknown_name
 from entropy_polarity.tasks import Problem
 from entropy_polarity.tasks.countdown import Countdown
 from entropy_polarity.tasks.games import Game, Guess, GuessEnv, KeyDoor, KeyDoorEnv

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from entropy_polarity._text import one_line
+from entropy_polarity.support.text import one_line
 
 _KERNELS = ("attn_implementation", "experts_implementation")
 

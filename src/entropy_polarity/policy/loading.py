@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from entropy_polarity._damage import damaged_file
-from entropy_polarity._hub import why_not_asked
-from entropy_polarity._text import one_line
-from entropy_polarity._weights import load_whole
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.policy.folder import check_folder
+from entropy_polarity.support.damage import damaged_file
+from entropy_polarity.support.hub import why_not_asked
+from entropy_polarity.support.text import one_line
+from entropy_polarity.support.weights import load_whole
 
 
 def load_policy(model: str) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from entropy_polarity.asymmetry import family_sensitivity
+from entropy_polarity.diagnostics.asymmetry import family_sensitivity
 from entropy_polarity.report.html import Chart, blank_figure, short
 
 VOCABULARIES, TAILS = (32, 1024, 32768, 151936), {"even": "others even", "zipf": "others Zipf"}

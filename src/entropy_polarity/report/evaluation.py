@@ -5,13 +5,13 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from entropy_polarity._success import degree
-from entropy_polarity._text import cut
 from entropy_polarity.report.evaluation_tables import evaluation_tables, shown_names, verdict_table
 from entropy_polarity.report.forest import forest, styles
 from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render
 from entropy_polarity.report.html import label as label_of
 from entropy_polarity.report.intervals import bars
+from entropy_polarity.support.success import degree
+from entropy_polarity.support.text import cut
 
 MAX_SHOWN_CHARACTERS = 1500  # of a completion
 

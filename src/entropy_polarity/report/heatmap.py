@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from entropy_polarity._success import degree
-from entropy_polarity._text import cut
-from entropy_polarity.record import ROLLOUTS, Run
+from entropy_polarity.runs.record import ROLLOUTS, Run
+from entropy_polarity.support.success import degree
+from entropy_polarity.support.text import cut
 
 _FACTS = {"rollout", "prompt", "verdict", "reward", "advantage"}
 MAX_TOKENS = 1000  # of a rollout, half of them its first and half its last: each has a tip, which makes a page heavy

@@ -18,7 +18,7 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from entropy_polarity._text import cut, one_line, printable
+from entropy_polarity.support.text import cut, one_line, printable
 
 MAX_TEXT = 4000  # characters of one text
 MAX_LABEL = 120  # characters of a name in a chart

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from entropy_polarity._text import printable
+from entropy_polarity.support.text import printable
 
 FIRST, SHARE, LONGEST = 10.0, 0.1, 60.0  # seconds, of the whole, seconds: when a line is due
 

@@ -11,8 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from entropy_polarity._text import one_line
 from entropy_polarity.report.lines import LiveOrLines, clock
+from entropy_polarity.support.text import one_line
 
 _BARS = "▁▂▃▄▅▆▇█"
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from entropy_polarity.record import Run
 from entropy_polarity.report.evaluation_tables import is_of_game, name_of_pass
 from entropy_polarity.report.heatmap import coloured_rollouts, left_out
 from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render, smoothed, thinned
 from entropy_polarity.report.intervals import bars, estimated
+from entropy_polarity.runs.record import Run
 
 _BLUE, _RED, _GREY, _GREEN = "#2166d6", "#d63031", "#8a8f98", "#1b9e77"
 

@@ -7,8 +7,8 @@ from typing import TextIO
 from rich.table import Table
 from rich.text import Text
 
-from entropy_polarity._text import one_line
 from entropy_polarity.report.lines import LiveOrLines
+from entropy_polarity.support.text import one_line
 
 _STYLES = {
     "waiting": "dim",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from entropy_polarity._errors import check_settings, unknown_name
+from entropy_polarity.support.errors import check_settings, unknown_name
 
 if TYPE_CHECKING:
     from entropy_polarity.tasks.games import Game

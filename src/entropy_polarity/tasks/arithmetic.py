@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from entropy_polarity.tasks.careful import BINARY
+from entropy_polarity.tasks.safe_evaluation import BINARY
 
 MAX_CHARACTERS = 1000
 MAX_DEPTH = 200

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from entropy_polarity._success import SUCCESS
+from entropy_polarity.support.success import SUCCESS
 from entropy_polarity.tasks import Problem, Split
-from entropy_polarity.tasks.games import OUT_OF_TURNS, RAISED, TOO_LONG, WON, Answer, EpisodeOverError, TextEnv
+from entropy_polarity.tasks.games import OUT_OF_TURNS, RAISED, TOO_LONG, WON, EpisodeOverError, StepResult, TextEnv
 from entropy_polarity.tasks.workers import DIED, OUT_OF_MEMORY, TIMED_OUT, NoWorkerError, Outcome, Workers
 
 LOST, NOT_REPEATABLE = "lost", "not repeatable"
@@ -37,7 +37,7 @@ class Made(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GameElsewhere:
+class SubprocessGame:
     """A game whose environments live in other processes; `made` says of what class they are.
 
     A reset or a step may take `seconds`, a process `memory_gib` of address space; what an environment says is cut after
@@ -54,7 +54,7 @@ class GameElsewhere:
     memory_gib: float = 4.0
     processes: int | None = None
     reasons: tuple[str, ...] = field(init=False, compare=False, repr=False)
-    _lanes: "list[_Lane]" = field(init=False, compare=False, repr=False)
+    _lanes: "list[EnvironmentProcess]" = field(init=False, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -70,7 +70,7 @@ class GameElsewhere:
             if value is not None and not value > 0:
                 raise ValueError(f"task {self.name}: {limit} is {value}; expected a positive number")
         processes = self.processes or min(os.cpu_count() or 1, MAX_PROCESSES)
-        object.__setattr__(self, "_lanes", [_Lane(self) for _ in range(processes)])
+        object.__setattr__(self, "_lanes", [EnvironmentProcess(self) for _ in range(processes)])
         object.__setattr__(self, "reasons", tuple(dict.fromkeys([*REASONS, *self._checked()])))
 
     def _checked(self) -> list[str]:
@@ -105,7 +105,7 @@ class GameElsewhere:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Environment(GameElsewhere):
+class Environment(SubprocessGame):
     """The game of a class of one's own: `factory` names it, "module:Class", `settings` are its keyword arguments.
 
     The module is imported in workers, from wherever this process finds its modules, then from the current folder.
@@ -132,13 +132,13 @@ class Environment(GameElsewhere):
         return Made(self.factory, self.settings, library=self.factory.partition(":")[0], also=os.getcwd())
 
 
-class _Lane:
+class EnvironmentProcess:
     """One process, and the numbers of the episodes in it that are over."""
 
-    def __init__(self, game: GameElsewhere) -> None:
+    def __init__(self, game: SubprocessGame) -> None:
         self.over: list[int] = []
         self.workers = Workers(
-            "entropy_polarity.tasks.living:serve",
+            "entropy_polarity.tasks.environment_worker:serve",
             seconds=game.seconds,
             memory_bytes=int(game.memory_gib * 2**30),
             count=1,
@@ -153,7 +153,7 @@ class _Lane:
 class _Played:
     """An episode as its policy sees it: what was done and heard stays here, the environment lives in the lane."""
 
-    def __init__(self, game: GameElsewhere, lane: _Lane) -> None:
+    def __init__(self, game: SubprocessGame, lane: EnvironmentProcess) -> None:
         self.game, self.lane, self.number = game, lane, next(_NUMBERS)
         self.actions: list[str | None] = []  # None is the reset
         self.heard: list[list[Any]] = []
@@ -164,13 +164,13 @@ class _Played:
         self.seed = seed
         return self._do(None).observation
 
-    def step(self, action: str) -> Answer:
+    def step(self, action: str) -> StepResult:
         return self._do(action)
 
     def facts(self) -> dict[str, float]:
         return self.counted
 
-    def _do(self, action: str | None) -> Answer:
+    def _do(self, action: str | None) -> StepResult:
         outcome = self._ask(action)
         if outcome.failure in (OUT_OF_MEMORY, DIED):
             # Perhaps another episode had filled or broken the process: judged is what this one does alone.
@@ -186,7 +186,7 @@ class _Played:
         self.actions.append(action)
         self.heard.append(outcome.value["answer"])
         self.counted = outcome.value["facts"]
-        answer = Answer(*outcome.value["answer"])
+        answer = StepResult(*outcome.value["answer"])
         self.reward += answer.reward
         if answer.done and answer.reason not in self.game.reasons:
             answer = answer._replace(reason=WON if self.reward >= SUCCESS else LOST)

@@ -16,7 +16,7 @@ from entropy_polarity.tasks import Problem, Split
 WON, OUT_OF_TURNS, MALFORMED, TOO_LONG, RAISED = "won", "out of turns", "malformed action", "action too long", "raised"
 
 
-class Answer(NamedTuple):
+class StepResult(NamedTuple):
     """What an environment says to an action. `reason` is why the episode is over, and empty before that."""
 
     observation: str
@@ -41,7 +41,7 @@ class TextEnv(Protocol):
         """Start the episode of that seed; what the policy reads first."""
         ...
 
-    def step(self, action: str) -> Answer: ...
+    def step(self, action: str) -> StepResult: ...
 
     def facts(self) -> dict[str, float]:
         """Numbers of the episode so far, to be averaged over episodes."""
@@ -117,19 +117,19 @@ class GuessEnv:
         self.infeasible, self.off_centre = 0, 0.0
         return f"{self.low}-{self.high}:"
 
-    def step(self, action: str) -> Answer:
+    def step(self, action: str) -> StepResult:
         if not (action.isascii() and action.isdigit() and len(action) <= 2 and 1 <= int(action) <= 32):
-            return Answer("", done=True, reason=MALFORMED)
+            return StepResult("", done=True, reason=MALFORMED)
         guess = int(action)
         self._measure(guess)
         self.guesses.append(guess)
         if guess == self.number:
-            return Answer("", 1.0, done=True, reason=WON)
+            return StepResult("", 1.0, done=True, reason=WON)
         if guess < self.number:
             self.low = max(self.low, guess + 1)
-            return Answer(">")
+            return StepResult(">")
         self.high = min(self.high, guess - 1)
-        return Answer("<")
+        return StepResult("<")
 
     def _measure(self, guess: int) -> None:
         """Whether the guess can be right at all, and how far from the middle of what can be, from 0 to 1."""
@@ -167,9 +167,9 @@ class KeyDoorEnv:
         self.has_key, self.blocked, self.steps = False, 0, 0
         return self._grid()
 
-    def step(self, action: str) -> Answer:
+    def step(self, action: str) -> StepResult:
         if action not in self.MOVES:
-            return Answer("", done=True, reason=MALFORMED)
+            return StepResult("", done=True, reason=MALFORMED)
         moved = [at + by for at, by in zip(self.walker, self.MOVES[action], strict=True)]
         inside = tuple(min(max(at, 0), self.size - 1) for at in moved)
         self.steps += 1
@@ -177,8 +177,8 @@ class KeyDoorEnv:
         self.walker = inside
         self.has_key |= self.walker == self.key
         if self.has_key and self.walker == self.door:
-            return Answer("", 1.0, done=True, reason=WON)
-        return Answer(self._grid())
+            return StepResult("", 1.0, done=True, reason=WON)
+        return StepResult(self._grid())
 
     def _grid(self) -> str:
         marks = {self.door: "D"} | ({} if self.has_key else {self.key: "K"}) | {self.walker: "AB"[self.has_key]}

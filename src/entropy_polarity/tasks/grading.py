@@ -154,7 +154,7 @@ def _math_verify() -> _MathVerify:
     from math_verify import grader, parser
 
     from entropy_polarity.tasks import equality
-    from entropy_polarity.tasks.careful import shield
+    from entropy_polarity.tasks.safe_evaluation import shield
 
     for package in ("sympy", "latex2sympy2_extended", "math_verify"):
         shield(package)

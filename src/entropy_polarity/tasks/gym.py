@@ -2,7 +2,7 @@
 
 Item = f(seed, index). A tenth of all questions, chosen by a hash of the question, is the test split. Items are made and
 answers judged in worker processes: a few data sets depend on the order of sets, which there is always the same, and
-some scorers evaluate the answer, which there is interpreted instead (tasks/careful.py).
+some scorers evaluate the answer, which there is interpreted instead (tasks/safe_evaluation.py).
 """
 
 import copy
@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from entropy_polarity._errors import unknown_name
-from entropy_polarity._success import degree
-from entropy_polarity._text import valid_parts
+from entropy_polarity.support.errors import unknown_name
+from entropy_polarity.support.success import degree
+from entropy_polarity.support.text import valid_parts
 from entropy_polarity.tasks import Problem, Score, Split
 from entropy_polarity.tasks.answers import tagged
 from entropy_polarity.tasks.workers import DIED, OUT_OF_MEMORY, TIMED_OUT, Outcome, Workers
@@ -184,7 +184,7 @@ def _dataset(spec: str, seed: int) -> Any:
     import reasoning_gym
     import sympy.parsing.sympy_parser  # noqa: F401 (so that it is there to be shielded)
 
-    from entropy_polarity.tasks.careful import shield
+    from entropy_polarity.tasks.safe_evaluation import shield
 
     shield("reasoning_gym")
     shield("sympy.parsing")

@@ -4,7 +4,7 @@
     papo eval --model MODEL --task math --set task.data=problems.jsonl --set task.prompt_column=question
 
 Grading happens in worker processes with limits of time and memory (tasks/workers.py), and nothing of an answer is
-evaluated (tasks/careful.py). What cannot be parsed, and what does not end in time, has a verdict of its own.
+evaluated (tasks/safe_evaluation.py). What cannot be parsed, and what does not end in time, has a verdict of its own.
 """
 
 import functools
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from entropy_polarity._errors import unknown_name
+from entropy_polarity.support.errors import unknown_name
 from entropy_polarity.tasks import Problem, Score, Split, grading
 from entropy_polarity.tasks.grading import COMPARE, CORRECT, FIND, GRADE, NOT_PARSED, WRONG
 from entropy_polarity.tasks.tables import FILES, is_one_table, read_problems

@@ -303,7 +303,7 @@ def _load_sympy() -> None:
     """Import what sympy imports on demand, which a child cannot, and take Python's `eval` from it."""
     import sympy
 
-    from entropy_polarity.tasks.careful import shield
+    from entropy_polarity.tasks.safe_evaluation import shield
 
     def load(package: ModuleType) -> None:
         for part in pkgutil.iter_modules(package.__path__):

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from entropy_polarity._hub import why_not_asked
-from entropy_polarity._text import valid_parts
+from entropy_polarity.support.hub import why_not_asked
+from entropy_polarity.support.text import valid_parts
 from entropy_polarity.tasks import Messages, Problem
 from entropy_polarity.tasks.answers import boxed
 

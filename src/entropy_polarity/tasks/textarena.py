@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from entropy_polarity.tasks.environments import GameElsewhere, Made
-from entropy_polarity.tasks.games import Answer
+from entropy_polarity.tasks.environments import Made, SubprocessGame
+from entropy_polarity.tasks.games import StepResult
 
 GAMES = ("2048", "Bandit", "Blackjack", "FrozenLake", "GuessTheNumber", "LightsOut", "Mastermind", "Minesweeper",
          "Secretary", "Sokoban")  # fmt: skip
@@ -22,7 +22,7 @@ SHARES = ("Blackjack", "LightsOut", "Minesweeper", "Sokoban")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextArena(GameElsewhere):
+class TextArena(SubprocessGame):
     """The game `game` as TextArena names it, as "GuessTheNumber" or "Minesweeper-v0-small".
 
     The reward is what `paid` says at the end, and none after an illegal move. 1 is a success. Facts: `score`, as
@@ -74,21 +74,21 @@ class ArenaEnv:
         self.env.reset(num_players=1, seed=seed)
         return self._heard()
 
-    def step(self, action: str) -> Answer:
+    def step(self, action: str) -> StepResult:
         self.moves += 1
         over, _ = self.env.step(action)
         if not over:
             self.refused += self.env.state.error_count > 0
-            return Answer(self._heard())
+            return StepResult(self._heard())
         rewards, info = self.env.close()
         illegal, why = bool(info[0]["invalid_move"]), str(info[0].get("reason", ""))
         self.refused += illegal
         self.score = {"score": float(rewards[0])}
         if illegal:
-            return Answer(why, 0.0, done=True, reason=ILLEGAL)
+            return StepResult(why, 0.0, done=True, reason=ILLEGAL)
         reward = paid(self.kind, self.env, action, self.score["score"])
         # Bandit tells everybody that the button was wrong.
-        return Answer(WELL_CHOSEN if self.kind == "Bandit" and reward == 1 else why, reward, done=True)
+        return StepResult(WELL_CHOSEN if self.kind == "Bandit" and reward == 1 else why, reward, done=True)
 
     def _heard(self) -> str:
         """What the game said since the last move; the move itself the policy has read already."""

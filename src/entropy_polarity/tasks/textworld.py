@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from entropy_polarity._errors import unknown_name
-from entropy_polarity.tasks.environments import LOST, GameElsewhere, Made
-from entropy_polarity.tasks.games import WON, Answer
+from entropy_polarity.support.errors import unknown_name
+from entropy_polarity.tasks.environments import LOST, Made, SubprocessGame
+from entropy_polarity.tasks.games import WON, StepResult
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "coin_collector": {"level": 3},
@@ -31,7 +31,7 @@ _BLANK_LINES = re.compile(r"\n\s*\n\s*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextWorld(GameElsewhere):
+class TextWorld(SubprocessGame):
     """The challenge `challenge` of TextWorld; `options` as the command tw-make names them, without the dashes.
 
     The reward is the share of the game's points that a step gained; all of them are a success. With `show_commands` the
@@ -87,20 +87,20 @@ class WorldEnv:
             self.state = self.env.reset()
         return self._shown(f"{self.state.objective}\n\n{self.state.description}")
 
-    def step(self, action: str) -> Answer:
+    def step(self, action: str) -> StepResult:
         command = " ".join(_NOT_PRINTABLE.sub("", " ".join(action.split())).split())[:MAX_COMMAND_CHARACTERS]
         self.moves += 1
         self.useless += command not in self.state.admissible_commands
         # After a backslash stand commands to the interpreter itself.
         if not command or "\\" in command or command.split()[0].lower() in _ABOUT_THE_GAME:
-            return Answer(self._shown("That is not a command of this game."))
+            return StepResult(self._shown("That is not a command of this game."))
         self.state, score, _ = self.env.step(command)
         # All that was paid adds up to exactly 1 where all points were made.
         gained = score / self.state.max_score - self.paid
         self.paid += gained
         over = self.state.won or self.state.lost
         heard = self._shown(_PROMPT.sub("", self.state.feedback.rstrip(" ")), commands=not over)
-        return Answer(heard, gained, over, (WON if self.state.won else LOST) if over else "")
+        return StepResult(heard, gained, over, (WON if self.state.won else LOST) if over else "")
 
     def _shown(self, text: str, commands: bool = True) -> str:
         text = _BLANK_LINES.sub("\n", text.strip())

@@ -13,8 +13,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from entropy_polarity._errors import unknown_name
-from entropy_polarity._text import valid
+from entropy_polarity.support.errors import unknown_name
+from entropy_polarity.support.text import valid
 from entropy_polarity.tasks.arithmetic import shown, value_of
 from entropy_polarity.tasks.boundary import INSTALL, BoundaryError, examine
 from entropy_polarity.tasks.workers import Workers

@@ -6,13 +6,13 @@ selection   80/20, Clip-Cov, KL-Cov, Clip_B/V   shaping     CW-GRPO, entropy adv
 terms       entropy bonus, adaptive coefficient batch       statistics over the batch, draws that no split changes
 """
 
-from entropy_polarity.transforms.core import Loss, Transform, chain, identity
+from entropy_polarity.transforms.core import LossOverrides, Transform, chain, identity
 from entropy_polarity.transforms.monitor import measure, monitored
 from entropy_polarity.transforms.terms import loss_terms
 from entropy_polarity.transforms.weights import observe, polarity_weights, token_polarity
 
 __all__ = [
-    "Loss",
+    "LossOverrides",
     "Transform",
     "chain",
     "identity",

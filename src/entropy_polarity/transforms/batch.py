@@ -31,7 +31,7 @@ def mean_and_deviation(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) 
 
 def entropy_sums(tokens: Tokens, index: Int[Tensor, " B"]) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
     """(S_g, N_g): the sum of the finite entropies of each group's model tokens, and their number."""
-    entropy = tokens.known("entropy")
+    entropy = tokens.require("entropy")
     usable = tokens.mask & is_finite(entropy)
     # In parts: a copy of all of it in float64 would be the largest tensor of a batch.
     sums = torch.cat([precise(rows).sum(1) for rows in torch.where(usable, entropy, 0.0).split(64)])
@@ -114,7 +114,7 @@ def _mixed(x: Tensor) -> Tensor:
 
 def covariance_terms(tokens: Tokens) -> Float[Tensor, "B T"]:
     """c = (A - mean A) (log p - mean log p) of each token; means over the model tokens. Source: arXiv 2505.22617."""
-    advantages, logp = precise(tokens.advantages), precise(tokens.known("logp"))
+    advantages, logp = precise(tokens.advantages), precise(tokens.require("logp"))
     mean_advantage, _ = mean_and_deviation(advantages, tokens.mask)
     mean_logp, _ = mean_and_deviation(logp, tokens.mask)
     return (advantages - mean_advantage) * (logp - mean_logp)
@@ -122,11 +122,11 @@ def covariance_terms(tokens: Tokens) -> Float[Tensor, "B T"]:
 
 def sampled_contribution(tokens: Tokens) -> Float[Tensor, "B T"]:
     """S_a = p_a (log p_a + H)."""
-    logp = tokens.known("logp")
-    return logp.exp() * (logp.clamp(min=torch.finfo(logp.dtype).min) + tokens.known("entropy"))
+    logp = tokens.require("logp")
+    return logp.exp() * (logp.clamp(min=torch.finfo(logp.dtype).min) + tokens.require("entropy"))
 
 
 def group_index(tokens: Tokens) -> tuple[Int[Tensor, " B"], int]:
     """Each response's group as a number from 0, and how many groups there are."""
-    names, index = torch.unique(tokens.known("group"), return_inverse=True)
+    names, index = torch.unique(tokens.require("group"), return_inverse=True)
     return index, len(names)

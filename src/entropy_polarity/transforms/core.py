@@ -18,14 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entropy_polarity.phase import Metrics, State
+from entropy_polarity.controllers import Metrics, State
 from entropy_polarity.tokens import Tokens, is_finite
 
 # Known when a rollout is rewarded, before any forward pass over it.
 REWARD_FACTS = frozenset({"reward", "group", "sample_id"})
 
 
-class Loss(NamedTuple):
+class LossOverrides(NamedTuple):
     """What a method fixes of the trainer's loss; None leaves the trainer's own setting.
 
     clip_low, clip_high   the PPO clip of the importance ratio, [1 - clip_low, 1 + clip_high]
@@ -36,7 +36,7 @@ class Loss(NamedTuple):
     clip_high: float | None = None
     average: Literal["token"] | None = None
 
-    def over(self, other: "Loss") -> "Loss":
+    def merge(self, other: "LossOverrides") -> "LossOverrides":
         """Both; where both fix a setting, this one."""
         return self._replace(**{name: value for name, value in other._asdict().items() if getattr(self, name) is None})
 
@@ -50,11 +50,11 @@ class Transform(NamedTuple):
     update: Callable[[Tokens, State], tuple[Tokens, State, Metrics]]
     local: Callable[[Tokens, State], Tokens] | None = None
     needs: frozenset[str] = frozenset()
-    loss: Loss = Loss()
+    loss: LossOverrides = LossOverrides()
     exact_every: int = 0
 
     @property
-    def decides(self) -> Literal["each token", "rewards", "whole batch"]:
+    def decides_from(self) -> Literal["each token", "rewards", "whole batch"]:
         """From what: each token's own facts, in the training pass; the rollout's rewards; all its tokens, which takes
         one pass without gradient."""
         if self.local is not None:
@@ -63,7 +63,7 @@ class Transform(NamedTuple):
 
 
 def rewriting(
-    rewrite: Callable[[Tokens], Tokens], *needs: str, local: bool = False, loss: Loss | None = None
+    rewrite: Callable[[Tokens], Tokens], *needs: str, local: bool = False, loss: LossOverrides | None = None
 ) -> Transform:
     """The transform without state that is one function of the tokens; `local` if each token's own facts suffice."""
     return Transform(
@@ -71,7 +71,7 @@ def rewriting(
         lambda tokens, state: (rewrite(tokens), state, {}),
         (lambda tokens, state: rewrite(tokens)) if local else None,
         frozenset(needs),
-        loss or Loss(),
+        loss or LossOverrides(),
     )
 
 
@@ -106,8 +106,8 @@ def chain(*transforms: Transform) -> Transform:
         return tokens
 
     needs: frozenset[str] = frozenset().union(*(t.needs for t in transforms))
-    loss = Loss()
+    loss = LossOverrides()
     for transform in transforms:
-        loss = transform.loss.over(loss)
+        loss = transform.loss.merge(loss)
     exact_every = math.gcd(*(t.exact_every for t in transforms))  # often enough for each
     return Transform(init, update, local if all(t.local for t in transforms) else None, needs, loss, exact_every)

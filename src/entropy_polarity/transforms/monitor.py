@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from entropy_polarity.phase import Metrics, State
-from entropy_polarity.polarity import branch_flows, predicted_entropy_change
+from entropy_polarity.controllers import Metrics, State
+from entropy_polarity.maths import branch_flows, predicted_entropy_change
 from entropy_polarity.tokens import Tokens, is_finite, masked_fraction
 from entropy_polarity.transforms.batch import mean_entropy
 from entropy_polarity.transforms.core import Transform

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entropy_polarity._errors import check_range
+from entropy_polarity.support.errors import check_range
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.transforms.batch import group_index, group_sums, precise
-from entropy_polarity.transforms.core import Loss, Transform, rewriting
+from entropy_polarity.transforms.core import LossOverrides, Transform, rewriting
 
 # Keeps the division finite in a group whose rewards are all equal; TRL's value.
 EPSILON = 1e-4
@@ -55,7 +55,7 @@ def dapo(
         )
 
     def rewrite(tokens: Tokens) -> Tokens:
-        rewards = tokens.known("reward")
+        rewards = tokens.require("reward")
         index, groups = group_index(tokens)
         judged, worst = ~rewards.isnan(), torch.full((groups,), -torch.inf, dtype=rewards.dtype, device=rewards.device)
         highest = worst.scatter_reduce(0, index, torch.where(judged, rewards, -torch.inf), "amax")
@@ -69,7 +69,7 @@ def dapo(
             tokens = with_advantages(tokens, (shaped - mean) / (deviation + EPSILON))
         return replace(tokens, mask=tokens.mask & (highest > lowest)[index, None])
 
-    return rewriting(rewrite, "reward", "group", loss=Loss(clip_low, clip_high, average="token"))
+    return rewriting(rewrite, "reward", "group", loss=LossOverrides(clip_low, clip_high, average="token"))
 
 
 def qae(quantile: float = 0.4) -> Transform:
@@ -83,7 +83,7 @@ def qae(quantile: float = 0.4) -> Transform:
         raise ValueError(f"qae: quantile is {quantile}; expected a value between 0 and 1")
 
     def rewrite(tokens: Tokens) -> Tokens:
-        rewards = tokens.known("reward")
+        rewards = tokens.require("reward")
         _, deviation = group_statistics(tokens, rewards)
         index, groups = group_index(tokens)
         baseline = torch.stack([precise(rewards[index == group]).nanquantile(quantile) for group in range(groups)])
@@ -99,7 +99,7 @@ def w_reinforce(right: float = 0.1, wrong: float = 1.0) -> Transform:
     """
 
     def rewrite(tokens: Tokens) -> Tokens:
-        rewards = tokens.known("reward")
+        rewards = tokens.require("reward")
         return with_advantages(tokens, torch.where(rewards > 0, right, -wrong) + 0 * rewards)  # NaN stays NaN
 
     return rewriting(rewrite, "reward", local=True)
@@ -123,9 +123,9 @@ def psr() -> Transform:
 
 def _only(right: bool) -> Transform:
     def rewrite(tokens: Tokens) -> Tokens:
-        rewards = tokens.known("reward")
+        rewards = tokens.require("reward")
         chosen = rewards > 0 if right else rewards <= 0
         tokens = with_advantages(tokens, torch.where(chosen, 1.0 if right else -1.0, 0.0))
         return replace(tokens, mask=tokens.mask & chosen[:, None])
 
-    return rewriting(rewrite, "reward", loss=Loss(average="token"))
+    return rewriting(rewrite, "reward", loss=LossOverrides(average="token"))

@@ -7,8 +7,8 @@ from typing import Literal
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from entropy_polarity._errors import check_range
-from entropy_polarity.phase import Metrics, State
+from entropy_polarity.controllers import Metrics, State
+from entropy_polarity.support.errors import check_range
 from entropy_polarity.tokens import Tokens, is_finite
 from entropy_polarity.transforms.batch import (
     covariance_terms,
@@ -18,7 +18,7 @@ from entropy_polarity.transforms.batch import (
     sampled_contribution,
     token_keys,
 )
-from entropy_polarity.transforms.core import Loss, Transform, reweighted, rewriting
+from entropy_polarity.transforms.core import LossOverrides, Transform, reweighted, rewriting
 
 Denominator = Literal["kept", "all"]
 
@@ -40,7 +40,7 @@ def top_entropy(fraction: float = 0.2, denominator: Denominator = "kept") -> Tra
         raise ValueError(f"top_entropy: fraction is {fraction}; expected a value above 0, at most 1")
 
     def rewrite(tokens: Tokens) -> Tokens:
-        entropy = tokens.known("entropy")
+        entropy = tokens.require("entropy")
         return keeping(tokens, entropy >= quantile(entropy, tokens.mask, 1 - fraction), denominator)
 
     return rewriting(rewrite, "entropy")
@@ -61,12 +61,12 @@ def clip_cov(
     check_range("clip_cov", "low", low, -math.inf, high)
 
     def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
-        keys = token_keys(tokens.known("sample_id"), tokens.mask.shape[1], seed, state["rollout"])
+        keys = token_keys(tokens.require("sample_id"), tokens.mask.shape[1], seed, state["rollout"])
         chosen = clip_cov_choice(tokens, keys, fraction, low, high, clip)
         return keeping(tokens, ~chosen), {"rollout": state["rollout"] + 1}, {}
 
     needs = frozenset({"logp", "old_logp", "sample_id"})
-    return Transform(lambda: {"rollout": 0}, update, None, needs, Loss(clip, clip))
+    return Transform(lambda: {"rollout": 0}, update, None, needs, LossOverrides(clip, clip))
 
 
 def clip_cov_choice(
@@ -74,7 +74,7 @@ def clip_cov_choice(
 ) -> Bool[Tensor, "B T"]:
     """The tokens that Clip-Cov silences: of the eligible ones those with the smallest keys."""
     c, advantages = covariance_terms(tokens), tokens.advantages
-    ratio = (tokens.known("logp") - tokens.known("old_logp")).exp()
+    ratio = (tokens.require("logp") - tokens.require("old_logp")).exp()
     clipped = ((advantages > 0) & (ratio > 1 + clip)) | ((advantages < 0) & (ratio < 1 - clip))
     eligible = tokens.mask & (c > low) & (c < high) & ~clipped
     return largest(-keys, eligible, _share(tokens, fraction))
@@ -98,7 +98,7 @@ def kl_cov(fraction: float = 2e-3, coefficient: float = 1.0) -> Transform:
         chosen = largest(c, tokens.mask & is_finite(c), _share(tokens, fraction), tokens.sample_id)
         return replace(tokens, ratio_penalty=coefficient * chosen.to(tokens.advantages.dtype))
 
-    return rewriting(rewrite, "logp", "reuse", loss=Loss(float("inf"), float("inf")))
+    return rewriting(rewrite, "logp", "reuse", loss=LossOverrides(float("inf"), float("inf")))
 
 
 def clip_b(deviations: float = 2.5, denominator: Denominator = "kept") -> Transform:
@@ -127,7 +127,7 @@ def clip_v(deviations: float = 8.5, fraction: float = 1e-4, denominator: Denomin
     check_range("clip_v", "fraction", fraction, 0, 1)
 
     def rewrite(tokens: Tokens) -> Tokens:
-        sensitivity = tokens.known("sensitivity")
+        sensitivity = tokens.require("sensitivity")
         _, deviation = mean_and_deviation(sensitivity, tokens.mask)
         extreme = tokens.mask & (tokens.advantages < 0) & (sensitivity > deviations * deviation)
         return keeping(tokens, ~largest(sensitivity, extreme, _share(tokens, fraction), tokens.sample_id), denominator)

@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
-from entropy_polarity._errors import check_range
-from entropy_polarity.phase import Metrics, State
+from entropy_polarity.controllers import Metrics, State
+from entropy_polarity.support.errors import check_range
 from entropy_polarity.tokens import Tokens, is_finite
 from entropy_polarity.transforms.batch import (
     covariance_terms,
@@ -49,7 +49,7 @@ def entropy_advantage(kappa: float, alpha: float = 0.4) -> Transform:
 
     def rewrite(tokens: Tokens) -> Tokens:
         advantages = tokens.advantages
-        bonus = torch.minimum(alpha * tokens.known("entropy"), advantages.abs() / kappa)
+        bonus = torch.minimum(alpha * tokens.require("entropy"), advantages.abs() / kappa)
         usable = tokens.mask & is_finite(bonus)
         return replace(tokens, advantages=torch.where(usable, advantages + bonus, advantages))
 
@@ -70,9 +70,9 @@ def steer(shape: Literal["linear", "exponential"] = "linear", low: float = 0.8, 
         raise ValueError(f"steer: low={low} and high={high}; expected 0 < low <= 1 and low <= high")
 
     def rewrite(tokens: Tokens) -> Tokens:
-        logp = tokens.known("logp")
-        ratio = (logp - tokens.known("old_logp")).exp()
-        surplus = (1 - logp.exp()) * (logp.clamp(min=torch.finfo(logp.dtype).min) + tokens.known("entropy"))
+        logp = tokens.require("logp")
+        ratio = (logp - tokens.require("old_logp")).exp()
+        surplus = (1 - logp.exp()) * (logp.clamp(min=torch.finfo(logp.dtype).min) + tokens.require("entropy"))
         size = (tokens.advantages * ratio * surplus).abs()
         known = size[tokens.mask & is_finite(size)]
         if not len(known):
@@ -128,7 +128,7 @@ def stare(
         for sign, factor in ((1, state["positive"]), (-1, state["negative"]))[: 1 if variant == "O1" else 2]:
             candidates = tokens.mask & (tokens.advantages * sign > 0)
             count = math.ceil(fraction * int(candidates.sum()) - 1e-9)
-            weight = torch.where(largest(-tokens.known("logp"), candidates, count, tokens.sample_id), factor, weight)
+            weight = torch.where(largest(-tokens.require("logp"), candidates, count, tokens.sample_id), factor, weight)
         return reweighted(tokens, weight), state, {"polarity/stare_weight": state["positive"]}
 
     def init() -> State:
@@ -152,7 +152,7 @@ def entropic(probability: float, target: float = 0.1, integral_gain: float = 0.0
         error = 0.0 if math.isnan(entropy) else entropy - target
         total = state["error_sum"] + error
         a = max(-1.0, min(1.0, error + integral_gain * total))
-        likely = tokens.known("logp").exp() >= probability
+        likely = tokens.require("logp").exp() >= probability
         weight = torch.where(likely, 1 + a * tokens.advantages.sign(), 1.0)  # A + a |A| = A (1 + a sign A)
         return reweighted(tokens, weight), {"error_sum": total}, {"polarity/entropic_strength": a}
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entropy_polarity.phase import Metrics, State
+from entropy_polarity.controllers import Metrics, State
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.transforms.batch import mean_entropy
 from entropy_polarity.transforms.core import Transform
@@ -20,9 +20,9 @@ def loss_terms(tokens: Tokens) -> Float[Tensor, "B T"] | None:
     """
     terms = []
     if tokens.entropy_bonus is not None:
-        terms.append(-tokens.entropy_bonus * tokens.known("entropy"))
+        terms.append(-tokens.entropy_bonus * tokens.require("entropy"))
     if tokens.ratio_penalty is not None:
-        terms.append(tokens.ratio_penalty * (tokens.known("logp") - tokens.known("old_logp")).abs())
+        terms.append(tokens.ratio_penalty * (tokens.require("logp") - tokens.require("old_logp")).abs())
     return torch.stack(terms).sum(0) if terms else None
 
 

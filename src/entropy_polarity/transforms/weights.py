@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entropy_polarity.phase import Controller, Metrics, Observation, State
-from entropy_polarity.polarity import branch_flows, polarity
+from entropy_polarity.controllers import Controller, Metrics, Observation, State
+from entropy_polarity.maths import branch_flows, polarity
 from entropy_polarity.tokens import Tokens, finite, masked_mean
 from entropy_polarity.transforms.batch import largest, mean_entropy, precise, token_keys
 from entropy_polarity.transforms.core import Transform, reweighted, rewriting
@@ -16,7 +16,7 @@ from entropy_polarity.transforms.core import Transform, reweighted, rewriting
 
 def token_polarity(tokens: Tokens) -> Float[Tensor, "B T"]:
     """P = w A T of every token of a batch."""
-    return polarity(tokens.advantages, tokens.known("sensitivity"), tokens.importance)
+    return polarity(tokens.advantages, tokens.require("sensitivity"), tokens.importance)
 
 
 def polarity_sign(tokens: Tokens, soft_sign: float = 0.0) -> Float[Tensor, "B T"]:
@@ -102,7 +102,7 @@ def with_sensitivity(
 
 def exact_where_known(tokens: Tokens, rollout: int) -> Float[Tensor, "B T"]:
     """N T* on the rollouts for which it was made, T on the others."""
-    return tokens.known("sensitivity") if tokens.exact_sensitivity is None else tokens.exact_sensitivity
+    return tokens.require("sensitivity") if tokens.exact_sensitivity is None else tokens.exact_sensitivity
 
 
 def shuffled_signs(tokens: Tokens, rollout: int) -> Float[Tensor, "B T"]:
@@ -113,11 +113,11 @@ def shuffled_signs(tokens: Tokens, rollout: int) -> Float[Tensor, "B T"]:
     """
     sign, width = polarity_sign(tokens), tokens.mask.shape[1]
     place = (tokens.mask & (sign != 0)).flatten().nonzero().flatten()
-    deals = (token_keys(tokens.known("sample_id"), width, seed, rollout).flatten()[place] for seed in (0, 1))
+    deals = (token_keys(tokens.require("sample_id"), width, seed, rollout).flatten()[place] for seed in (0, 1))
     taking, giving = (place[keys.argsort()] for keys in deals)
     turned = torch.ones_like(sign).flatten()
     turned[taking] = sign.flatten()[giving] * sign.flatten()[taking]
-    return tokens.known("sensitivity") * turned.view_as(sign)
+    return tokens.require("sensitivity") * turned.view_as(sign)
 
 
 def one_branch(sign: int) -> Transform:
@@ -137,7 +137,7 @@ def random_branch(sign: int, seed: int = 0) -> Transform:
 
     def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
         s = polarity_sign(tokens)
-        keys = token_keys(tokens.known("sample_id"), tokens.mask.shape[1], seed, state["rollout"])
+        keys = token_keys(tokens.require("sample_id"), tokens.mask.shape[1], seed, state["rollout"])
         count = int(((s == sign) & tokens.mask).sum())
         kept = largest(-keys, tokens.mask & (s != 0), count)
         return reweighted(tokens, kept.to(tokens.advantages.dtype)), {"rollout": state["rollout"] + 1}, {}
@@ -153,9 +153,9 @@ def token_flow(tokens: Tokens) -> Float[Tensor, "B T"]:
     the other tokens.
     Source: arXiv 2605.11491, from third-party summaries; the factor w, 1 in their on-policy setting, is ours.
     """
-    logp = tokens.known("logp")
+    logp = tokens.require("logp")
     weight = tokens.advantages if tokens.importance is None else tokens.importance * tokens.advantages
-    return -weight * logp.expm1().square() * (logp + tokens.known("entropy"))
+    return -weight * logp.expm1().square() * (logp + tokens.require("entropy"))
 
 
 def _balanced(flow: Callable[[Tokens], Tensor], *needs: str) -> Transform:

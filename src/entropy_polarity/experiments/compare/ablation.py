@@ -6,7 +6,7 @@ from typing import Any
 
 from entropy_polarity.experiments.compare.plan import Plan, checked_plan
 from entropy_polarity.methods import given_beside
-from entropy_polarity.recipe import load_recipe
+from entropy_polarity.runs.recipe import load_recipe
 
 # Label: method, and what the label stands for. `papo` and its shuffled twin have the settings of the recipe.
 ARMS: dict[str, tuple[dict[str, Any], str]] = {

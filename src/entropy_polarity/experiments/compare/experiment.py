@@ -7,17 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from entropy_polarity._errors import unknown_name
-from entropy_polarity._files import write_text
 from entropy_polarity.experiments.compare.plan import Plan
 from entropy_polarity.experiments.compare.runs import Job, Queue, claim, locked, refuse_others
 from entropy_polarity.experiments.compare.search import candidates_of, choose, judge, search_plan, unseen_problems
 from entropy_polarity.experiments.compare.summary import Facts, summarise
 from entropy_polarity.experiments.results import as_written, provenance, read_document, write_document
 from entropy_polarity.methods import make_transform, name_of
-from entropy_polarity.record import Run
 from entropy_polarity.report.comparison import render_comparison
 from entropy_polarity.report.progress import RunState
+from entropy_polarity.runs.record import Run
+from entropy_polarity.support.errors import unknown_name
+from entropy_polarity.support.files import write_text
 
 COMPARISON, PAGE, SEARCH = "comparison.json", "comparison.html", "search.json"
 Watch = Callable[[list[RunState]], None]
@@ -181,7 +181,7 @@ def _check(plan: Plan) -> None:
             make_transform(table["name"], settings)
         except ValueError as error:
             raise ValueError(f"[methods.{label}] {error}") from None
-    from entropy_polarity.experiments.train import checked, quiet  # TRL: seconds that none of the above need wait
+    from entropy_polarity.experiments.training import checked, quiet  # TRL: seconds that none of the above need wait
 
     quiet()
     for label in plan.methods:

@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from entropy_polarity._errors import unknown_name
 from entropy_polarity.methods import check_name, given_beside
-from entropy_polarity.recipe import DEFAULT_RECIPE, Recipe, apply_override, load_recipe, read_recipe, typed_table
+from entropy_polarity.runs.recipe import DEFAULT_RECIPE, Recipe, apply_override, load_recipe, read_recipe, typed_table
+from entropy_polarity.support.errors import unknown_name
 
 _USUAL_BASELINES = ("grpo", "dapo")
 # A label is part of the names of files.

@@ -21,14 +21,14 @@ from typing import Any
 
 import tomli_w
 
-from entropy_polarity._files import DRAFT, LOCK, refuse_links, write_text
-from entropy_polarity._files import locked as locked_folder
-from entropy_polarity.consent import said_again
-from entropy_polarity.experiments.compare import tied
+from entropy_polarity.experiments.compare import die_with_parent
 from entropy_polarity.experiments.models import refuse_renamed
-from entropy_polarity.recipe import Recipe, load_recipe
-from entropy_polarity.record import CONFIG, ENVIRONMENT, METRICS, SUMMARY, read_summary
 from entropy_polarity.report.progress import RunState
+from entropy_polarity.runs.consent import said_again
+from entropy_polarity.runs.recipe import Recipe, load_recipe
+from entropy_polarity.runs.record import CONFIG, ENVIRONMENT, METRICS, SUMMARY, read_summary
+from entropy_polarity.support.files import DRAFT, LOCK, refuse_links, write_text
+from entropy_polarity.support.files import locked as locked_folder
 
 # Without the current folder, which may be anybody's, in front of the path of modules.
 TRAIN = [sys.executable, "-P", "-m", "entropy_polarity.cli", "train"]
@@ -170,7 +170,7 @@ class Queue:
         return self.notes
 
     def _start(self, job: Job) -> None:
-        command = [sys.executable, "-P", tied.__file__, str(os.getpid()), *job.prepare()]
+        command = [sys.executable, "-P", die_with_parent.__file__, str(os.getpid()), *job.prepare()]
         with job.log.open("ab") as log:
             self.processes[job] = subprocess.Popen(
                 command,

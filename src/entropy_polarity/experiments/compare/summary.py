@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from entropy_polarity.experiments.results import bounds, rounded
-from entropy_polarity.record import Run
+from entropy_polarity.runs.record import Run
 from entropy_polarity.statistics.curves import area_under_curve, moving_average, steps_to_reach
 from entropy_polarity.statistics.intervals import DIFFERENCE, paired_bootstrap, t_interval
 from entropy_polarity.statistics.success import pass_at_k

@@ -1,0 +1,312 @@
+"""Episodes: a policy and many environments, turn by turn, in one batch.
+
+    o_0 a_0 o_1 a_1 ...      o_t what the environment says, a_t the action: tokens of the policy up to its <eos>
+
+What has been read stays in the key-value cache over the turns: each token goes through the model once. An episode ends
+with a reason, whatever its environment does; the others go on.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import DynamicCache
+
+from entropy_polarity.support.modes import evaluating
+from entropy_polarity.support.text import valid
+from entropy_polarity.tasks import Messages, Problem
+from entropy_polarity.tasks.games import (
+    OUT_OF_TURNS,
+    RAISED,
+    TOO_LONG,
+    EpisodeOverError,
+    Game,
+    InLanes,
+    StepResult,
+    TextEnv,
+)
+from entropy_polarity.tasks.workers import NoWorkerError
+
+STARTS = 3  # episodes that are tried before a run, until one can be started
+
+
+@dataclass
+class Episode:
+    """One episode as tokens, and how it went.
+
+    `prompt_ids` is o_0, `completion_ids` the rest; `env_mask` is 1 at tokens of the policy and 0 at tokens of the
+    environment, `turn` counts from 0. `observation` is o_0 as text, `said` holds (action, answer), a turn each.
+    """
+
+    observation: str
+    prompt_ids: list[int]
+    completion_ids: list[int] = field(default_factory=list)
+    env_mask: list[int] = field(default_factory=list)
+    turn: list[int] = field(default_factory=list)
+    said: list[tuple[str, str]] = field(default_factory=list)
+    reward: float = 0.0
+    reason: str = ""
+    facts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, token: int, turn: int, from_policy: bool) -> None:
+        self.completion_ids.append(token)
+        self.env_mask.append(int(from_policy))
+        self.turn.append(turn)
+
+
+class Counted(Protocol):
+    @property
+    def facts(self) -> dict[str, float]: ...
+
+
+class Context(Protocol):
+    """What the policy has read of each episode of a batch."""
+
+    def read(self, tokens: Sequence[Sequence[int]]) -> Float[Tensor, "B V"]:
+        """Read more tokens, none or some of each episode; the logits after the last token of each."""
+        ...
+
+
+class CachedContext:
+    """A key-value cache with holes: episodes read different numbers of tokens, and the shorter ones are padded."""
+
+    def __init__(self, model: Any, batch: int) -> None:
+        self.model, self.cache = model, DynamicCache()
+        self.mask = torch.zeros(batch, 0, dtype=torch.long, device=model.device)
+        self.logits: Tensor | None = None
+
+    def read(self, tokens: Sequence[Sequence[int]]) -> Float[Tensor, "B V"]:
+        longest = max(map(len, tokens))
+        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens], device=self.mask.device)
+        new = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in tokens], device=self.mask.device)
+        positions = (self.mask.sum(1, keepdim=True) + new.cumsum(1) - 1).clamp(min=0)
+        self.mask = torch.cat([self.mask, new], 1)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        last = output.logits[torch.arange(len(ids)), (new.sum(1) - 1).clamp(min=0)].float()
+        read = new.any(1, keepdim=True)
+        last = last if self.logits is None else torch.where(read, last, self.logits)
+        self.logits = last
+        return last
+
+
+class Format:
+    """How turns become tokens: messages where the tokenizer has a chat template, plain text where not."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id
+        self.chat = getattr(tokenizer, "chat_template", None) is not None
+
+    def first(self, observation: str, system: Messages = ()) -> list[int]:  # type: ignore[assignment]
+        if not self.chat:
+            return self.tokenizer(observation)["input_ids"]
+        messages = [*system, {"role": "user", "content": observation}]
+        return self._ids(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+    def next(self, observation: str) -> list[int]:
+        """What stands between the end of an action and the start of the next."""
+        if not self.chat:
+            return self._ids(observation)
+        # The template of a short conversation, with and without what follows the answer: the difference is what a
+        # template puts between turns, whatever it does to earlier ones.
+        talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+        before = self.tokenizer.apply_chat_template(talk, tokenize=False)
+        talk.append({"role": "user", "content": observation})
+        after = self.tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+        if not after.startswith(before):
+            raise ValueError("the chat template rewrites earlier turns: it cannot be used for several turns")
+        closing = before.rpartition(self.tokenizer.eos_token)[2] if self.tokenizer.eos_token in before else ""
+        return self._ids(closing + after[len(before) :])
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def text(self, ids: Sequence[int]) -> str:
+        return valid(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def check_starts(game: Game, problems: Sequence[Problem]) -> None:
+    """Raise ValueError where none of the first few episodes can be started: no single problem is to blame."""
+    why = None
+    for problem in problems[:STARTS]:
+        try:
+            game.env().reset(problem.facts["seed"])
+            return
+        except Exception as error:
+            why = error
+    raise ValueError(f"task {game.name}: no episode can be started ({why})")
+
+
+def play(
+    model: Any,
+    tokenizer: Any,
+    game: Game,
+    problems: Sequence[Problem],
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 256,
+    context: type[Any] = CachedContext,
+    tick: Callable[[float], None] = lambda share: None,
+) -> list[Episode]:
+    """One episode of every problem, sampled at `temperature` from the likeliest tokens worth `top_p`; greedy at 0.
+
+    `tick(share)` is called with each turn of a batch, with the share of its turns that is played.
+
+    An action ends with <eos>, which is a token of the policy; one that is longer than the game's `max_action_tokens`
+    ends the episode. The same random state plays the same episodes. The mode of the model is left as it was.
+    """
+    episodes: list[Episode] = []
+    with torch.no_grad(), evaluating(model):
+        for start in range(0, len(problems), batch_size):
+            batch = problems[start : start + batch_size]
+            episodes += _play_batch(model, Format(tokenizer), game, batch, temperature, top_p, context, tick)
+    return episodes
+
+
+def _play_batch(
+    model: Any,
+    form: Format,
+    game: Game,
+    problems: Sequence[Problem],
+    temperature: float,
+    top_p: float,
+    context: type[Any],
+    tick: Callable[[float], None],
+) -> list[Episode]:
+    lanes = _Lanes(game, len(problems))
+    envs, seeds = lanes.envs, [problem.facts["seed"] for problem in problems]
+    starts = lanes.ask(range(len(envs)), lambda i: _started(envs[i], seeds[i])).values()
+    episodes = [Episode(start.observation, form.first(start.observation), reason=start.reason) for start in starts]
+    policy, unread = context(model, len(episodes)), [list(episode.prompt_ids) for episode in episodes]
+    for turn in range(game.max_turns):
+        tick(turn / game.max_turns)
+        going = [i for i, episode in enumerate(episodes) if not episode.reason]
+        if not going:
+            break
+        actions = _act(policy, unread, going, form.end, game.max_action_tokens, temperature, top_p)
+        for i in going:
+            for token in actions[i]:
+                episodes[i].add(token, turn, from_policy=True)
+            if actions[i][-1] != form.end:
+                episodes[i].reason = TOO_LONG
+                # TRL takes what does not end in <eos> for cut off; the policy did not say it, and learns nothing of it.
+                episodes[i].add(form.end, turn, from_policy=False)
+        texts = {i: form.text(actions[i]) for i in going if not episodes[i].reason}
+        for i, answer in lanes.ask(texts, lambda i, texts=texts: envs[i].step(texts[i])).items():
+            episode = episodes[i]
+            episode.said.append((texts[i], answer.observation))
+            episode.reward += answer.reward
+            if answer.done or turn == game.max_turns - 1:
+                episode.reason = answer.reason or OUT_OF_TURNS
+            else:
+                for token in (heard := form.next(answer.observation)):
+                    episode.add(token, turn + 1, from_policy=False)
+                unread[i] = [actions[i][-1], *heard]
+    for env, episode in zip(envs, episodes, strict=True):
+        episode.facts = {"turns": float(len(episode.said)), **_facts(env)}
+    return episodes
+
+
+def _act(
+    policy: Context,
+    unread: list[list[int]],
+    going: Sequence[int],
+    end: int,
+    longest: int,
+    temperature: float,
+    top_p: float,
+) -> dict[int, list[int]]:
+    """An action of every episode that is going on; what it has not read yet is read, and its last token is not."""
+    actions: dict[int, list[int]] = {i: [] for i in going}
+    writing = list(going)
+    logits = policy.read([unread[i] if i in actions else [] for i in range(len(unread))])
+    while writing:
+        chosen = _sampled(logits[writing], temperature, top_p).tolist()
+        for i, token in zip(writing, chosen, strict=True):
+            actions[i].append(token)
+        writing = [i for i in writing if actions[i][-1] != end and len(actions[i]) < longest]
+        if writing:
+            logits = policy.read([actions[i][-1:] if i in writing else [] for i in range(len(unread))])
+    return actions
+
+
+def _sampled(logits: Float[Tensor, "N V"], temperature: float, top_p: float) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, places = p.sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # what is more likely has enough already
+        p = p.masked_fill(beyond.scatter(-1, places, beyond), 0.0)
+    return torch.multinomial(p, 1).squeeze(-1)
+
+
+class _Lanes:
+    """The environments of a batch. Neighbours, which are often of one seed, share a lane; most games have but one."""
+
+    def __init__(self, game: Game, batch: int) -> None:
+        if isinstance(game, InLanes):
+            self.lane = [i * game.lanes // batch for i in range(batch)]
+            self.envs = [game.env(lane) for lane in self.lane]
+        else:
+            self.lane, self.envs = [0] * batch, [game.env() for _ in range(batch)]
+
+    def ask(self, which: Iterable[int], call: Callable[[int], StepResult]) -> dict[int, StepResult]:
+        """`call` for every environment of `which`: one after the other in a lane, all lanes at the same time."""
+        queues: dict[int, list[int]] = {}
+        for i in which:
+            queues.setdefault(self.lane[i], []).append(i)
+
+        def one_by_one(queue: list[int]) -> list[tuple[int, StepResult]]:
+            return [(i, _guarded(call, i)) for i in queue]
+
+        if len(queues) < 2:
+            return dict(pair for queue in queues.values() for pair in one_by_one(queue))
+        with ThreadPoolExecutor(len(queues)) as threads:
+            return dict(sorted(pair for pairs in threads.map(one_by_one, queues.values()) for pair in pairs))
+
+
+def _started(env: TextEnv, seed: int) -> StepResult:
+    observation = env.reset(seed)
+    if not observation:
+        raise ValueError("nothing to read at the start")
+    return StepResult(observation)
+
+
+def _guarded(call: Callable[[int], StepResult], i: int) -> StepResult:
+    """Environments are other people's code: what they raise is their episode's end, not the run's."""
+    try:
+        answer = call(i)
+        return answer._replace(observation=valid(answer.observation), reason=valid(answer.reason))
+    except NoWorkerError:
+        raise  # no episode can be played
+    except EpisodeOverError as error:
+        return StepResult(valid(str(error)), done=True, reason=error.reason)
+    except Exception as error:
+        return StepResult(valid(f"{type(error).__name__}: {error}"[:200]), done=True, reason=RAISED)
+
+
+def _facts(env: TextEnv) -> dict[str, float]:
+    try:
+        return {valid(name): value for name, value in env.facts().items()}
+    except Exception:
+        return {}
+
+
+def mean_facts(episodes: Iterable[Counted]) -> dict[str, float]:
+    """The mean of every number that environments counted, over the episodes that have it."""
+    counted: dict[str, list[float]] = {}
+    for episode in episodes:
+        for name, value in episode.facts.items():
+            counted.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in counted.items()}

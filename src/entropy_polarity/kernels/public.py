@@ -1,0 +1,227 @@
+"""The public functions: they check what is given, pick the engine, and hand over."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+
+from entropy_polarity.kernels.checks import DTYPES, check_bytes, check_factors, check_head, check_ids, check_rows
+from entropy_polarity.kernels.dispatch import choose, engine
+from entropy_polarity.kernels.linear import LinearLoss, LinearStats, Plan
+from entropy_polarity.kernels.logits import LogitsStats
+from entropy_polarity.kernels.state import Head
+from entropy_polarity.tokens import TokenStats
+
+# Logits of a chunk of whole rows, for losses known chunk by chunk: 512 MiB on a GPU, 64 MiB on a CPU.
+CHUNK_BYTES = {"cuda": 2**29}
+CHUNK_BYTES_ELSEWHERE = 2**26
+
+
+def token_stats(
+    logits: Float[Tensor, "*N V"],
+    tokens: Integer[Tensor, "*N"],
+    *,
+    temperature: float = 1.0,
+    mask: Bool[Tensor, "*N"] | None = None,
+    vocab_size: int | None = None,
+    entropy_grad: bool = False,
+    implementation: str | None = None,
+    check: bool = True,
+) -> TokenStats:
+    """log p_a, entropy, Σp², Σp² log p and the sensitivity T of each sampled token, from logits.
+
+    `logits` (..., V) raw, of 16, 32 or 64 bits; `tokens` (...) the sampled ids; p = softmax(logits / temperature).
+    Returns fields of shape (...), in nats, float32 (float64 for float64 logits). `logp` carries a gradient, and so
+    does `entropy` with `entropy_grad=True`. Logits of -inf are exact (p = 0); a sampled token at -inf has logp = -inf
+    and T = C. Where `mask` is False every field is 0, without gradient, whatever the logits and the id are.
+    `vocab_size` leaves columns beyond it out (padding of the head). Extra memory: one tile (on a GPU none; logits
+    whose vocabulary is not their last stride are copied).
+
+    `implementation`: "chunked" or "triton"; by default the environment variable PAPO_KERNEL, or what
+    suits the device and type (`papo doctor` tells).
+
+    Raises ValueError for a temperature that is not positive, or so small or large that 1 / temperature leaves the
+    normal numbers of the type; and with `check=True` for shapes that do not match, an id outside [0, V), logits that
+    hold NaN or +inf, or a row of all -inf. With `check=False` such rows give NaN, and an id outside the vocabulary
+    anything.
+    Source: arXiv 2605.11775 for T; one pass and the numerics are ours.
+
+    >>> stats = token_stats(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0]))
+    >>> round(stats.entropy.item(), 4), round(stats.sensitivity.item(), 4)
+    (0.8324, -0.1418)
+    """
+    who = "token_stats"
+    if check and (logits.dim() == 0 or logits.dtype not in DTYPES):
+        raise ValueError(
+            f"{who}: logits are {logits.dtype} of shape {tuple(logits.shape)}; expected floats (..., V) of 16, 32 or "
+            "64 bits"
+        )
+    head = Head(temperature)
+    check_head(who, head, logits.dtype)
+    if check:
+        check_ids(who, logits.shape[:-1], logits.shape[-1], vocab_size, tokens, mask)
+    width = logits.shape[-1] if vocab_size is None else vocab_size
+    kept = None if mask is None else mask.reshape(-1)
+    choice = choose(logits.device, logits.dtype, implementation)
+    fields = LogitsStats.apply(
+        logits,
+        _flat_ids(tokens, mask),
+        kept,
+        width,
+        head,
+        engine(choice.name, logits.device.type),
+        entropy_grad,
+    )
+    stats = TokenStats(*(field.reshape(tokens.shape) for field in fields))  # pyright: ignore[reportGeneralTypeIssues]
+    if check:
+        check_rows(who, stats)
+    return stats
+
+
+def linear_token_stats(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    tokens: Integer[Tensor, " N"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Bool[Tensor, " N"] | None = None,
+    vocab_size: int | None = None,
+    entropy_grad: bool = False,
+    logits_dtype: torch.dtype | None = None,
+    tile_bytes: int | None = None,
+    implementation: str | None = None,
+    check: bool = True,
+) -> TokenStats:
+    """`token_stats` of an output head, whose logits are never held: one tile of them at a time.
+
+    `hidden` (N, D), `weight` (V, D) and `bias` (V,), `tokens` (N,). With x = hidden @ weight.T + bias, the logits are
+    `logit_scale` x, or c tanh(`logit_scale` x / c) for a `softcap` c, which rounds them to a step of float32 at c. Rows
+    where `mask` is False cost nothing and give 0. The product is made in the autocast type, or in that of `hidden`,
+    like the model's own; `logits_dtype` torch.float32 keeps its float32 sums for 16-bit factors.
+
+    Gradients reach `hidden`, `weight` and `bias`, summed in float32. They are made from logits that the backward
+    makes again; for a head that needs no gradient (LoRA) the forward collects them instead: two products rather than
+    four. `tile_bytes` sets the memory of a tile. Everything else as in `token_stats`.
+
+    >>> hidden, weight = torch.eye(2), torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    >>> round(linear_token_stats(hidden, weight, torch.tensor([0, 0])).sensitivity[0].item(), 4)
+    -0.1418
+    """
+    who = "linear_token_stats"
+    head = Head(temperature, softcap, logit_scale)
+    check_bytes(who, "tile_bytes", tile_bytes)
+    if check:
+        check_factors(who, hidden, weight, bias)
+        check_ids(who, hidden.shape[:1], len(weight), vocab_size, tokens, mask)
+    weight, bias = _limited(weight, bias, vocab_size)
+    plan = _plan(who, hidden, head, logits_dtype, tile_bytes, implementation)
+    needs_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+    frozen = torch.is_grad_enabled() and hidden.requires_grad and not needs_head and not entropy_grad
+    ids, kept = _flat_ids(tokens, mask), hidden
+    if mask is not None:
+        ids, kept = ids[mask], hidden[mask]
+    fields = LinearStats.apply(kept, weight, bias, ids, plan, entropy_grad, frozen)
+    stats = TokenStats(*fields)  # pyright: ignore[reportGeneralTypeIssues]
+    if mask is not None:
+        stats = TokenStats(*(field.new_zeros(mask.shape).masked_scatter(mask, field) for field in stats))
+    if check:
+        check_rows(who, stats)
+    return stats
+
+
+def linear_token_loss(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    tokens: Integer[Tensor, " N"],
+    loss: Callable[[TokenStats, slice], Tensor],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    chunk_bytes: int | None = None,
+    implementation: str | None = None,
+    check: bool = True,
+) -> tuple[Float[Tensor, ""], TokenStats]:
+    """Σ over chunks of rows of `loss(stats, rows)`, and the statistics (N,) of all rows, with three products, not four.
+
+    `loss` is called once for each chunk: `stats` are those of the rows `rows` (a slice of N), and `stats.logp` and
+    `stats.entropy` carry gradients; it returns their share of the loss, one number. So the loss must be a sum over
+    tokens whose normaliser is known before. Gradients are made at once, while the chunk's logits are in memory, and
+    given out by one `backward` of the result: a loss scale comes too late for them, so float16 is refused.
+    `chunk_bytes` sets the memory of a chunk's logits. Everything else as in `linear_token_stats`. Source: ours;
+    gradients in the forward are common practice for cross-entropy.
+
+    >>> hidden = torch.eye(2, requires_grad=True)
+    >>> weight, tokens = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 0])
+    >>> total, stats = linear_token_loss(hidden, weight, tokens, lambda stats, rows: -stats.logp.sum() / 2)
+    >>> total.backward()
+    >>> [round(x, 4) for x in hidden.grad[0].tolist()]
+    [-0.2124, 0.0]
+    """
+    who = "linear_token_loss"
+    head = Head(temperature, softcap, logit_scale)
+    check_bytes(who, "chunk_bytes", chunk_bytes)
+    if check:
+        check_factors(who, hidden, weight, bias)
+        check_ids(who, hidden.shape[:1], len(weight), vocab_size, tokens, None)
+    weight, bias = _limited(weight, bias, vocab_size)
+    if _product_dtype(hidden) == torch.float16:
+        raise ValueError(
+            f"{who}: a product of float16, whose small gradients would be lost before a loss scale reaches them; "
+            "use bfloat16, or linear_token_stats"
+        )
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES_ELSEWHERE)
+    plan = _plan(who, hidden, head, logits_dtype, None, implementation)
+    most = max(1, chunk_bytes // (plan.logits.itemsize * len(weight)))
+    chunk_rows = -(-len(hidden) // -(-len(hidden) // most)) if len(hidden) else 1  # chunks of equal size
+    total, *fields = LinearLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        hidden, weight, bias, _flat_ids(tokens, None), plan, loss, chunk_rows, torch.is_grad_enabled()
+    )
+    stats = TokenStats(*fields)
+    if check:
+        check_rows(who, stats)
+    return total, stats
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _plan(
+    who: str,
+    hidden: Tensor,
+    head: Head,
+    logits: torch.dtype | None,
+    tile_bytes: int | None,
+    implementation: str | None,
+) -> Plan:
+    device, product = hidden.device.type, _product_dtype(hidden)
+    logits = product if logits is None else logits
+    if logits != product and not (logits == torch.float32 and product.itemsize == 2):
+        raise ValueError(
+            f"{who}: logits_dtype is {logits} for a product of {product}; expected None, {product}, or torch.float32 "
+            "with a product of 16 bits"
+        )
+    check_head(who, head, logits)
+    return Plan(engine(choose(hidden.device, logits, implementation).name, device), head, product, logits, tile_bytes)
+
+
+def _limited(weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> tuple[Tensor, Tensor | None]:
+    if vocab_size is None or vocab_size == len(weight):
+        return weight, bias
+    return weight[:vocab_size], None if bias is None else bias[:vocab_size]
+
+
+def _flat_ids(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Token ids in one row; where the mask is False any id may stand, -100 for example."""
+    ids = tokens.long()
+    return (ids if mask is None else ids.where(mask, 0)).reshape(-1).contiguous()

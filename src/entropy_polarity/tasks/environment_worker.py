@@ -1,0 +1,139 @@
+"""In a worker: the environments of the episodes that live there, each with a random state of its own.
+
+A request is JSON, and so is what is told: {"answer": [observation, reward, done, reason], "facts": {...}}, or
+{"raised": ...} in a line. The other side is tasks/environments.py.
+"""
+
+import importlib
+import math
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from entropy_polarity.tasks.games import StepResult, TextEnv
+
+MAX_LIVE = 256  # episodes; one that had to go is played again when it is needed
+MAX_MESSAGE_CHARACTERS = 200
+
+
+class _NoEnvironmentError(TypeError):
+    """The name that was given is none of an environment's class."""
+
+
+class _Live:
+    """An environment and its random state: libraries reseed the global generators, and must not touch each other's."""
+
+    def __init__(self, factory: str, settings: dict[str, Any], seed: int) -> None:
+        self.seed, self.randomness = seed, None
+        with self.own_randomness():
+            self.env: TextEnv = _class(factory)(**settings)
+
+    @contextmanager
+    def own_randomness(self) -> Iterator[None]:
+        if self.randomness is None:
+            random.seed(self.seed)
+            np.random.seed(self.seed % 2**32)
+        else:
+            random.setstate(self.randomness[0])
+            np.random.set_state(self.randomness[1])
+        try:
+            yield
+        finally:
+            self.randomness = random.getstate(), np.random.get_state()
+
+    def told(self, answer: StepResult, limit: int) -> dict[str, Any]:
+        observation, reward, done, reason = StepResult(*answer)
+        if not math.isfinite(reward):
+            raise ValueError(f"a reward of {reward}")
+        cut = str(observation)[:limit]
+        return {"answer": [cut, float(reward), bool(done), str(reason)], "facts": _facts(self.env)}
+
+
+# By the number of the episode; the one that waited longest goes first.
+_LIVE: OrderedDict[int, _Live] = OrderedDict()
+
+
+def serve(request: str, *arguments: Any) -> dict[str, Any] | None:
+    """What a lane is asked: "check", "reset" or "step"."""
+    return {"check": _check, "reset": _reset, "step": _step}[request](*arguments)
+
+
+def _check(factory: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What is wrong with that class, in a line, and the reasons that it lists."""
+    try:
+        env = _Live(factory, settings, seed=0).env
+        return {"wrong": "", "reasons": [str(reason) for reason in getattr(env, "reasons", ())]}
+    except _NoEnvironmentError as error:
+        return {"wrong": str(error)}
+    except Exception as error:
+        return {"wrong": _line(error)}
+
+
+def _reset(
+    number: int, factory: str, settings: dict[str, Any], seed: int, over: list[int], limit: int
+) -> dict[str, Any] | None:
+    for ended in over:
+        _LIVE.pop(ended, None)
+
+    def start() -> tuple[_Live, StepResult]:
+        live = _Live(factory, settings, seed)
+        with live.own_randomness():
+            return live, StepResult(live.env.reset(seed))
+
+    return _outcome(number, start, limit)
+
+
+def _step(number: int, action: str, limit: int) -> dict[str, Any] | None:
+    """None where the episode is not here. It is not here either after an action that went wrong."""
+    live = _LIVE.pop(number, None)
+    if live is None:
+        return None
+
+    def go_on() -> tuple[_Live, StepResult]:
+        with live.own_randomness():
+            return live, live.env.step(action)
+
+    return _outcome(number, go_on, limit)
+
+
+def _outcome(number: int, act: Callable[[], tuple[_Live, StepResult]], limit: int) -> dict[str, Any]:
+    try:
+        live, answer = act()
+        told = live.told(answer, limit)
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as error:
+        return {"raised": _line(error)}
+    if not told["answer"][2]:
+        _LIVE[number] = live
+        while len(_LIVE) > MAX_LIVE:
+            _LIVE.popitem(last=False)
+    return told
+
+
+def _class(factory: str) -> Callable[..., Any]:
+    """The class of that name. What is no environment is never called."""
+    module, _, name = factory.partition(":")
+    found = getattr(importlib.import_module(module), name)
+    if not isinstance(found, type):
+        raise _NoEnvironmentError(f"it is a {type(found).__name__}; expected a class with reset, step and facts")
+    missing = [method for method in ("reset", "step", "facts") if not callable(getattr(found, method, None))]
+    if missing:
+        raise _NoEnvironmentError(f"it has no {' and no '.join(missing)}")
+    return found
+
+
+def _facts(env: TextEnv) -> dict[str, float]:
+    try:
+        counted = {str(name): float(value) for name, value in env.facts().items()}
+    except Exception:
+        return {}
+    return {name: value for name, value in counted.items() if math.isfinite(value)}
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:MAX_MESSAGE_CHARACTERS]

@@ -1,0 +1,6 @@
+"""PolarityTrainer: TRL's GRPOTrainer with the advantages rewritten token by token."""
+
+from entropy_polarity.trainers.trl.config import PolarityConfig
+from entropy_polarity.trainers.trl.trainer import PolarityTrainer, Rollout
+
+__all__ = ["PolarityConfig", "PolarityTrainer", "Rollout"]

@@ -1,0 +1,161 @@
+"""Checkpoints of TRL's that are whole, fall between rollouts and hold a method's state, and what to go on from.
+
+TRL takes what it finds in a checkpoint and is silent about the rest, and lets old ones go by their date.
+"""
+
+import json
+import math
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+
+from entropy_polarity.controllers import State
+from entropy_polarity.runs.checkpoints import begin, finish, last_of, refuse_broken, refuse_in_the_way, rotate
+from entropy_polarity.runs.method_state import load_state
+from entropy_polarity.support.damage import damaged_file
+from entropy_polarity.trainers.trl.config import PolarityConfig
+from entropy_polarity.transforms import Transform
+
+# What torch.load raises for a file that is none of its own, or holds more than tensors.
+_UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError)
+
+
+def refuse_what_cannot_resume(trainer: Any, checkpoint: Path) -> None:
+    """Raise FileNotFoundError or ValueError, in one line, where `trainer` would not go on from `checkpoint` on the same
+    path: a file is missing, was changed or cannot be read, or it is of another method or inside a rollout."""
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"no checkpoint at {checkpoint}: give a folder that a trainer saved")
+    if trainer.args.local_process_index == 0:  # the others of this machine see the same files
+
+        def go_on(whole: Path) -> str:
+            return f"resume_from_checkpoint={str(whole)!r} goes on from the last whole one"
+
+        if not refuse_broken(checkpoint, go_on):
+            warnings.warn(f"{checkpoint} has no sums of its files: an older version saved it", stacklevel=3)
+            if (damage := damaged_file(checkpoint)) is not None:
+                raise ValueError(f"{damage}: resume from another checkpoint")
+    load_state(checkpoint, trainer.args.method, trainer.args.settings, trainer.transform.init())
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # these keep files of their own, and miss them
+        return
+    for name, pattern in (("optimizer.pt", "optimizer.*"), ("scheduler.pt",) * 2, ("rng_state.pth", "rng_state*.pth")):
+        if not any(checkpoint.glob(pattern)):
+            raise FileNotFoundError(
+                f"{checkpoint} has no {name}, without which training takes another path (save_only_model=True leaves "
+                "it out): resume from another checkpoint"
+            )
+
+
+@contextmanager
+def naming_the_file(checkpoint: str | None, *names: str) -> Iterator[None]:
+    """Errors of torch.load name no file: find out which of `names` it was."""
+    try:
+        yield
+    except _UNREADABLE:
+        for file in (Path(str(checkpoint), name) for name in names):
+            if file.is_file() and (wrong := _unreadable(file)):
+                raise ValueError(f"{file} cannot be read as PyTorch's tensors and numbers ({wrong})") from None
+        raise
+
+
+def _unreadable(file: Path) -> str | None:
+    from transformers.trainer_pt_utils import safe_globals
+
+    try:
+        with safe_globals():
+            torch.load(file, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        return str(error).partition(".")[0].partition("\n")[0]
+    return None
+
+
+class RolloutBoundaries(TrainerCallback):
+    """Checkpoints only between rollouts: a save that falls inside one waits for its end."""
+
+    def __init__(self, trainer: "CheckpointedTrainer") -> None:
+        self.trainer = trainer
+        self.waiting = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.at_rollout_boundary:
+            control.should_save |= self.waiting
+            self.waiting = False
+        elif control.should_save and state.global_step < state.max_steps:
+            control.should_save, self.waiting = False, True
+
+
+class CheckpointedTrainer(GRPOTrainer):
+    """GRPOTrainer with checkpoints that are whole or refused, and the state of the method in them."""
+
+    args: PolarityConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    transform: Transform
+    method_state: State
+    _next_state: State
+    _limit: int | None = None  # of checkpoints, while a training keeps it from TRL
+
+    @property
+    def at_rollout_boundary(self) -> bool:
+        """Whether every update on the last rollout batch has been made: where a run can be resumed."""
+        assert self.args.steps_per_generation is not None  # GRPOConfig fills it in
+        return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As GRPOTrainer's. A checkpoint to resume from must be whole: ValueError names the file that is missing or was
+        changed, and the last whole checkpoint beside it. True is the last that was saved to its end."""
+        reached = 0
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_of(Path(str(self.args.output_dir)), resumable=True) or True
+        if isinstance(resume_from_checkpoint, str | Path):
+            refuse_what_cannot_resume(self, Path(resume_from_checkpoint))
+            state = (Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8")
+            reached = json.loads(state)["global_step"]
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        # Now, and not after hours of training, when it is to be saved there.
+        last = self.args.max_steps if self.args.max_steps > 0 else math.inf
+        refuse_in_the_way(Path(str(self.args.output_dir)), reached, last)
+        self._limit = limit = self.args.save_total_limit
+        if limit == 1 and self.args.metric_for_best_model:
+            self.args.save_total_limit = None  # TRL would end by deleting all that is called checkpoint-* but the best
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _save_checkpoint(self, model, trial):
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            begin(folder)
+        self.accelerator.wait_for_everyone()
+        # Old checkpoints go only when the new one is whole: TRL's own rotation would come before, and goes by date.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            finish(folder, self.args.method, self.args.settings, self.method_state, self.at_rollout_boundary)
+            best = self.state.best_model_checkpoint
+            rotate(folder, self._limit, Path(best) if best else None)
+        self.accelerator.wait_for_everyone()  # whoever reads it next finds it whole
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with naming_the_file(checkpoint, "optimizer.pt", "scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            beginning = self.transform.init()
+            self.method_state = load_state(Path(checkpoint), self.args.method, self.args.settings, beginning)
+            self._next_state = self.method_state
+
+    def _load_rng_state(self, checkpoint):
+        with naming_the_file(checkpoint, "rng_state.pth", f"rng_state_{self.args.process_index}.pth"):
+            super()._load_rng_state(checkpoint)
