@@ -9,7 +9,7 @@ with a reason, whatever its environment does; the others go on.
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -63,6 +63,7 @@ class Counted(Protocol):
     def facts(self) -> dict[str, float]: ...
 
 
+@runtime_checkable
 class Context(Protocol):
     """What the policy has read of each episode of a batch."""
 
