@@ -303,7 +303,7 @@ def test_the_agents_tool_is_one_of_verls():
 
 
 def test_the_doctor_sees_every_hook():
-    from entropy_polarity.cli.doctor import _verl
+    from entropy_polarity.cli.health import _verl
 
     found = {finding.part: finding.status for finding in _verl(["verl"])}
     assert found.pop("verl's plug-in") == "ok"

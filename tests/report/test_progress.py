@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from rich.console import Console
-from test_evaluate import Answering, solved
+from test_evaluation import Answering, solved
 
 from entropy_polarity.evaluation import attempt, warn_after, warn_before
 from entropy_polarity.experiments import evaluate as experiment

@@ -18,7 +18,7 @@ from reliability.attacks import ATTACKS
 from reliability.sandbox import ANSWERED, swept
 
 from entropy_polarity import cli
-from entropy_polarity.cli import doctor
+from entropy_polarity.cli import health as doctor
 from entropy_polarity.tasks import boundary, make_task, tools
 from entropy_polarity.tasks.boundary import BoundaryError, Examination, examine
 from entropy_polarity.tasks.tools import known_tools, python

@@ -44,7 +44,7 @@ def _settings_line(owner: str, settings: dict[str, Any]) -> str:
 
 def doctor(as_json: Json = False) -> None:
     """Say which kernels run here and why, and check versions, hooks and accuracy. Exit code 1 if something is wrong."""
-    from entropy_polarity.cli.doctor import examine
+    from entropy_polarity.cli.health import examine
 
     findings = examine()
     if as_json:

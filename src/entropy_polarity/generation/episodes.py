@@ -58,6 +58,7 @@ class Episode:
         self.turn.append(turn)
 
 
+@runtime_checkable
 class Counted(Protocol):
     @property
     def facts(self) -> dict[str, float]: ...

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from entropy_polarity.cli import doctor
-from entropy_polarity.cli.doctor import examine
+from entropy_polarity.cli import health as doctor
+from entropy_polarity.cli.health import examine
 
 BREAK_TRL = """
 import trl, sys
