@@ -109,7 +109,7 @@ def polarity(
 
 
 def branch_flows(
-    polarity: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None = None
+    polarity: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"] | None = None
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """(D+, D-): expansion and contraction per model token, in nats per unit of step size.
 
@@ -132,7 +132,7 @@ def branch_flows(
 
 
 def predicted_entropy_change(
-    polarity: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None = None
+    polarity: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"] | None = None
 ) -> Float[Tensor, ""]:
     """D+ - D-: the first-order change of the mean entropy per unit of step size, in nats (mean of P).
 

@@ -190,15 +190,13 @@ def name_of(name: str, date: str) -> str:
 
 
 def make_transform(name: str, settings: dict[str, Any] | None = None) -> "Transform":
-    """The transform of the method `name`, monitored. Unknown names, unknown settings and missing ones raise ValueError.
+    """The transform of the method `name`. Unknown names, unknown settings and missing ones raise ValueError.
 
     >>> make_transform("papo", {"controller": "balance"}).decides_from
     'whole batch'
     """
     check_method(name, settings)
-    from entropy_polarity.transforms import monitored
-
-    return monitored(METHODS[name].build(**settings or {}))
+    return METHODS[name].build(**settings or {})
 
 
 def check_method(name: str, settings: Mapping[str, Any] | None = None) -> None:

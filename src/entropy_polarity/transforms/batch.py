@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from entropy_polarity.tokens import Tokens, is_finite, masked_mean
+from entropy_polarity.tokens import Tokens, is_finite, mean
 
 
 def precise(values: Tensor) -> Tensor:
@@ -14,28 +14,35 @@ def precise(values: Tensor) -> Tensor:
     return values.float() if values.device.type == "mps" else values.double()
 
 
-def group_sums(values: Shaped[Tensor, " B"], index: Int[Tensor, " B"]) -> Float[Tensor, " P"]:
-    """The sum of one value a response over each group; `index` as of `group_index`."""
+def segment_sums(values: Shaped[Tensor, " N"], segment: Int[Tensor, " N"], count: int) -> Float[Tensor, " S"]:
+    """The sum of the values of each of `count` segments, in float64; `segment` is the number of each value's."""
     values = precise(values)
-    groups = int(index.max()) + 1 if len(index) else 0
-    return values.new_zeros(groups).index_add(0, index, values)
+    return values.new_zeros(count).index_add(0, segment, values)
 
 
-def mean_and_deviation(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (dividing by N) of the finite values where `mask` is True; 0 for none."""
-    mask = mask & is_finite(values)
-    values = precise(values)
-    mean = masked_mean(values, mask)
-    return mean, masked_mean((values - mean).square(), mask).sqrt()
+def mean_and_deviation(values: Float[Tensor, " N"]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (dividing by N) of the finite values; 0 for none."""
+    values = precise(values[is_finite(values)])
+    centre = mean(values)
+    return centre, mean((values - centre).square()).sqrt()
 
 
-def entropy_sums(tokens: Tokens, index: Int[Tensor, " B"]) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
-    """(S_g, N_g): the sum of the finite entropies of each group's model tokens, and their number."""
+def group_index(tokens: Tokens) -> tuple[Int[Tensor, " B"], int]:
+    """Each response's group as a number from 0, and how many groups there are."""
+    names, index = torch.unique(tokens.require("group"), return_inverse=True)
+    return index, len(names)
+
+
+def entropy_sums(tokens: Tokens, index: Int[Tensor, " B"], count: int) -> tuple[Tensor, Tensor]:
+    """(S_g, N_g): the sum of the finite entropies of each group's tokens, and their number; `index` as of
+    `group_index`."""
     entropy = tokens.require("entropy")
-    usable = tokens.mask & is_finite(entropy)
-    # In parts: a copy of all of it in float64 would be the largest tensor of a batch.
-    sums = torch.cat([precise(rows).sum(1) for rows in torch.where(usable, entropy, 0.0).split(64)])
-    return group_sums(sums, index), group_sums(usable.count_nonzero(1), index)
+    usable = is_finite(entropy)
+    of_response = (
+        segment_sums(values, tokens.response, len(index)) for values in (torch.where(usable, entropy, 0.0), usable)
+    )
+    sums, counts = (segment_sums(values, index, count) for values in of_response)
+    return sums, counts
 
 
 def mean_entropy(tokens: Tokens) -> tuple[float, float]:
@@ -47,25 +54,27 @@ def mean_entropy(tokens: Tokens) -> tuple[float, float]:
     one prompt are far from independent: counting tokens would call the error several times too small. σ is 0 for a
     single prompt. Source: the ratio estimator for cluster samples (Cochran 1977, chapter 6).
     """
-    rows = torch.arange(len(tokens.mask), device=tokens.mask.device)
-    _, group = torch.unique(rows if tokens.group is None else tokens.group, return_inverse=True)
-    sums, counts = entropy_sums(tokens, group)
+    if tokens.group is None:
+        index, count = torch.arange(tokens.responses, device=tokens.response.device), tokens.responses
+    else:
+        index, count = group_index(tokens)
+    sums, counts = entropy_sums(tokens, index, count)
     if not counts.any():
         return math.nan, 0.0
     sums, counts = sums[counts > 0], counts[counts > 0]
-    mean, groups = sums.sum() / counts.sum(), len(counts)
+    centre, groups = sums.sum() / counts.sum(), len(counts)
     if groups < 2:
-        return mean.item(), 0.0
-    scatter = (sums - mean * counts).square().sum() * groups / (groups - 1)
-    return mean.item(), (scatter.sqrt() / counts.sum()).item()
+        return centre.item(), 0.0
+    scatter = (sums - centre * counts).square().sum() * groups / (groups - 1)
+    return centre.item(), (scatter.sqrt() / counts.sum()).item()
 
 
-def quantile(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], q: float) -> Tensor:
-    """The q-quantile of the finite values where `mask` is True, linear between neighbours; NaN for none.
+def quantile(values: Float[Tensor, " N"], q: float) -> Tensor:
+    """The q-quantile of the finite values, linear between neighbours; NaN for none.
 
     `torch.quantile` refuses more than 16 million values.
     """
-    chosen = values[mask & is_finite(values)].sort().values
+    chosen = values[is_finite(values)].sort().values
     if not len(chosen):
         return values.new_tensor(torch.nan)
     place = round(q * (len(chosen) - 1), 9)  # 0.7 * 10 is a little more than 7
@@ -74,32 +83,29 @@ def quantile(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], q: float) 
     return torch.lerp(chosen[below], chosen[above], place - below)
 
 
-def largest(
-    scores: Tensor, mask: Bool[Tensor, "B T"], count: int, sample_id: Int[Tensor, " B"] | None = None
-) -> Bool[Tensor, "B T"]:
-    """Where the `count` largest scores among `mask` stand; all of `mask` if there are no more. NaN is never chosen.
+def largest(scores: Tensor, eligible: Bool[Tensor, " N"], count: int, tokens: Tokens) -> Bool[Tensor, " N"]:
+    """Where the `count` largest scores among the eligible tokens stand; all of those if there are no more. NaN is never
+    chosen.
 
     Of equal scores those with the smaller `sample_id` come first, then those that stand first: completions that begin
     alike do tie.
     """
-    rows = torch.arange(len(scores), device=scores.device) if sample_id is None else sample_id.argsort(stable=True)
-    ordered = scores[rows].flatten()
-    eligible = (mask[rows] & ~scores[rows].isnan()).flatten().nonzero().flatten()
-    best = eligible[ordered[eligible].argsort(descending=True, stable=True)[:count]]
-    picked = torch.zeros_like(mask).flatten()
-    picked[best] = True
-    return torch.zeros_like(mask).index_copy(0, rows, picked.view_as(mask))
+    places = (eligible & ~scores.isnan()).nonzero().flatten()
+    if tokens.sample_id is not None:
+        places = places[tokens.sample_id[tokens.response[places]].argsort(stable=True)]
+    best = places[scores[places].argsort(descending=True, stable=True)[:count]]
+    return torch.zeros_like(eligible).index_fill(0, best, True)
 
 
-def token_keys(sample_id: Int[Tensor, " B"], width: int, seed: int, rollout: int) -> Int[Tensor, "B T"]:
-    """A pseudo-random integer a token, hashed from (seed, rollout, sample, position).
+def token_keys(tokens: Tokens, seed: int, rollout: int) -> Int[Tensor, " N"]:
+    """A pseudo-random integer per token, hashed from (seed, rollout, sample, position).
 
     To draw n tokens at random take the n smallest keys: the draw is the same however the batch is split or ordered.
     Source: the finaliser of splitmix64 (Steele, Lea and Flood 2014).
     """
-    position = torch.arange(width, device=sample_id.device)
-    key = _mixed(_mixed(_mixed(torch.full_like(position[:1], seed)) + rollout) + sample_id.long())[:, None] + position
-    return _mixed(key)
+    samples = tokens.require("sample_id").long()
+    of_response = _mixed(_mixed(_mixed(torch.full_like(samples[:1], seed)) + rollout) + samples)
+    return _mixed(of_response[tokens.response] + tokens.position)
 
 
 def _mixed(x: Tensor) -> Tensor:
@@ -112,21 +118,13 @@ def _mixed(x: Tensor) -> Tensor:
     return shifted(31)
 
 
-def covariance_terms(tokens: Tokens) -> Float[Tensor, "B T"]:
+def covariance_terms(tokens: Tokens) -> Float[Tensor, " N"]:
     """c = (A - mean A) (log p - mean log p) of each token; means over the model tokens. Source: arXiv 2505.22617."""
     advantages, logp = precise(tokens.advantages), precise(tokens.require("logp"))
-    mean_advantage, _ = mean_and_deviation(advantages, tokens.mask)
-    mean_logp, _ = mean_and_deviation(logp, tokens.mask)
-    return (advantages - mean_advantage) * (logp - mean_logp)
+    return (advantages - mean_and_deviation(advantages)[0]) * (logp - mean_and_deviation(logp)[0])
 
 
-def sampled_contribution(tokens: Tokens) -> Float[Tensor, "B T"]:
+def sampled_contribution(tokens: Tokens) -> Float[Tensor, " N"]:
     """S_a = p_a (log p_a + H)."""
     logp = tokens.require("logp")
     return logp.exp() * (logp.clamp(min=torch.finfo(logp.dtype).min) + tokens.require("entropy"))
-
-
-def group_index(tokens: Tokens) -> tuple[Int[Tensor, " B"], int]:
-    """Each response's group as a number from 0, and how many groups there are."""
-    names, index = torch.unique(tokens.require("group"), return_inverse=True)
-    return index, len(names)

@@ -4,9 +4,10 @@ A transform is a pair (init, update): `init()` gives its state, a JSON-able dict
 `update(tokens, state) -> (tokens, state, metrics)` rewrites the advantages of a *whole* rollout batch (all
 ranks) and moves the state on, so that no result depends on how the batch is split for training.
 
-Some transforms rewrite each token from its own facts and the state alone. They also offer `local(tokens, state)`,
-the rewriting without the move: it gives the same advantages on any part of the batch, so a trainer can apply it
-micro-batch by micro-batch with the statistics of the forward pass it makes anyway.
+Some transforms rewrite each token from its own columns and the state alone. Their update has two halves: `local(tokens,
+state)` rewrites, and gives the same advantages on any part of the batch, so that a trainer can apply it micro-batch by
+micro-batch with the statistics of the forward pass it makes anyway; `advance(tokens, state)` moves the state on, once,
+when the whole batch was seen.
 """
 
 import math
@@ -22,7 +23,7 @@ from entropy_polarity.controllers import Metrics, State
 from entropy_polarity.tokens import Tokens, is_finite
 
 # Known when a rollout is rewarded, before any forward pass over it.
-REWARD_FACTS = frozenset({"reward", "group", "sample_id"})
+REWARD_COLUMNS = frozenset({"reward", "group", "sample_id"})
 
 
 class LossOverrides(NamedTuple):
@@ -37,57 +38,92 @@ class LossOverrides(NamedTuple):
     average: Literal["token"] | None = None
 
     def merge(self, other: "LossOverrides") -> "LossOverrides":
-        """Both; where both fix a setting, this one."""
-        return self._replace(**{name: value for name, value in other._asdict().items() if getattr(self, name) is None})
+        """What both fix. Raises ValueError where they fix one setting to different values.
+
+        >>> LossOverrides(0.2, 0.28).merge(LossOverrides(average="token"))
+        LossOverrides(clip_low=0.2, clip_high=0.28, average='token')
+        """
+        for name, mine, theirs in zip(self._fields, self, other, strict=True):
+            if mine is not None and theirs is not None and mine != theirs:
+                raise ValueError(f"of two methods in a chain one sets {name} to {mine!r}, another to {theirs!r}")
+        return LossOverrides(*(theirs if mine is None else mine for mine, theirs in zip(self, other, strict=True)))
 
 
 class Transform(NamedTuple):
-    """`needs` names the fields of Tokens that `update` reads beside mask and advantages, and two facts that are no
-    fields: "entropy_grad", H with gradient in the loss; "reuse", several updates on a rollout. On every
-    `exact_every`-th rollout, counted from the first, `update` reads the field exact_sensitivity too; 0: never."""
+    """`needs` names the columns of Tokens that `update` reads beside the advantages and where a token stands.
+
+    entropy_gradient   the loss needs H with its gradient
+    several_updates    with a single update on each rollout the method does nothing
+    exact_every        on every so many rollouts, from the first, `update` reads exact_sensitivity too; 0: never
+    """
 
     init: Callable[[], State]
     update: Callable[[Tokens, State], tuple[Tokens, State, Metrics]]
     local: Callable[[Tokens, State], Tokens] | None = None
+    advance: Callable[[Tokens, State], tuple[State, Metrics]] | None = None
     needs: frozenset[str] = frozenset()
     loss: LossOverrides = LossOverrides()
+    entropy_gradient: bool = False
+    several_updates: bool = False
     exact_every: int = 0
 
     @property
     def decides_from(self) -> Literal["each token", "rewards", "whole batch"]:
-        """From what: each token's own facts, in the training pass; the rollout's rewards; all its tokens, which takes
+        """From what: each token's own columns, in the training pass; the rollout's rewards; all its tokens, which takes
         one pass without gradient."""
         if self.local is not None:
             return "each token"
-        return "rewards" if self.needs <= REWARD_FACTS else "whole batch"
+        return "rewards" if self.needs <= REWARD_COLUMNS else "whole batch"
 
 
-def rewriting(
-    rewrite: Callable[[Tokens], Tokens], *needs: str, local: bool = False, loss: LossOverrides | None = None
+def _stays(tokens: Tokens, state: State) -> tuple[State, Metrics]:
+    return state, {}
+
+
+def token_by_token(
+    local: Callable[[Tokens, State], Tokens],
+    *needs: str,
+    init: Callable[[], State] = dict,
+    advance: Callable[[Tokens, State], tuple[State, Metrics]] = _stays,
+    entropy_gradient: bool = False,
 ) -> Transform:
-    """The transform without state that is one function of the tokens; `local` if each token's own facts suffice."""
+    """The transform whose `local` needs nothing but each token's own columns, and whose state moves by `advance`."""
+
+    def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
+        return local(tokens, state), *advance(tokens, state)
+
+    return Transform(init, update, local, advance, frozenset(needs), entropy_gradient=entropy_gradient)
+
+
+def rewriting(rewrite: Callable[[Tokens], Tokens], *needs: str, loss: LossOverrides | None = None) -> Transform:
+    """The transform without state that is one function of the whole batch."""
     return Transform(
         dict,
         lambda tokens, state: (rewrite(tokens), state, {}),
-        (lambda tokens, state: rewrite(tokens)) if local else None,
-        frozenset(needs),
-        loss or LossOverrides(),
+        needs=frozenset(needs),
+        loss=loss or LossOverrides(),
     )
 
 
-def reweighted(tokens: Tokens, weight: Float[Tensor, "B T"]) -> Tokens:
-    """A' = A times `weight` on model tokens. A weight that is NaN or infinite leaves its token as it is."""
-    usable = tokens.mask & is_finite(weight)
-    return replace(tokens, advantages=torch.where(usable, tokens.advantages * weight, tokens.advantages))
+def reweighted(tokens: Tokens, weight: Float[Tensor, " N"]) -> Tokens:
+    """A' = A times `weight`. A weight that is NaN or infinite leaves its token as it is."""
+    return replace(tokens, advantages=torch.where(is_finite(weight), tokens.advantages * weight, tokens.advantages))
 
 
 def identity() -> Transform:
     """Change nothing."""
-    return rewriting(lambda tokens: tokens, local=True)
+    return token_by_token(lambda tokens, state: tokens)
 
 
 def chain(*transforms: Transform) -> Transform:
-    """Apply transforms one after the other; local if all of them are. An empty chain is the identity."""
+    """Apply transforms one after the other; local if all of them are. An empty chain is the identity.
+
+    Each sees what the one before left: its advantages, and only the tokens that it did not drop. Raises ValueError
+    where two of them fix one setting of the loss to different values.
+    """
+    loss = LossOverrides()
+    for transform in transforms:
+        loss = loss.merge(transform.loss)
 
     def init() -> State:
         return {str(i): transform.init() for i, transform in enumerate(transforms)}
@@ -105,9 +141,15 @@ def chain(*transforms: Transform) -> Transform:
             tokens = transform.local(tokens, state[key])
         return tokens
 
-    needs: frozenset[str] = frozenset().union(*(t.needs for t in transforms))
-    loss = LossOverrides()
-    for transform in transforms:
-        loss = transform.loss.merge(loss)
-    exact_every = math.gcd(*(t.exact_every for t in transforms))  # often enough for each
-    return Transform(init, update, local if all(t.local for t in transforms) else None, needs, loss, exact_every)
+    all_local = all(t.local for t in transforms)
+    return Transform(
+        init,
+        update,
+        local if all_local else None,
+        (lambda tokens, state: update(tokens, state)[1:]) if all_local else None,
+        needs=frozenset().union(*(t.needs for t in transforms)),
+        loss=loss,
+        entropy_gradient=any(t.entropy_gradient for t in transforms),
+        several_updates=any(t.several_updates for t in transforms),
+        exact_every=math.gcd(*(t.exact_every for t in transforms)),  # often enough for each
+    )

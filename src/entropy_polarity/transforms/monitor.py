@@ -1,40 +1,63 @@
-"""The metrics of a batch, measured around any method."""
+"""The metrics of a rollout batch: what its update would do to the entropy, and what a method made of that."""
 
 import math
-from dataclasses import replace
 
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 
-from entropy_polarity.controllers import Metrics, State
+from entropy_polarity.controllers import Metrics
 from entropy_polarity.maths import branch_flows, predicted_entropy_change
-from entropy_polarity.tokens import Tokens, is_finite, masked_fraction
-from entropy_polarity.transforms.batch import mean_entropy
-from entropy_polarity.transforms.core import Transform
+from entropy_polarity.tokens import Tokens, finite, is_finite, share_of
+from entropy_polarity.transforms.batch import mean_entropy, segment_sums
 from entropy_polarity.transforms.weights import token_polarity
 
 
-def measure(before: Tokens, after: Tokens, state: State) -> tuple[State, Metrics]:
-    """Every polarity metric of a batch whose method made `after` of `before`; the state is the last entropy."""
-    p = token_polarity(before)
-    (entropy, _), (positive, negative) = mean_entropy(before), branch_flows(p, before.mask)
-    changed = (after.advantages != before.advantages) | (before.mask & ~after.mask)
+class Monitor:
+    """Measures each rollout batch once, beside whatever method decides on it.
+
+    `entropy` is that of the last batch, None before the first, for the change from one batch to the next.
+    """
+
+    def __init__(self, entropy: float | None = None) -> None:
+        self.entropy = entropy
+
+    def measure(self, before: Tokens, after: Tokens) -> Metrics:
+        """Every polarity metric of a batch, all ranks, whose method made `after` of `before`.
+
+        Both have the statistics of the policy that sampled them. Where the method dropped tokens, `after` says in its
+        `index` which it kept; the entropy and the flows are of all.
+        """
+        p = token_polarity(before)
+        (entropy, _), (positive, negative) = mean_entropy(before), branch_flows(p)
+        metrics = {
+            "polarity/lambda": 0.0,
+            "polarity/entropy": entropy,
+            "polarity/positive_flow": positive.item(),
+            "polarity/negative_flow": negative.item(),
+            "polarity/positive_fraction": share_of(p > 0),
+            "polarity/changed_fraction": share_of(_changed(before, after)),
+            "polarity/predicted_entropy_change": predicted_entropy_change(token_polarity(after)).item(),
+            "polarity/nonfinite_tokens": float((~is_finite(p)).count_nonzero()),
+        }
+        metrics |= by_turn(before, after)
+        if self.entropy is not None:
+            metrics["polarity/realised_entropy_change"] = entropy - self.entropy
+        if math.isfinite(entropy):
+            self.entropy = entropy
+        return metrics
+
+
+def _changed(before: Tokens, after: Tokens) -> Bool[Tensor, " N"]:
+    """Where a token was dropped, got another advantage, or has a term in the loss."""
+    given = before.advantages if after.index is None else before.advantages[after.index]
+    changed = after.advantages != given
     for term in (after.entropy_bonus, after.ratio_penalty):
         if term is not None:
             changed = changed | (term != 0)
-    metrics = {
-        "polarity/lambda": 0.0,
-        "polarity/entropy": entropy,
-        "polarity/positive_flow": positive.item(),
-        "polarity/negative_flow": negative.item(),
-        "polarity/positive_fraction": masked_fraction(p > 0, before.mask),
-        "polarity/changed_fraction": masked_fraction(changed, before.mask),
-        "polarity/predicted_entropy_change": predicted_entropy_change(token_polarity(after), after.mask).item(),
-        "polarity/nonfinite_tokens": float((~is_finite(p) & before.mask).count_nonzero()),
-    }
-    metrics |= by_turn(before, after)
-    if state["entropy"] is not None:
-        metrics["polarity/realised_entropy_change"] = entropy - state["entropy"]
-    return {"entropy": entropy if math.isfinite(entropy) else state["entropy"]}, metrics
+    if after.index is None:
+        return changed
+    return torch.ones_like(before.advantages, dtype=torch.bool).index_copy(0, after.index, changed)
 
 
 def by_turn(before: Tokens, after: Tokens) -> Metrics:
@@ -45,44 +68,37 @@ def by_turn(before: Tokens, after: Tokens) -> Metrics:
     A turn is a run of model tokens: between two of them an environment speaks. λ is the same for all turns of a
     rollout; the pressure says which turns it reaches. It is 1 where a turn has no advantage.
     """
-    begins = before.mask & ~torch.nn.functional.pad(before.mask, (1, 0))[:, :-1]
-    turns = int(begins.count_nonzero(1).max()) if begins.numel() else 0
+    turn = turns_of(before)
+    turns = int(turn.max()) + 1 if len(turn) else 0
     if turns < 2:
         return {}
-    p, turn = token_polarity(before), begins.cumsum(1).where(before.mask, 0)
-    metrics: Metrics = {}
-    for number in range(1, turns + 1):
-        mask = turn == number
-        (entropy, _), (positive, negative) = mean_entropy(replace(before, mask=mask)), branch_flows(p, mask)
-        given, made = (t.advantages.abs()[mask & t.mask].sum().item() for t in (before, after))
-        metrics |= {
-            f"polarity/entropy_turn_{number}": entropy,
-            f"polarity/positive_flow_turn_{number}": positive.item(),
-            f"polarity/negative_flow_turn_{number}": negative.item(),
-            f"polarity/pressure_turn_{number}": made / given if given else 1.0,
-        }
-    return metrics
+    p, entropy = finite(token_polarity(before)), before.require("entropy")
+    known = is_finite(entropy)
+
+    def sums(values: Tensor, of: Tensor = turn) -> Tensor:
+        return segment_sums(values, of, turns)
+
+    count, given = sums(torch.ones_like(p)), sums(before.advantages.abs())
+    made = sums(after.advantages.abs(), turn if after.index is None else turn[after.index])
+    metrics = {
+        "entropy": sums(torch.where(known, entropy, 0.0)) / sums(known),
+        "positive_flow": sums(p.clamp(min=0)) / count,
+        "negative_flow": sums((-p).clamp(min=0)) / count,
+        "pressure": torch.where(given > 0, made / given, 1.0),
+    }
+    return {
+        f"polarity/{name}_turn_{number + 1}": values[number].item()
+        for number in range(turns)
+        for name, values in metrics.items()
+    }
 
 
-def monitored(inner: Transform) -> Transform:
-    """`inner` with the metrics of `measure` around it; the advantages are its own.
-
-    Where `inner` decides from rewards alone there may be no statistics yet: then nothing is measured, and who makes
-    them later calls `measure`.
-    """
-
-    def init() -> State:
-        return {"entropy": None, "inner": inner.init()}
-
-    def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
-        rewritten, inner_state, inner_metrics = inner.update(tokens, state["inner"])
-        seen, metrics = {"entropy": state["entropy"]}, {}
-        if tokens.sensitivity is not None:
-            seen, metrics = measure(tokens, rewritten, seen)
-        return rewritten, {**seen, "inner": inner_state}, metrics | inner_metrics
-
-    def local(tokens: Tokens, state: State) -> Tokens:
-        assert inner.local is not None
-        return inner.local(tokens, state["inner"])
-
-    return Transform(init, update, local if inner.local else None, inner.needs, inner.loss, inner.exact_every)
+def turns_of(tokens: Tokens) -> Int[Tensor, " N"]:
+    """The number of each token's turn in its response, from 0."""
+    response, position = tokens.response, tokens.position
+    first = torch.ones_like(response, dtype=torch.bool)
+    first[1:] = response[1:] != response[:-1]
+    begins = first.clone()
+    begins[1:] |= position[1:] != position[:-1] + 1
+    turn = begins.cumsum(0)
+    return turn - torch.where(first, turn, 0).cummax(0).values

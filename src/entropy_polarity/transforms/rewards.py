@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from entropy_polarity.controllers import State
 from entropy_polarity.support.errors import check_range
 from entropy_polarity.tokens import Tokens
-from entropy_polarity.transforms.batch import group_index, group_sums, precise
-from entropy_polarity.transforms.core import LossOverrides, Transform, rewriting
+from entropy_polarity.transforms.batch import group_index, precise, segment_sums
+from entropy_polarity.transforms.core import LossOverrides, Transform, rewriting, token_by_token
 
 # Keeps the division finite in a group whose rewards are all equal; TRL's value.
 EPSILON = 1e-4
@@ -20,18 +21,18 @@ def group_statistics(tokens: Tokens, rewards: Float[Tensor, " B"]) -> tuple[Tens
 
     A reward that is NaN, of a completion that nothing could judge, is in neither.
     """
-    index, _ = group_index(tokens)
+    index, groups = group_index(tokens)
     rewards, judged = precise(rewards), ~rewards.isnan()
-    size = group_sums(judged, index)
-    mean = (group_sums(rewards.nan_to_num(), index) / size.clamp(min=1))[index]
-    scatter = group_sums((rewards - mean).square().nan_to_num(), index)
+    size = segment_sums(judged, index, groups)
+    mean = (segment_sums(rewards.nan_to_num(), index, groups) / size.clamp(min=1))[index]
+    scatter = segment_sums((rewards - mean).square().nan_to_num(), index, groups)
     return mean, (scatter / (size - 1).clamp(min=1)).sqrt()[index]
 
 
 def with_advantages(tokens: Tokens, advantages: Float[Tensor, " B"]) -> Tokens:
     """The same tokens, each with its response's new advantage; 0 where that is NaN, for want of a reward."""
-    column = advantages.nan_to_num().to(tokens.advantages.dtype)[:, None]
-    return replace(tokens, advantages=column.expand_as(tokens.advantages))
+    of_response = advantages.nan_to_num().to(tokens.advantages.dtype)
+    return replace(tokens, advantages=of_response[tokens.response])
 
 
 def dapo(
@@ -62,12 +63,12 @@ def dapo(
         lowest = -worst.scatter_reduce(0, index, torch.where(judged, -rewards, -torch.inf), "amax")
         if overlong_cache:
             assert max_length is not None
-            length = tokens.mask.sum(1)
+            length = torch.bincount(tokens.response, minlength=len(rewards))
             penalty = ((max_length - overlong_cache - length) / overlong_cache).clamp(-1, 0)
             shaped = rewards + penalty
             mean, deviation = group_statistics(tokens, shaped)
             tokens = with_advantages(tokens, (shaped - mean) / (deviation + EPSILON))
-        return replace(tokens, mask=tokens.mask & (highest > lowest)[index, None])
+        return tokens.select((highest > lowest)[index][tokens.response])
 
     return rewriting(rewrite, "reward", "group", loss=LossOverrides(clip_low, clip_high, average="token"))
 
@@ -98,11 +99,11 @@ def w_reinforce(right: float = 0.1, wrong: float = 1.0) -> Transform:
     Source: arXiv 2506.01347.
     """
 
-    def rewrite(tokens: Tokens) -> Tokens:
+    def local(tokens: Tokens, state: State) -> Tokens:
         rewards = tokens.require("reward")
         return with_advantages(tokens, torch.where(rewards > 0, right, -wrong) + 0 * rewards)  # NaN stays NaN
 
-    return rewriting(rewrite, "reward", local=True)
+    return token_by_token(local, "reward")
 
 
 def nsr() -> Transform:
@@ -126,6 +127,6 @@ def _only(right: bool) -> Transform:
         rewards = tokens.require("reward")
         chosen = rewards > 0 if right else rewards <= 0
         tokens = with_advantages(tokens, torch.where(chosen, 1.0 if right else -1.0, 0.0))
-        return replace(tokens, mask=tokens.mask & chosen[:, None])
+        return tokens.select(chosen[tokens.response])
 
     return rewriting(rewrite, "reward", loss=LossOverrides(average="token"))

@@ -23,10 +23,10 @@ from entropy_polarity.transforms.core import LossOverrides, Transform, reweighte
 Denominator = Literal["kept", "all"]
 
 
-def keeping(tokens: Tokens, kept: Bool[Tensor, "B T"], denominator: Denominator = "all") -> Tokens:
+def keeping(tokens: Tokens, kept: Bool[Tensor, " N"], denominator: Denominator = "all") -> Tokens:
     """Tokens outside `kept` get advantage 0. A loss that is a mean over tokens stays one over "all", or becomes one
     over the "kept": then those weigh more, and every other term of the loss is left as it is."""
-    scale = tokens.mask.sum() / (kept & tokens.mask).sum().clamp(min=1) if denominator == "kept" else 1.0
+    scale = len(kept) / max(1, int(kept.sum())) if denominator == "kept" else 1.0
     return reweighted(tokens, kept.to(tokens.advantages.dtype) * scale)
 
 
@@ -41,7 +41,7 @@ def top_entropy(fraction: float = 0.2, denominator: Denominator = "kept") -> Tra
 
     def rewrite(tokens: Tokens) -> Tokens:
         entropy = tokens.require("entropy")
-        return keeping(tokens, entropy >= quantile(entropy, tokens.mask, 1 - fraction), denominator)
+        return keeping(tokens, entropy >= quantile(entropy, 1 - fraction), denominator)
 
     return rewriting(rewrite, "entropy")
 
@@ -61,23 +61,21 @@ def clip_cov(
     check_range("clip_cov", "low", low, -math.inf, high)
 
     def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
-        keys = token_keys(tokens.require("sample_id"), tokens.mask.shape[1], seed, state["rollout"])
-        chosen = clip_cov_choice(tokens, keys, fraction, low, high, clip)
+        chosen = clip_cov_choice(tokens, token_keys(tokens, seed, state["rollout"]), fraction, low, high, clip)
         return keeping(tokens, ~chosen), {"rollout": state["rollout"] + 1}, {}
 
     needs = frozenset({"logp", "old_logp", "sample_id"})
-    return Transform(lambda: {"rollout": 0}, update, None, needs, LossOverrides(clip, clip))
+    return Transform(lambda: {"rollout": 0}, update, needs=needs, loss=LossOverrides(clip, clip))
 
 
 def clip_cov_choice(
-    tokens: Tokens, keys: Int[Tensor, "B T"], fraction: float, low: float, high: float, clip: float
-) -> Bool[Tensor, "B T"]:
+    tokens: Tokens, keys: Int[Tensor, " N"], fraction: float, low: float, high: float, clip: float
+) -> Bool[Tensor, " N"]:
     """The tokens that Clip-Cov silences: of the eligible ones those with the smallest keys."""
     c, advantages = covariance_terms(tokens), tokens.advantages
     ratio = (tokens.require("logp") - tokens.require("old_logp")).exp()
     clipped = ((advantages > 0) & (ratio > 1 + clip)) | ((advantages < 0) & (ratio < 1 - clip))
-    eligible = tokens.mask & (c > low) & (c < high) & ~clipped
-    return largest(-keys, eligible, _share(tokens, fraction))
+    return largest(-keys, (c > low) & (c < high) & ~clipped, _count(tokens, fraction), tokens)
 
 
 def kl_cov(fraction: float = 2e-3, coefficient: float = 1.0) -> Transform:
@@ -86,7 +84,7 @@ def kl_cov(fraction: float = 2e-3, coefficient: float = 1.0) -> Transform:
         c = (A - mean A) (log p - mean log p)       the max(1, ⌊fraction N⌋) largest get the loss -r A + β |log r|
 
     No PPO clip. The authors' fraction is 2·10⁻³ for 7B, 2·10⁻⁴ for 32B. At the first update on a rollout r = 1 and the
-    penalty has no gradient, so with a single update it does nothing: hence the need of "reuse".
+    penalty has no gradient, so with a single update it does nothing.
     Source: arXiv 2505.22617.
     """
 
@@ -95,10 +93,11 @@ def kl_cov(fraction: float = 2e-3, coefficient: float = 1.0) -> Transform:
 
     def rewrite(tokens: Tokens) -> Tokens:
         c = covariance_terms(tokens)
-        chosen = largest(c, tokens.mask & is_finite(c), _share(tokens, fraction), tokens.sample_id)
+        chosen = largest(c, is_finite(c), _count(tokens, fraction), tokens)
         return replace(tokens, ratio_penalty=coefficient * chosen.to(tokens.advantages.dtype))
 
-    return rewriting(rewrite, "logp", "reuse", loss=LossOverrides(float("inf"), float("inf")))
+    loss = LossOverrides(float("inf"), float("inf"))
+    return rewriting(rewrite, "logp", loss=loss)._replace(several_updates=True)
 
 
 def clip_b(deviations: float = 2.5, denominator: Denominator = "kept") -> Transform:
@@ -110,7 +109,7 @@ def clip_b(deviations: float = 2.5, denominator: Denominator = "kept") -> Transf
 
     def rewrite(tokens: Tokens) -> Tokens:
         contribution = sampled_contribution(tokens)
-        mean, deviation = mean_and_deviation(contribution, tokens.mask)
+        mean, deviation = mean_and_deviation(contribution)
         clipped = (tokens.advantages < 0) & (contribution - mean < -deviations * deviation)
         return keeping(tokens, ~clipped, denominator)
 
@@ -128,12 +127,12 @@ def clip_v(deviations: float = 8.5, fraction: float = 1e-4, denominator: Denomin
 
     def rewrite(tokens: Tokens) -> Tokens:
         sensitivity = tokens.require("sensitivity")
-        _, deviation = mean_and_deviation(sensitivity, tokens.mask)
-        extreme = tokens.mask & (tokens.advantages < 0) & (sensitivity > deviations * deviation)
-        return keeping(tokens, ~largest(sensitivity, extreme, _share(tokens, fraction), tokens.sample_id), denominator)
+        _, deviation = mean_and_deviation(sensitivity)
+        extreme = (tokens.advantages < 0) & (sensitivity > deviations * deviation)
+        return keeping(tokens, ~largest(sensitivity, extreme, _count(tokens, fraction), tokens), denominator)
 
     return rewriting(rewrite, "sensitivity")
 
 
-def _share(tokens: Tokens, fraction: float) -> int:
-    return max(1, int(fraction * int(tokens.mask.sum())))
+def _count(tokens: Tokens, fraction: float) -> int:
+    return max(1, int(fraction * len(tokens.response)))

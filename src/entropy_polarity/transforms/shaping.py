@@ -17,7 +17,7 @@ from entropy_polarity.transforms.batch import (
     mean_and_deviation,
     mean_entropy,
 )
-from entropy_polarity.transforms.core import Transform, reweighted, rewriting
+from entropy_polarity.transforms.core import Transform, reweighted, rewriting, token_by_token
 
 
 def cw_grpo() -> Transform:
@@ -29,9 +29,9 @@ def cw_grpo() -> Transform:
 
     def rewrite(tokens: Tokens) -> Tokens:
         c = covariance_terms(tokens)
-        _, deviation = mean_and_deviation(c, tokens.mask)
+        _, deviation = mean_and_deviation(c)
         weight = (-(c.square()) / (2 * deviation.square())).exp() if deviation > 0 else torch.ones_like(c)
-        mean, _ = mean_and_deviation(weight, tokens.mask)
+        mean, _ = mean_and_deviation(weight)
         return reweighted(tokens, (weight / mean).to(tokens.advantages.dtype))
 
     return rewriting(rewrite, "logp")
@@ -47,13 +47,12 @@ def entropy_advantage(kappa: float, alpha: float = 0.4) -> Transform:
     if not kappa > 1:
         raise ValueError(f"entropy_advantage: kappa is {kappa}; expected more than 1, or advantages change their sign")
 
-    def rewrite(tokens: Tokens) -> Tokens:
+    def local(tokens: Tokens, state: State) -> Tokens:
         advantages = tokens.advantages
         bonus = torch.minimum(alpha * tokens.require("entropy"), advantages.abs() / kappa)
-        usable = tokens.mask & is_finite(bonus)
-        return replace(tokens, advantages=torch.where(usable, advantages + bonus, advantages))
+        return replace(tokens, advantages=torch.where(is_finite(bonus), advantages + bonus, advantages))
 
-    return rewriting(rewrite, "entropy", local=True)
+    return token_by_token(local, "entropy")
 
 
 def steer(shape: Literal["linear", "exponential"] = "linear", low: float = 0.8, high: float = 1.2) -> Transform:
@@ -74,7 +73,7 @@ def steer(shape: Literal["linear", "exponential"] = "linear", low: float = 0.8, 
         ratio = (logp - tokens.require("old_logp")).exp()
         surplus = (1 - logp.exp()) * (logp.clamp(min=torch.finfo(logp.dtype).min) + tokens.require("entropy"))
         size = (tokens.advantages * ratio * surplus).abs()
-        known = size[tokens.mask & is_finite(size)]
+        known = size[is_finite(size)]
         if not len(known):
             return tokens
         if shape == "exponential":
@@ -126,15 +125,15 @@ def stare(
             return tokens, state, {"polarity/stare_weight": 1.0}
         weight = torch.ones_like(tokens.advantages)
         for sign, factor in ((1, state["positive"]), (-1, state["negative"]))[: 1 if variant == "O1" else 2]:
-            candidates = tokens.mask & (tokens.advantages * sign > 0)
+            candidates = tokens.advantages * sign > 0
             count = math.ceil(fraction * int(candidates.sum()) - 1e-9)
-            weight = torch.where(largest(-tokens.require("logp"), candidates, count, tokens.sample_id), factor, weight)
+            weight = torch.where(largest(-tokens.require("logp"), candidates, count, tokens), factor, weight)
         return reweighted(tokens, weight), state, {"polarity/stare_weight": state["positive"]}
 
     def init() -> State:
         return {"positive": positive, "negative": negative}
 
-    return Transform(init, update, None, frozenset({"logp", "entropy"}))
+    return Transform(init, update, needs=frozenset({"logp", "entropy"}))
 
 
 def entropic(probability: float, target: float = 0.1, integral_gain: float = 0.01) -> Transform:
@@ -156,7 +155,7 @@ def entropic(probability: float, target: float = 0.1, integral_gain: float = 0.0
         weight = torch.where(likely, 1 + a * tokens.advantages.sign(), 1.0)  # A + a |A| = A (1 + a sign A)
         return reweighted(tokens, weight), {"error_sum": total}, {"polarity/entropic_strength": a}
 
-    return Transform(lambda: {"error_sum": 0.0}, update, None, frozenset({"logp", "entropy"}))
+    return Transform(lambda: {"error_sum": 0.0}, update, needs=frozenset({"logp", "entropy"}))
 
 
 def gepo(width: float, rate: float, low: float = 0.5, high: float = 0.2) -> Transform:
@@ -173,20 +172,20 @@ def gepo(width: float, rate: float, low: float = 0.5, high: float = 0.2) -> Tran
         raise ValueError(f"gepo: width={width} and rate={rate}; expected width >= 0 and a rate above 0, at most 1")
 
     def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
-        index, _ = group_index(tokens)
-        sums, counts = entropy_sums(tokens, index)
+        index, groups = group_index(tokens)
+        sums, counts = entropy_sums(tokens, index, groups)
         means = sums / counts.clamp(min=1)
         if not (counts > 0).any():
             return tokens, state, {}
-        mean, deviation = mean_and_deviation(means[None], (counts > 0)[None])
+        mean, deviation = mean_and_deviation(means[counts > 0])
         bounds = {"low": (mean - width * deviation).item(), "high": (mean + width * deviation).item()}
         averages = {
             name: new if state[name] is None else state[name] + rate * (new - state[name])
             for name, new in bounds.items()
         }
-        of_token, advantages = means[index][:, None], tokens.advantages
+        of_token, advantages = means[index][tokens.response], tokens.advantages
         weight = torch.where((advantages > 0) & (of_token < averages["low"]), low, 1.0)
         weight = torch.where((advantages < 0) & (of_token > averages["high"]), high, weight)
         return reweighted(tokens, weight.to(advantages.dtype)), averages, {}
 
-    return Transform(lambda: {"low": None, "high": None}, update, None, frozenset({"entropy", "group"}))
+    return Transform(lambda: {"low": None, "high": None}, update, needs=frozenset({"entropy", "group"}))

@@ -10,10 +10,10 @@ from torch import Tensor
 from entropy_polarity.controllers import Metrics, State
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.transforms.batch import mean_entropy
-from entropy_polarity.transforms.core import Transform
+from entropy_polarity.transforms.core import Transform, token_by_token
 
 
-def loss_terms(tokens: Tokens) -> Float[Tensor, "B T"] | None:
+def loss_terms(tokens: Tokens) -> Float[Tensor, " N"] | None:
     """-β H + κ |log r| of every token, to be averaged as the trainer averages its own loss; None without such terms.
 
     β is `entropy_bonus`, κ is `ratio_penalty`; H and log r = log p - log p_old must carry their gradients.
@@ -36,13 +36,11 @@ def entropy_bonus(coefficient: float) -> Transform:
     `coefficient` β has no default: none fits every model and task.
     """
 
-    def local(tokens: Tokens, state: State) -> Tokens:
-        return _with_bonus(tokens, coefficient)
-
-    def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
-        return local(tokens, state), state, {"polarity/entropy_coefficient": coefficient}
-
-    return Transform(dict, update, local, frozenset({"entropy_grad"}))
+    return token_by_token(
+        lambda tokens, state: _with_bonus(tokens, coefficient),
+        advance=lambda tokens, state: (state, {"polarity/entropy_coefficient": coefficient}),
+        entropy_gradient=True,
+    )
 
 
 def adaptive_coefficient(target: float = 0.2, step: float = 1e-4, maximum: float = 5e-3) -> Transform:
@@ -63,14 +61,16 @@ def adaptive_coefficient(target: float = 0.2, step: float = 1e-4, maximum: float
     def local(tokens: Tokens, state: State) -> Tokens:
         return _with_bonus(tokens, applied(state))
 
-    def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
+    def advance(tokens: Tokens, state: State) -> tuple[State, Metrics]:
         entropy, _ = mean_entropy(tokens)
         following = state
         if not math.isnan(entropy):
             low = entropy < target
             moved = state["coefficient"] + (step if low else -step)
             following = {"coefficient": min(maximum, max(0.0, moved)), "low": low}
-        return local(tokens, state), following, {"polarity/entropy_coefficient": applied(state)}
+        return following, {"polarity/entropy_coefficient": applied(state)}
 
-    needs = frozenset({"entropy", "entropy_grad"})
-    return Transform(lambda: {"coefficient": 0.0, "low": False}, update, local, needs)
+    def init() -> State:
+        return {"coefficient": 0.0, "low": False}
+
+    return token_by_token(local, "entropy", init=init, advance=advance, entropy_gradient=True)

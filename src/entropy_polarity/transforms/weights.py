@@ -9,17 +9,17 @@ from torch import Tensor
 
 from entropy_polarity.controllers import Controller, Metrics, Observation, State
 from entropy_polarity.maths import branch_flows, polarity
-from entropy_polarity.tokens import Tokens, finite, masked_mean
+from entropy_polarity.tokens import Tokens, finite, mean
 from entropy_polarity.transforms.batch import largest, mean_entropy, precise, token_keys
-from entropy_polarity.transforms.core import Transform, reweighted, rewriting
+from entropy_polarity.transforms.core import Transform, reweighted, rewriting, token_by_token
 
 
-def token_polarity(tokens: Tokens) -> Float[Tensor, "B T"]:
+def token_polarity(tokens: Tokens) -> Float[Tensor, " N"]:
     """P = w A T of every token of a batch."""
     return polarity(tokens.advantages, tokens.require("sensitivity"), tokens.importance)
 
 
-def polarity_sign(tokens: Tokens, soft_sign: float = 0.0) -> Float[Tensor, "B T"]:
+def polarity_sign(tokens: Tokens, soft_sign: float = 0.0) -> Float[Tensor, " N"]:
     """s = sign(P), or with `soft_sign` δ > 0 the smooth s = P / (|P| + δ), so that rounding noise near P = 0 does not
     flip a weight. A token whose P is NaN or infinite has s = 0.
     """
@@ -37,11 +37,11 @@ def observe(tokens: Tokens, soft_sign: float = 0.0) -> Observation:
     """
     p = finite(token_polarity(tokens))
     s = _sign(p, soft_sign)
-    positive, negative = branch_flows(p, tokens.mask)
-    gain = masked_mean(p * s, tokens.mask)
+    positive, negative = branch_flows(p)
+    gain = mean(p * s)
     size = finite(tokens.advantages).abs()
-    pressure = masked_mean(size, tokens.mask)
-    tilt = masked_mean(size * s, tokens.mask) / pressure if pressure > 0 else pressure
+    pressure = mean(size)
+    tilt = mean(size * s) / pressure if pressure > 0 else pressure
     entropy, error = mean_entropy(tokens)
     return Observation(entropy, positive.item(), negative.item(), gain.item(), tilt.item(), error)
 
@@ -56,31 +56,36 @@ def polarity_weights(controller: Controller, soft_sign: float = 0.0, conserve: b
     if not soft_sign >= 0:
         raise ValueError(f"soft_sign is {soft_sign}; expected a width >= 0 in nats (0 for the hard sign)")
 
-    def local(tokens: Tokens, state: State) -> Tokens:
-        return _reweight(tokens, state["lambda"])
-
-    def _reweight(tokens: Tokens, lam: float) -> Tokens:
+    def reweigh(tokens: Tokens, lam: float) -> Tokens:
         weight = 1 + lam * polarity_sign(tokens, soft_sign)
         if conserve:
-            before = masked_mean(tokens.advantages.abs(), tokens.mask)
-            after = masked_mean((tokens.advantages * weight).abs(), tokens.mask)
+            before, after = mean(tokens.advantages.abs()), mean((tokens.advantages * weight).abs())
             weight = weight * torch.where(after > 0, before / after, 1.0)
         return reweighted(tokens, weight)
+
+    needs = ("sensitivity", "entropy")
 
     def init() -> State:
         return {"lambda": controller.start, "controller": controller.init()}
 
-    def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
+    def advance(tokens: Tokens, state: State) -> tuple[State, Metrics]:
         observed = observe(tokens, soft_sign)
         if not conserve:
             observed = observed._replace(tilt=0.0)  # λ changes the total pressure, and nothing takes it back
         following, inner, metrics = controller.update(observed, state["controller"])
-        lam = state["lambda"] if controller.causal else following
-        state = {"lambda": following, "controller": inner}
-        return _reweight(tokens, lam), state, {"polarity/lambda": lam, **metrics}
+        used = state["lambda"] if controller.causal else following
+        return {"lambda": following, "controller": inner}, {"polarity/lambda": used, **metrics}
 
-    needs = frozenset({"sensitivity", "entropy"})
-    return Transform(init, update, local if controller.causal and not conserve else None, needs)
+    if controller.causal and not conserve:
+        return token_by_token(
+            lambda tokens, state: reweigh(tokens, state["lambda"]), *needs, init=init, advance=advance
+        )
+
+    def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
+        following, metrics = advance(tokens, state)
+        return reweigh(tokens, metrics["polarity/lambda"]), following, metrics
+
+    return Transform(init, update, needs=frozenset(needs))
 
 
 def with_sensitivity(
@@ -97,35 +102,34 @@ def with_sensitivity(
         rewritten = replace(rewritten, sensitivity=tokens.sensitivity)
         return rewritten, {"rollout": state["rollout"] + 1, "inner": following}, metrics
 
-    return Transform(init, update, None, inner.needs.union(needs), inner.loss, exact_every)
+    return inner._replace(
+        init=init, update=update, local=None, advance=None, needs=inner.needs.union(needs), exact_every=exact_every
+    )
 
 
-def exact_where_known(tokens: Tokens, rollout: int) -> Float[Tensor, "B T"]:
+def exact_where_known(tokens: Tokens, rollout: int) -> Float[Tensor, " N"]:
     """N T* on the rollouts for which it was made, T on the others."""
     return tokens.require("sensitivity") if tokens.exact_sensitivity is None else tokens.exact_sensitivity
 
 
-def shuffled_signs(tokens: Tokens, rollout: int) -> Float[Tensor, "B T"]:
+def shuffled_signs(tokens: Tokens, rollout: int) -> Float[Tensor, " N"]:
     """±T, so that the signs of P are dealt out anew among the tokens that have one; every |P| stays where it is.
 
     The deal is a hash of rollout, sample and position: positions in the order of one key get the signs in that of
     another.
     """
-    sign, width = polarity_sign(tokens), tokens.mask.shape[1]
-    place = (tokens.mask & (sign != 0)).flatten().nonzero().flatten()
-    deals = (token_keys(tokens.require("sample_id"), width, seed, rollout).flatten()[place] for seed in (0, 1))
-    taking, giving = (place[keys.argsort()] for keys in deals)
-    turned = torch.ones_like(sign).flatten()
-    turned[taking] = sign.flatten()[giving] * sign.flatten()[taking]
-    return tokens.require("sensitivity") * turned.view_as(sign)
+    sign = polarity_sign(tokens)
+    place = sign.nonzero().flatten()
+    taking, giving = (place[token_keys(tokens, seed, rollout)[place].argsort()] for seed in (0, 1))
+    turned = torch.ones_like(sign).index_copy(0, taking, sign[giving] * sign[taking])
+    return tokens.require("sensitivity") * turned
 
 
 def one_branch(sign: int) -> Transform:
     """Only the tokens with sign(P) = `sign` keep their advantage; the others get 0. Source: ours, for ablations."""
-    return rewriting(
-        lambda tokens: reweighted(tokens, (polarity_sign(tokens) == sign).to(tokens.advantages.dtype)),
+    return token_by_token(
+        lambda tokens, state: reweighted(tokens, (polarity_sign(tokens) == sign).to(tokens.advantages.dtype)),
         "sensitivity",
-        local=True,
     )
 
 
@@ -137,15 +141,13 @@ def random_branch(sign: int, seed: int = 0) -> Transform:
 
     def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
         s = polarity_sign(tokens)
-        keys = token_keys(tokens.require("sample_id"), tokens.mask.shape[1], seed, state["rollout"])
-        count = int(((s == sign) & tokens.mask).sum())
-        kept = largest(-keys, tokens.mask & (s != 0), count)
+        kept = largest(-token_keys(tokens, seed, state["rollout"]), s != 0, int((s == sign).sum()), tokens)
         return reweighted(tokens, kept.to(tokens.advantages.dtype)), {"rollout": state["rollout"] + 1}, {}
 
-    return Transform(lambda: {"rollout": 0}, update, None, frozenset({"sensitivity", "sample_id"}))
+    return Transform(lambda: {"rollout": 0}, update, needs=frozenset({"sensitivity", "sample_id"}))
 
 
-def token_flow(tokens: Tokens) -> Float[Tensor, "B T"]:
+def token_flow(tokens: Tokens) -> Float[Tensor, " N"]:
     """OPEFO's estimate d = -w A (1 - p_a)² (log p_a + H) of the entropy change that each token brings.
 
     A = (0.2, -0.8) on the two tokens of p = (0.8, 0.2) gives Σ p d = -0.115340, a textbook's printed check of the
@@ -163,7 +165,7 @@ def _balanced(flow: Callable[[Tokens], Tensor], *needs: str) -> Transform:
 
     def rewrite(tokens: Tokens) -> Tokens:
         flows = finite(flow(tokens))
-        positive, negative = branch_flows(precise(flows), tokens.mask)
+        positive, negative = branch_flows(precise(flows))
         if min(positive, negative) <= 0:
             return tokens
         lam = ((negative - positive) / (negative + positive)).to(tokens.advantages.dtype)
