@@ -278,6 +278,11 @@ def test_the_parts_of_a_batch_are_the_batch(parts):
     assert_equal(concatenate(split(kept, parts)), kept)
 
 
+def test_parts_of_which_only_some_dropped_tokens_are_not_joined():
+    with pytest.raises(ValueError, match="of some parts tokens were dropped"):
+        concatenate([small(), small().select(small().advantages != 21)])
+
+
 # ---- columns ---------------------------------------------------------------------------------------------
 
 

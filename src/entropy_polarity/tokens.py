@@ -163,7 +163,10 @@ class Tokens:
 
 
 def concatenate(parts: list[Tokens]) -> Tokens:
-    """One batch after the other, its responses numbered on. A column that one of them lacks is None."""
+    """One batch after the other, its responses numbered on. A column that one of them lacks is None. Raises ValueError
+    where tokens were dropped from some of them: nobody could say which of the whole are left."""
+    if len({part.index is None for part in parts}) > 1:
+        raise ValueError("concatenate: of some parts tokens were dropped (index), of others none; expected one of both")
     begins, columns = [0], {}
     for part in parts:
         begins.append(begins[-1] + part.responses)

@@ -119,3 +119,8 @@ def test_a_response_without_tokens_counts_in_the_statistics_of_its_group():
     unit = 0.5 / (math.sqrt(1 / 3) + 1e-4)
     found = advantages(method("dapo", overlong_cache=2, max_length=4), batch)
     assert found == [close([unit]), close([unit]), [], close([-unit])]
+
+
+def test_qae_of_no_response_at_all():
+    nothing = sampled_batch(0).of_responses(torch.tensor([], dtype=torch.long))
+    assert run(method("qae"), nothing)[0].advantages.tolist() == []
