@@ -24,8 +24,11 @@ from entropy_polarity.methods import METHODS, make_transform
 from entropy_polarity.runs.recipe import load_recipe
 from entropy_polarity.tokens import Tokens
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MARKDOWN = sorted(
+    path for folder in (".", "docs", "docs/results", "benchmarks", "examples") for path in (ROOT / folder).glob("*.md")
+)
 
 
 def test_the_readmes_trl_script_learns_without_a_warning(tmp_path):
@@ -75,7 +78,6 @@ def test_the_readmes_tables_are_the_result_files():
     step = json.loads((ROOT / "benchmarks/results/trainer_step.json").read_text(encoding="utf-8"))
     for figure in ("papo_to_grpo", "grpo_to_grpo"):
         assert trainer_step.shown(step[figure]) in README
-    assert trainer_step.shown(step["forecast_to_papo"]) in results_page.THEORY.read_text(encoding="utf-8")
     kernels = json.loads((ROOT / "benchmarks/results/kernels_cpu.json").read_text(encoding="utf-8"))
     for measured, _ in (kernel_tables.logits_budget(kernels), kernel_tables.head_budget(kernels)):
         assert measured in README
@@ -91,15 +93,17 @@ def test_the_page_on_performance_is_the_result_files():
     assert kernel_tables.figure(cpu) == kernel_tables.FIGURE.read_text(encoding="utf-8")
 
 
-def test_the_page_of_results_is_the_result_files():
-    pages = {
-        results_page.PAGE: results_page.page,
-        results_page.THEORY: results_page.theory,
-        results_page.SCALE: results_page.scale,
-        results_page.RELIABILITY: results_page.reliability,
-    }
-    for path, made in pages.items():
-        assert made(path.read_text(encoding="utf-8")) == path.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", results_page.PAGES)
+def test_a_page_of_results_is_the_result_files(name):
+    assert results_page.page(name) == (results_page.DOCS / name).read_text(encoding="utf-8")
+
+
+def test_every_marked_block_is_written_from_result_files():
+    pages = {results_page.DOCS / name: blocks for name, blocks in results_page.PAGES.items()}
+    assert sorted(block for blocks in pages.values() for block in blocks) == sorted(results_page.BLOCKS)
+    for path in set(MARKDOWN) - {kernel_tables.PAGE}:
+        marked = re.findall(r"^<!-- ([^/\s]+) -->$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert tuple(marked) == pages.get(path, ()), path
 
 
 def test_the_levels_of_the_plans_are_measured():
@@ -119,10 +123,7 @@ def test_the_pictures_are_of_the_result_files():
     for name in figures.PICTURES:
         assert (figures.FIGURES / f"{name}.svg").read_text(encoding="utf-8").startswith("<svg")
         assert (figures.FIGURES / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert any(
-            f"figures/{name}.svg" in page.read_text(encoding="utf-8")
-            for page in (results_page.PAGE, results_page.THEORY)
-        )
+        assert any(f"figures/{name}.svg" in page.read_text(encoding="utf-8") for page in MARKDOWN)
 
 
 def test_every_formula_of_the_theory_holds():
@@ -131,15 +132,17 @@ def test_every_formula_of_the_theory_holds():
     assert found.failed == 0
 
 
-def test_the_readmes_tree_names_what_is_there():
+def test_the_readmes_tree_names_every_folder_and_module():
     (tree,) = re.findall(r"```text\n(src/entropy_polarity/.*?)```", README, re.DOTALL)
-    folder = "src/entropy_polarity/"
-    for line in tree.splitlines():
-        name = line.split()[0] if line.strip() else ""
-        if name in ("src/entropy_polarity/", ""):
-            continue
-        path = ROOT / (folder + name if line.startswith("  ") else name)
-        assert path.exists() or list(path.parent.glob(path.name)), f"{name} is in the README's tree but not there"
+    package = ROOT / "src/entropy_polarity"
+    lines = [line for line in tree.splitlines() if line.startswith("  ")]
+    assert 12 <= len(lines) <= 17
+    assert lines[-1].split()[0] == "support/"
+    named = {name for line in lines for name in re.split(r"\s{2,}", line.strip())[0].split(", ")}
+    for name in named:
+        assert (package / name).exists(), f"{name} is in the README's tree but not there"
+    there = {path.name for path in package.glob("*.py")} | {path.parent.name + "/" for path in package.glob("*/*.py")}
+    assert there - {"__init__.py"} <= named | {name.split("/")[0] + "/" for name in named}
 
 
 def test_the_worked_example_is_the_code_and_the_readme_names_every_method():
@@ -153,10 +156,29 @@ def test_the_worked_example_is_the_code_and_the_readme_names_every_method():
     assert METHODS.keys() | CONTROLLERS.keys() == set(re.findall(r"`(\w+)`", table))
 
 
-@pytest.mark.parametrize(
-    "document",
-    ["README.md", "CONTRIBUTING.md", "docs/evaluation.md", "docs/performance.md", "docs/results.md", "docs/theory.md"],
-)
-def test_links_to_files_of_the_repository_lead_somewhere(document):
-    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text(encoding="utf-8")):
-        assert (ROOT / document).parent.joinpath(target).exists(), target
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_within_the_repository_lead_to_a_file_and_its_heading(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+        if re.match(r"https?://", target):
+            continue
+        file, _, anchor = target.partition("#")
+        found = path.parent / file if file else path
+        assert found.exists(), f"{target} leads nowhere"
+        assert not anchor or anchor in anchors(found), f"{target}: no such heading"
+
+
+def prose(path: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(path: Path) -> set[str]:
+    """What a heading is called in a link, as GitHub derives it: lower case, spaces as dashes, no other punctuation."""
+    headings = re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_the_index_of_the_documents_has_every_page():
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    linked = {(ROOT / "docs" / target).resolve() for target in re.findall(r"\]\(([^)#]+\.md)\)", index)}
+    assert {path for path in MARKDOWN if path.is_relative_to(ROOT / "docs")} - linked == {ROOT / "docs/README.md"}
