@@ -29,8 +29,8 @@ VERDICT = [
      minus(THREE, "papo", "grpo", "pass@1") + "[", minus(THREE, "papo", "dapo", "pass@16") + "["),
     ("level with GRPO in pass@1, {:+.3f} [{:+.3f}, {:+.3f}], and {|:.3f} below DAPO",
      minus("gym", "papo", "grpo", "pass@1") + "[", minus("gym", "papo", "dapo", "pass@1")),
-    ("[guess](results/guess.md) {:+.3f} [{:+.3f}, {:+.3f}] in success against GRPO, [keydoor](results/keydoor.md) {:+.3f} "
-     "[{:+.3f}, {:+.3f}]",
+    ("[guess](results/guess.md) {:+.3f} [{:+.3f}, {:+.3f}] in success against GRPO, [keydoor](results/keydoor.md) "
+     "{:+.3f} [{:+.3f}, {:+.3f}]",
      *(minus(game, "papo", "grpo", "pass@1") + "[" for game in ("guess", "keydoor"))),
     ("pass@16 is [{:.3f} higher](results/guess.md#the-same-with-a-level-for-that-rate) [{:+.3f}, {:+.3f}]",
      minus("guess-collapse-level", "papo", "grpo", "pass@16") + "["),
@@ -51,8 +51,8 @@ COUNTDOWN = [
     ("{:.3f} ± {:.3f} nats, three times as evenly as GRPO's {:.3f} ± {:.3f}",
      of(FOUR, "papo", "entropy_end") + "±", of(FOUR, "grpo", "entropy_end") + "±"),
     ("at {|:.3f} less pass@1", minus(FOUR, "opefo", "papo", "pass@1")),
-    ("PAPO ends {|:.3f} below GRPO in pass@1 and {|:.3f} below DAPO, with t intervals that exclude zero, and takes {} and "
-     "{} times their steps",
+    ("PAPO ends {|:.3f} below GRPO in pass@1 and {|:.3f} below DAPO, with t intervals that exclude zero, and takes {} "
+     "and {} times their steps",
      *(minus(THREE, "papo", baseline, "pass@1") for baseline in ("grpo", "dapo")),
      *(steps(THREE, baseline) for baseline in ("grpo", "dapo"))),
     ("{:.3f} ± {:.3f} nats against GRPO's {:.3f} ± {:.3f}, does return diversity: its pass@16 is {:.3f} above DAPO's",
@@ -62,12 +62,12 @@ COUNTDOWN = [
     ("keeps the highest pass@16 of all, {:.3f}", after(THREE, "opefo", "pass@16")),
 ]  # fmt: skip
 GYM = [
-    ("in pass@1 ({:+.3f}, t interval {:+.3f} to {:+.3f}), greedily, and in pass@16 ({:+.3f}, {:+.3f} to {:+.3f}). It ends "
-     "{|:.3f} below DAPO in pass@1",
+    ("in pass@1 ({:+.3f}, t interval {:+.3f} to {:+.3f}), greedily, and in pass@16 ({:+.3f}, {:+.3f} to {:+.3f}). It "
+     "ends {|:.3f} below DAPO in pass@1",
      *(minus("gym", "papo", "grpo", score) + "[" for score in ("pass@1", "pass@16")),
      minus("gym", "papo", "dapo", "pass@1")),
-    ("{} nats against {} averaged over the run, and paid for it with {|:.3f} of the training reward: it takes {:.1f} times "
-     "DAPO's and {:.1f} times GRPO's steps",
+    ("{} nats against {} averaged over the run, and paid for it with {|:.3f} of the training reward: it takes {:.1f} "
+     "times DAPO's and {:.1f} times GRPO's steps",
      of("gym", "papo", "entropy_mean"), of("gym", "grpo", "entropy_mean"), minus("gym", "papo", "grpo", "reward_area"),
      steps("gym", "dapo"), steps("gym", "grpo")),
 ]  # fmt: skip
@@ -155,7 +155,9 @@ def test_a_sentence_has_the_numbers_of_the_files(name, sentence):
 
 def test_the_sentences_on_the_thermostat_have_the_numbers_of_the_runs():
     runs = document("thermostat")["runs"]
-    judged = [(run, thermostat.judge(run, thermostat.noise_of(runs, run))) for run in runs if run["kind"] == "thermostat"]
+    judged = [
+        (run, thermostat.judge(run, thermostat.noise_of(runs, run))) for run in runs if run["kind"] == "thermostat"
+    ]
     held = [abs(verdict["bias"]) <= 0.02 for run, verdict in judged if "disturbance" not in run]
     (prompts,) = (verdict for run, verdict in judged if run.get("disturbance") == "prompts")
     assert f"{sum(held)} of {len(held)} targets within 2 %" in page("results.md")

@@ -61,7 +61,6 @@ FORECAST = [
 ]  # fmt: skip
 
 
-
 @pytest.mark.parametrize("sentence", AUDIT, ids=lambda sentence: sentence[0][:40])
 def test_a_sentence_on_the_audit_has_the_numbers_of_the_files(sentence):
     check("results/audit.md", *sentence)
