@@ -9,6 +9,7 @@ import sys
 import textwrap
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import demo_seeds
 import figures
@@ -143,6 +144,22 @@ def test_the_readmes_tree_names_every_folder_and_module():
         assert (package / name).exists(), f"{name} is in the README's tree but not there"
     there = {path.name for path in package.glob("*.py")} | {path.parent.name + "/" for path in package.glob("*/*.py")}
     assert there - {"__init__.py"} <= named | {name.split("/")[0] + "/" for name in named}
+
+
+def test_the_environment_of_the_documents_can_be_played():
+    text = (ROOT / "docs/tasks.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n# lift.py\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    env = names["Lift"](floors=20)
+    assert env.reset(3) == "Floors 1 to 20. Which?"
+    low, high, said = 1, 20, names["StepResult"]("")
+    while not said.done:
+        middle = (low + high) // 2
+        said = env.step(str(middle))
+        low, high = (middle + 1, high) if said.observation == "higher" else (low, middle - 1)
+    assert said.reward == 1
+    assert 1 <= env.counts()["moves"] <= 5
 
 
 def test_the_worked_example_is_the_code_and_the_readme_names_every_method():

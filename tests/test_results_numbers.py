@@ -1,5 +1,6 @@
 """The sentences of docs/results.md and of the pages of its studies have the numbers of the result files."""
 
+import numpy as np
 import pytest
 import thermostat
 from sentences import check, document, page, written
@@ -173,3 +174,12 @@ def test_the_sentences_on_the_search_have_the_numbers_of_its_rows():
     assert sentence in page("results/settings.md")
     assert written("loses {:.1f} of pass@16", grpo["pass@many"] - low["pass@many"]) in page("results/settings.md")
     assert written("0.3 nats over {:.4f}", grpo["entropy_end"]) in page("results/settings.md")
+
+
+def test_the_noise_of_a_seed_is_that_of_the_runs_of_the_search():
+    scores: dict[str, list[tuple[float, float]]] = {}
+    for run in document("search")["runs"]:
+        successes = np.array(run["after"]["successes"])
+        scores.setdefault(run["label"], []).append((successes.mean() / run["samples"], (successes > 0).mean()))
+    one, many = np.sqrt(np.var(list(scores.values()), axis=1, ddof=1).mean(axis=0))
+    assert written("{:.3f} in pass@1 and {:.3f} in pass@16", one, many) in page("results/settings.md")
