@@ -195,6 +195,12 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.parametrize("name", [name for name in results_page.PAGES if name.startswith("results/")])
+def test_a_study_says_how_to_make_it_again_and_what_it_does_not_show(name):
+    headings = re.findall(r"^## (.*)$", prose(results_page.DOCS / name), re.MULTILINE)
+    assert headings[-2:] == ["Reproducing", "Limits"]
+
+
 def test_the_index_of_the_documents_has_every_page():
     index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
     linked = {(ROOT / "docs" / target).resolve() for target in re.findall(r"\]\(([^)#]+\.md)\)", index)}
