@@ -1,4 +1,8 @@
-"""docs/results.md and the numbers of theory.md, scale.md and reliability.md in docs, from result files."""
+"""The tables of docs/ that come from result files, page by page: `python benchmarks/results_page.py` writes them anew.
+
+A page holds each table between two marker comments (blocks.py); PAGES says which page holds which. docs/performance.md
+and README.md are written by kernel_tables.py and demo_seeds.py.
+"""
 
 import json
 from collections.abc import Callable
@@ -23,22 +27,24 @@ from entropy_polarity.report.audit_tables import audit_tables
 from entropy_polarity.report.tables import TextTable, comparison_tables, search_table
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PAGE, THEORY = ROOT / "benchmarks/results", ROOT / "docs/results.md", ROOT / "docs/theory.md"
-SCALE, RELIABILITY = ROOT / "docs/scale.md", ROOT / "docs/reliability.md"
+DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks/results"
 MISSING = "Not measured yet."
-SEARCHES = ("search", "papo")
-COMPARISONS = (
-    "screen",
-    "comparison-3",
-    "comparison-4",
-    "gym",
-    "guess",
-    "guess-collapse",
-    "guess-collapse-level",
-    "keydoor",
-    "ablation",
-    "exact-sign",
-)
+PAGES: dict[str, tuple[str, ...]] = {
+    "results/countdown.md": ("comparison-4", "comparison-3"),
+    "results/thermostat.md": ("thermostat", "thermostat:disturbances"),
+    "results/ablation.md": ("ablation:entropy", "ablation"),
+    "results/exact-signs.md": ("exact-sign:control", "exact-sign"),
+    "results/gym.md": ("gym",),
+    "results/guess.md": ("guess", "guess-collapse", "guess-collapse-level"),
+    "results/keydoor.md": ("keydoor",),
+    "results/methods.md": ("screen",),
+    "results/settings.md": ("regime", "search", "papo", "levels"),
+    "results/opefo.md": ("opefo",),
+    "results/audit.md": ("audit:variants", "audit", "audit:coverage", "audit:few"),
+    "results/forecast.md": ("audit:forecast", "audit:parts"),
+    "scale.md": ("verl_driver",),
+    "reliability.md": ("reliability",),
+}
 # What an audit was varied in, by result file.
 AUDITS = {
     "audit": "AdamW, learning rate 1e-4",
@@ -47,75 +53,45 @@ AUDITS = {
     "audit-larger": "AdamW, learning rate 1e-4, 6 layers of width 256",
     "audit-sgd": "SGD without momentum, learning rate 0.1",
 }
+Document = dict[str, Any]
 
 
-def page(text: str, folder: Path = RESULTS) -> str:
-    """The page with every marked block written anew."""
-    held = _read(folder / "thermostat.json")
-    collapse = _read(folder / "regime.json")
-    alone = _read(folder / "levels.json")
-    blocks = {
-        "thermostat": thermostat.table(held["runs"]) if held else MISSING,
-        "thermostat:disturbances": thermostat.disturbances(held["runs"]) if held else MISSING,
-        "regime": regime.table(collapse["runs"]) if collapse else MISSING,
-        "levels": levels.table(alone["runs"]) if alone else MISSING,
-    }
-    for name in SEARCHES:
-        searched = _read(folder / f"{name}.json")
-        blocks[name] = _markdown(_renamed(search_table(searched), searched)) if searched else MISSING
-    for name in COMPARISONS:
-        compared = _read(folder / f"{name}.json")
-        tables = [_renamed(t, compared) for t in comparison_tables(compared["summary"])] if compared else []
-        blocks[name] = "\n\n".join(f"{t.title}\n\n{_markdown(t)}" for t in tables) or MISSING
-    parted = _read(folder / "ablation.json")
-    blocks["ablation:entropy"] = ablation.entropy(parted) if parted else MISSING
-    signs = _read(folder / "exact-sign.json")
-    blocks["exact-sign:control"] = exact_sign.control(signs) if signs else MISSING
-    balanced = _read(folder / "opefo.json")
-    blocks["opefo"] = opefo.table(balanced) if balanced else MISSING
-    return filled(text, blocks, PAGE.name)
+def page(name: str, folder: Path = RESULTS) -> str:
+    """The page docs/`name` with every block written anew from the result files in `folder`."""
+    text = (DOCS / name).read_text(encoding="utf-8")
+    return filled(text, {block: BLOCKS[block](folder) for block in PAGES[name]}, name)
 
 
-def _renamed(table: TextTable, document: dict[str, Any]) -> TextTable:
+def _from(file: str, table: Callable[[Document], str]) -> Callable[[Path], str]:
+    """A block made of one result file."""
+
+    def block(folder: Path) -> str:
+        document = _read(folder / f"{file}.json")
+        return table(document) if document else MISSING
+
+    return block
+
+
+def _searched(document: Document) -> str:
+    return _markdown(_renamed(search_table(document), document))
+
+
+def _compared(document: Document) -> str:
+    return _titled([_renamed(table, document) for table in comparison_tables(document["summary"])], "{}")
+
+
+def _renamed(table: TextTable, document: Document) -> TextTable:
     """The table with today's name for a rule that had another when it was measured; the file stays as it is."""
     date = document["environment"]["date"]
     return replace(table, rows=[[name_of(row[0], date), *row[1:]] for row in table.rows])
 
 
-def theory(text: str, folder: Path = RESULTS) -> str:
-    """The page of the theory with the numbers of the audits written anew."""
-    found = {name: document for name in AUDITS if (document := _read(folder / f"{name}.json"))}
-    restricted = _read(folder / "parts.json")
-    tables = audit_tables(found["audit"]) if "audit" in found else []
-    covered = _read(folder / "coverage.json")
-    blocks = {
-        "audit": "\n\n".join(f"**{t.title}**\n\n{_markdown(t)}" for t in tables) or MISSING,
-        "audit:variants": _variants(found) if found else MISSING,
-        "audit:forecast": _forecasts(found) if found else MISSING,
-        "audit:coverage": coverage.table(covered) if covered else MISSING,
-        "audit:few": coverage.tables_of_few(covered) if covered else MISSING,
-        "audit:parts": parts.table(restricted) if restricted else MISSING,
-    }
-    return filled(text, blocks, THEORY.name)
-
-
-def scale(text: str, folder: Path = RESULTS) -> str:
-    """The page for several machines, with the driver's work written anew."""
-    measured = _read(folder / "verl_driver.json")
-    return filled(text, {"verl_driver": verl_driver.table(measured["results"]) if measured else MISSING}, SCALE.name)
-
-
-def reliability(text: str, folder: Path = RESULTS) -> str:
-    """The page on reliability, with what was tried and how much of it held written anew."""
-    return filled(text, {"reliability": reliability_table(folder)}, RELIABILITY.name)
-
-
-def _variants(found: dict[str, dict[str, Any]]) -> str:
+def _variants(folder: Path) -> str:
     """The local and the exact level of each audit, on both sets of states."""
     head = ["audit", "states", "local: Spearman", "local: signs", "exact: Pearson", "exact: signs", "exact: slope"]
     return _by_states(
         head,
-        found,
+        folder,
         lambda levels: [
             *(levels["local"][figure] for figure in ("spearman", "sign_agreement")),
             *(levels["exact"][figure] for figure in ("pearson", "sign_agreement", "slope")),
@@ -123,7 +99,7 @@ def _variants(found: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def _forecasts(found: dict[str, dict[str, Any]]) -> str:
+def _forecasts(folder: Path) -> str:
     """The forecast of each audit beside the last change, on both sets of states."""
     figures = {
         "Spearman": "spearman",
@@ -135,7 +111,7 @@ def _forecasts(found: dict[str, dict[str, Any]]) -> str:
     head = ["audit", "states", *(f"{name}: {what}" for name in names for what in figures), "it falls"]
     return _by_states(
         head,
-        found,
+        folder,
         lambda levels: [
             *(levels["cheap"][name][figure] for name in names for figure in figures.values()),
             levels["cheap"]["falls"],
@@ -143,28 +119,56 @@ def _forecasts(found: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def _by_states(
-    head: list[str], found: dict[str, dict[str, Any]], figures: Callable[[dict[str, Any]], list[Any]]
-) -> str:
+def _by_states(head: list[str], folder: Path, figures: Callable[[Document], list[Any]]) -> str:
     rows = []
-    for name, document in found.items():
-        for states, measured in (("trained on", document), ("held out", document["held_out"])):
+    for name, title in AUDITS.items():
+        document = _read(folder / f"{name}.json")
+        for states, measured in (("trained on", document), ("held out", document["held_out"])) if document else ():
             numbers = (
                 f"{n:.2f}" if isinstance(n, float) else f"{n['value']:.2f} [{n['low']:.2f}, {n['high']:.2f}]"
                 for n in figures(measured)
             )
-            rows.append([AUDITS[name], states, *numbers])
-    return markdown(head, rows)
+            rows.append([title, states, *numbers])
+    return markdown(head, rows) if rows else MISSING
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _titled(tables: list[TextTable], title: str) -> str:
+    return "\n\n".join(f"{title.format(table.title)}\n\n{_markdown(table)}" for table in tables)
 
 
 def _markdown(table: TextTable) -> str:
     return markdown([column.name for column in table.columns], table.rows)
 
 
+def _read(path: Path) -> Document | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+COMPARISONS = (
+    "comparison-4", "comparison-3", "ablation", "exact-sign", "gym", "guess", "guess-collapse",
+    "guess-collapse-level", "keydoor", "screen",
+)  # fmt: skip
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    **{name: _from(name, _compared) for name in COMPARISONS},
+    **{name: _from(name, _searched) for name in ("search", "papo")},
+    "thermostat": _from("thermostat", lambda document: thermostat.table(document["runs"])),
+    "thermostat:disturbances": _from("thermostat", lambda document: thermostat.disturbances(document["runs"])),
+    "regime": _from("regime", lambda document: regime.table(document["runs"])),
+    "levels": _from("levels", lambda document: levels.table(document["runs"])),
+    "ablation:entropy": _from("ablation", ablation.entropy),
+    "exact-sign:control": _from("exact-sign", exact_sign.control),
+    "opefo": _from("opefo", opefo.table),
+    "audit": _from("audit", lambda document: _titled(audit_tables(document), "**{}**")),
+    "audit:variants": _variants,
+    "audit:forecast": _forecasts,
+    "audit:coverage": _from("coverage", coverage.table),
+    "audit:few": _from("coverage", coverage.tables_of_few),
+    "audit:parts": _from("parts", parts.table),
+    "verl_driver": _from("verl_driver", lambda document: verl_driver.table(document["results"])),
+    "reliability": reliability_table,
+}
+
+
 if __name__ == "__main__":
-    for path, made in {PAGE: page, THEORY: theory, SCALE: scale, RELIABILITY: reliability}.items():
-        path.write_text(made(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in PAGES:
+        (DOCS / name).write_text(page(name), encoding="utf-8")

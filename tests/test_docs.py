@@ -9,6 +9,7 @@ import sys
 import textwrap
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import demo_seeds
 import figures
@@ -25,8 +26,11 @@ from entropy_polarity.runs.recipe import load_recipe
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.transforms import Monitor
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MARKDOWN = sorted(
+    path for folder in (".", "docs", "docs/results", "benchmarks", "examples") for path in (ROOT / folder).glob("*.md")
+)
 
 
 def test_the_readmes_trl_script_learns_without_a_warning(tmp_path):
@@ -77,7 +81,6 @@ def test_the_readmes_tables_are_the_result_files():
     step = json.loads((ROOT / "benchmarks/results/trainer_step.json").read_text(encoding="utf-8"))
     for figure in ("papo_to_grpo", "grpo_to_grpo"):
         assert trainer_step.shown(step[figure]) in README
-    assert trainer_step.shown(step["forecast_to_papo"]) in results_page.THEORY.read_text(encoding="utf-8")
     kernels = json.loads((ROOT / "benchmarks/results/kernels_cpu.json").read_text(encoding="utf-8"))
     for measured, _ in (kernel_tables.logits_budget(kernels), kernel_tables.head_budget(kernels)):
         assert measured in README
@@ -93,15 +96,17 @@ def test_the_page_on_performance_is_the_result_files():
     assert kernel_tables.figure(cpu) == kernel_tables.FIGURE.read_text(encoding="utf-8")
 
 
-def test_the_page_of_results_is_the_result_files():
-    pages = {
-        results_page.PAGE: results_page.page,
-        results_page.THEORY: results_page.theory,
-        results_page.SCALE: results_page.scale,
-        results_page.RELIABILITY: results_page.reliability,
-    }
-    for path, made in pages.items():
-        assert made(path.read_text(encoding="utf-8")) == path.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", results_page.PAGES)
+def test_a_page_of_results_is_the_result_files(name):
+    assert results_page.page(name) == (results_page.DOCS / name).read_text(encoding="utf-8")
+
+
+def test_every_marked_block_is_written_from_result_files():
+    pages = {results_page.DOCS / name: blocks for name, blocks in results_page.PAGES.items()}
+    assert sorted(block for blocks in pages.values() for block in blocks) == sorted(results_page.BLOCKS)
+    for path in set(MARKDOWN) - {kernel_tables.PAGE}:
+        marked = re.findall(r"^<!-- ([^/\s]+) -->$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert tuple(marked) == pages.get(path, ()), path
 
 
 def test_the_levels_of_the_plans_are_measured():
@@ -121,10 +126,7 @@ def test_the_pictures_are_of_the_result_files():
     for name in figures.PICTURES:
         assert (figures.FIGURES / f"{name}.svg").read_text(encoding="utf-8").startswith("<svg")
         assert (figures.FIGURES / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert any(
-            f"figures/{name}.svg" in page.read_text(encoding="utf-8")
-            for page in (results_page.PAGE, results_page.THEORY)
-        )
+        assert any(f"figures/{name}.svg" in page.read_text(encoding="utf-8") for page in MARKDOWN)
 
 
 def test_every_formula_of_the_theory_holds():
@@ -133,15 +135,33 @@ def test_every_formula_of_the_theory_holds():
     assert found.failed == 0
 
 
-def test_the_readmes_tree_names_what_is_there():
+def test_the_readmes_tree_names_every_folder_and_module():
     (tree,) = re.findall(r"```text\n(src/entropy_polarity/.*?)```", README, re.DOTALL)
-    folder = "src/entropy_polarity/"
-    for line in tree.splitlines():
-        name = line.split()[0] if line.strip() else ""
-        if name in ("src/entropy_polarity/", ""):
-            continue
-        path = ROOT / (folder + name if line.startswith("  ") else name)
-        assert path.exists() or list(path.parent.glob(path.name)), f"{name} is in the README's tree but not there"
+    package = ROOT / "src/entropy_polarity"
+    lines = [line for line in tree.splitlines() if line.startswith("  ")]
+    assert 12 <= len(lines) <= 17
+    assert lines[-1].split()[0] == "support/"
+    named = {name for line in lines for name in re.split(r"\s{2,}", line.strip())[0].split(", ")}
+    for name in named:
+        assert (package / name).exists(), f"{name} is in the README's tree but not there"
+    there = {path.name for path in package.glob("*.py")} | {path.parent.name + "/" for path in package.glob("*/*.py")}
+    assert there - {"__init__.py"} <= named | {name.split("/")[0] + "/" for name in named}
+
+
+def test_the_environment_of_the_documents_can_be_played():
+    text = (ROOT / "docs/tasks.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n# lift.py\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    env = names["Lift"](floors=20)
+    assert env.reset(3) == "Floors 1 to 20. Which?"
+    low, high, said = 1, 20, names["StepResult"]("")
+    while not said.done:
+        middle = (low + high) // 2
+        said = env.step(str(middle))
+        low, high = (middle + 1, high) if said.observation == "higher" else (low, middle - 1)
+    assert said.reward == 1
+    assert 1 <= env.counts()["moves"] <= 5
 
 
 def test_the_worked_example_is_the_code_and_the_readme_names_every_method():
@@ -150,15 +170,40 @@ def test_the_worked_example_is_the_code_and_the_readme_names_every_method():
     source = (ROOT / "src/entropy_polarity/transforms/shaping.py").read_text(encoding="utf-8")
     without_blank_lines = re.sub(r"\n\n+", "\n", source), re.sub(r"\n\n+", "\n", code)
     assert textwrap.indent(without_blank_lines[1], "    ") in without_blank_lines[0]
-    assert row in (ROOT / "src/entropy_polarity/methods.py").read_text(encoding="utf-8")
+    assert row in (ROOT / "src/entropy_polarity/methods/table.py").read_text(encoding="utf-8")
     (table,) = re.findall(r"\| family \| methods \|\n(.*?)\n\n", README, re.DOTALL)
     assert METHODS.keys() | CONTROLLERS.keys() == set(re.findall(r"`(\w+)`", table))
 
 
-@pytest.mark.parametrize(
-    "document",
-    ["README.md", "CONTRIBUTING.md", "docs/evaluation.md", "docs/performance.md", "docs/results.md", "docs/theory.md"],
-)
-def test_links_to_files_of_the_repository_lead_somewhere(document):
-    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text(encoding="utf-8")):
-        assert (ROOT / document).parent.joinpath(target).exists(), target
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_within_the_repository_lead_to_a_file_and_its_heading(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+        if re.match(r"https?://", target):
+            continue
+        file, _, anchor = target.partition("#")
+        found = path.parent / file if file else path
+        assert found.exists(), f"{target} leads nowhere"
+        assert not anchor or anchor in anchors(found), f"{target}: no such heading"
+
+
+def prose(path: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(path: Path) -> set[str]:
+    """What a heading is called in a link, as GitHub derives it: lower case, spaces as dashes, no other punctuation."""
+    headings = re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", [name for name in results_page.PAGES if name.startswith("results/")])
+def test_a_study_says_how_to_make_it_again_and_what_it_does_not_show(name):
+    headings = re.findall(r"^## (.*)$", prose(results_page.DOCS / name), re.MULTILINE)
+    assert headings[-2:] == ["Reproducing", "Limits"]
+
+
+def test_the_index_of_the_documents_has_every_page():
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    linked = {(ROOT / "docs" / target).resolve() for target in re.findall(r"\]\(([^)#]+\.md)\)", index)}
+    assert {path for path in MARKDOWN if path.is_relative_to(ROOT / "docs")} - linked == {ROOT / "docs/README.md"}
