@@ -14,7 +14,8 @@ from mpmath import mp
 from oracle import ABSOLUTE, RELATIVE, Exact, assert_accurate, assert_gradient
 
 from entropy_polarity.kernels import chunked, cpu, linear_token_loss, linear_token_stats, public, token_stats
-from entropy_polarity.kernels.dispatch import engine
+from entropy_polarity.kernels.dispatch import engine_named
+from entropy_polarity.kernels.engine import Tile
 from entropy_polarity.kernels.reference import reference_token_stats
 from entropy_polarity.kernels.state import Head, empty_state, finish, merge
 from entropy_polarity.tokens import TokenStats
@@ -50,7 +51,7 @@ IN_TORCH = chunked.Chunked()
 
 
 def engine_of(run: Runs):
-    return IN_TORCH if run.in_torch else engine(run.name, run.device)
+    return IN_TORCH if run.in_torch else engine_named(run.name, run.device)
 
 
 on_every_engine = pytest.mark.parametrize("run", ENGINES)
@@ -60,14 +61,14 @@ on_every_engine = pytest.mark.parametrize("run", ENGINES)
 def _in_torch(request, monkeypatch):
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if "run" in parameters and parameters["run"].in_torch:
-        monkeypatch.setattr(public, "engine", lambda name, device: IN_TORCH)
+        monkeypatch.setattr(public, "engine_for", lambda *given: IN_TORCH)
 
 
 def set_blocks(monkeypatch, size: int) -> None:
     """Blocks and tiles of so many columns: what happens between blocks happens in short rows, too."""
-    for name, value in {"TILE_ELEMENTS": 2 * size, "TILE_COLUMNS": size, "DOT": size // 2, "SERIAL": size}.items():
+    for name, value in {"PIECE_ELEMENTS": 2 * size, "PIECE_WIDTH": size, "DOT": size // 2, "SERIAL": size}.items():
         monkeypatch.setattr(cpu, name, value)
-    for name, value in {"TILE_ELEMENTS": 2 * size, "PRODUCT_ROWS": 3}.items():
+    for name, value in {"CHUNK_ELEMENTS": 2 * size, "PRODUCT_ROWS": 3}.items():
         monkeypatch.setattr(chunked, name, value)
     if HAS_TRITON:
         from entropy_polarity.kernels import triton
@@ -180,11 +181,11 @@ def by_tiles(run, logits, tokens, on_logp, on_entropy, temperature=1.0, width=BL
     """`Engine.fold`, tile by tile: how the linear functions call it, for rows that no product can make."""
     z, tokens, kernel, head = logits.to(run.device), tokens.to(run.device), engine_of(run), Head(temperature)
     state, _ = empty_state(len(z), torch.float32, z.device)
-    columns = torch.full((len(TokenStats._fields), len(z)), 7.0, device=z.device)
+    stats = torch.full((len(TokenStats._fields), len(z)), 7.0, device=z.device)
     for start in range(0, z.shape[1], width):
-        tile = z[:, start : start + width].clone()
-        kernel.fold(tile, tokens, start, head, state, columns if start + width >= z.shape[1] else None, keep=False)
-    return Result(TokenStats(*columns))
+        tile = Tile(z[:, start : start + width].clone(), tokens, head, start)
+        kernel.fold(tile, state, stats if start + width >= z.shape[1] else None, keep=False)
+    return Result(TokenStats(*stats))
 
 
 def _identity(run: Runs, logits: torch.Tensor, frozen: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1149,7 +1150,8 @@ def test_a_broken_part_makes_its_row_nan_and_no_other(broken, order):
         parts = []
         for start, stop in ((0, 1), (1, 2), (2, 4)):
             state, _ = empty_state(1, torch.float64, z.device)
-            engine("chunked", "cpu").fold(z[:, start:stop], torch.tensor([3]), start, Head(), state, None, keep=True)
+            tile = Tile(z[:, start:stop], torch.tensor([3]), Head(), start)
+            engine_named("chunked", "cpu").fold(tile, state, None, keep=True)
             parts.append(state)
         states.append(torch.stack([parts[i] for i in order]))
     stats = finish(merge(torch.cat(states, -1), Head()), Head())
