@@ -1084,12 +1084,23 @@ def minus_logp(stats, rows):
     return -stats.logp.sum()
 
 
+@pytest.fixture
+def no_memory_is_left_as_it_was():
+    """What is not filled is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("no_memory_is_left_as_it_was")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @on_every_engine
-def test_no_rows_go_through_every_head(run):
-    weight = torch.randn(5, 3)
+def test_no_rows_go_through_every_head(run, dtype):
+    weight = torch.randn(5, 3, dtype=dtype)
     none = torch.zeros(0, dtype=torch.long)
     for mode in ("recompute", "frozen", "callback"):
-        stats, gradients = through_the_head(run, mode, torch.randn(0, 3), weight, none, torch.zeros(2, 0))
+        hidden = torch.randn(0, 3, dtype=dtype)
+        stats, gradients = through_the_head(run, mode, hidden, weight, none, torch.zeros(2, 0))
         assert [field.shape for field in stats] == [(0,)] * 7
         assert gradients["hidden"].shape == (0, 3)
         if mode != "frozen":
@@ -1100,7 +1111,7 @@ def test_no_rows_go_through_every_head(run):
 
 
 def state_of(z: torch.Tensor, sampled: float = -inf, temperature: float = 1.0) -> torch.Tensor:
-    """The state (6, 1) of columns (V,), from its definition in kernels/state.py."""
+    """The state (6, 1) of logits (V,), from its definition in kernels/state.py."""
     if not len(z) or z.max() == -inf:
         return torch.tensor([[-inf, 0, 0, 0, 0, sampled]], dtype=torch.float64).t()
     mode = int(z.argmax())
@@ -1161,15 +1172,15 @@ def test_a_broken_part_makes_its_row_nan_and_no_other(broken, order):
 @on_every_engine
 @small
 def test_a_vocabulary_split_over_ranks_gives_the_statistics_of_the_whole(run):
-    """Each rank folds its own columns into a state of its own; the states merge in the order they arrive in."""
+    """Each rank folds its own vocabulary slice into a state of its own; the states merge in the order they arrive in."""
     logits, tokens, names = stacked(
         dict(itertools.islice(finite_rows(WIDTH).items(), 0, None, 4)) | rows_with_infinities(WIDTH)
     )
     states = []
     for start, stop in ((21, WIDTH), (0, BLOCK + 4), (BLOCK + 4, 21)):
-        tile = logits[:, start:stop].to(run.device, copy=True)
-        state, _ = empty_state(len(logits), torch.float32, tile.device)
-        engine_of(run).fold(tile, tokens.to(run.device), start, Head(), state, None, keep=False)
+        tile = Tile(logits[:, start:stop].to(run.device, copy=True), tokens.to(run.device), Head(), start)
+        state, _ = empty_state(len(logits), torch.float32, tile.logits.device)
+        engine_of(run).fold(tile, state, None, keep=False)
         states.append(state)
     stats = TokenStats(*finish(merge(torch.stack(states), Head()), Head()))
     assert_accurate(stats, Exact(logits, tokens), names)

@@ -211,7 +211,7 @@ def _recompute(
             # One product of a GPU rounds once; a sum of several is kept in float32 until it is whole.
             alone = len(row_slices) == 1 and weight.dtype == plan.product and weight.device.type == "cuda"
             exact = alone or weight.dtype == maximum.dtype
-            of_weights = grad_weight[ids] if exact else torch.empty_like(weight[ids], dtype=maximum.dtype)
+            of_weights = grad_weight[ids] if exact else new(weight[ids], dtype=maximum.dtype)
         for rows in row_slices:
             gradient = _gradient_of(factors.tile(rows, ids), plan, maximum[rows], coefficients[:, rows])
             if grad_hidden is not None:
