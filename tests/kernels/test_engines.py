@@ -1172,7 +1172,7 @@ def test_a_broken_part_makes_its_row_nan_and_no_other(broken, order):
 @on_every_engine
 @small
 def test_a_vocabulary_split_over_ranks_gives_the_statistics_of_the_whole(run):
-    """Each rank folds its own vocabulary slice into a state of its own; the states merge in the order they arrive in."""
+    """Each rank folds its own vocabulary slice into a state; the states merge in the order they arrive in."""
     logits, tokens, names = stacked(
         dict(itertools.islice(finite_rows(WIDTH).items(), 0, None, 4)) | rows_with_infinities(WIDTH)
     )
