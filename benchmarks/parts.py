@@ -28,7 +28,7 @@ from entropy_polarity.experiments.results import provenance, write_document
 from entropy_polarity.experiments.training import checked, prompts_of, quiet, quiet_trainer, trainer_config
 from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.runs.recipe import DEFAULT_RECIPE, Recipe, with_flags
-from entropy_polarity.statistics.agreement import agreement
+from entropy_polarity.statistics.agreement import agreement_of
 from entropy_polarity.trainers.trl.auditing import UpdateForecaster
 from entropy_polarity.trainers.trl.sequences import joined
 
@@ -98,7 +98,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             (np.array([u[formula][part] for u in run["updates"]]), np.array([u["realised"] for u in run["updates"]]))
             for run in runs
         ]
-        return asdict(agreement(pairs))
+        return asdict(agreement_of(pairs))
 
     return {formula: {part: of(formula, part) for part in runs[0]["updates"][0][formula]} for formula in FORMULAS}
 

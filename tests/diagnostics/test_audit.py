@@ -15,7 +15,7 @@ from entropy_polarity.diagnostics.forecast import Forecaster, subsample
 from entropy_polarity.experiments.auditing import (
     held_out_states,
 )
-from entropy_polarity.statistics.agreement import agreement
+from entropy_polarity.statistics.agreement import agreement_of
 from entropy_polarity.tasks.prompts import encoded
 from entropy_polarity.trainers.trl import PolarityTrainer
 from entropy_polarity.trainers.trl.auditing import UpdateAuditor, UpdateForecaster
@@ -49,7 +49,7 @@ def test_in_a_table_of_states_visited_once_the_local_formula_is_perfect():
         tokens = found[-1].tokens
         torch.testing.assert_close(tokens.change, rate * tokens.pressure * tokens.sensitivity, rtol=1e-3, atol=1e-11)
     accounts = [audit.accounts["batch"] for audit in found]
-    said = agreement([(np.array([a.local for a in accounts]), np.array([a.realised for a in accounts]))])
+    said = agreement_of([(np.array([a.local for a in accounts]), np.array([a.realised for a in accounts]))])
     assert said.pearson.value > 1 - 1e-6
     assert said.sign_agreement.value == 1
     assert said.slope.value == pytest.approx(rate / mask.sum().item(), rel=1e-4)

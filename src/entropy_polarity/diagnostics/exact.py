@@ -8,7 +8,7 @@ states,
 
 is its exact first-order effect on that mean, per unit of step size. One backward makes g, and one pair of forward
 passes at θ ± εg makes T* of all tokens at once. Where no parameter is shared, T* = T / N: T is about one state, T*
-about the mean of N. Source: ours. Experimental: its settings and its results may change.
+about the mean of N. Its settings and results may still change. Source: ours.
 """
 
 import math
