@@ -34,8 +34,8 @@ def stats_from_sums(
 
         r = Σ_{v≠m} e^{d_v}    rd = Σ_{v≠m} e^{d_v} d_v    q = Σ_{v≠m} e^{2 d_v}    qd = Σ_{v≠m} e^{2 d_v} d_v
 
-    `d_a` is the sampled token's d; it may be -inf (log p_a = -inf, T = C). Where it is 0, a is taken for m itself, since
-    equal modes can change places. With s = 1 + r and the mean d̄ = rd / s, log p_v + H = d_v - d̄, and
+    `d_a` is the sampled token's d, maybe -inf (log p_a = -inf, T = C). Where it is 0, a is taken for m itself: equal
+    modes can change places. With s = 1 + r and the mean d̄ = rd / s, log p_v + H = d_v - d̄, and
 
         T = -p_a (1 - p_a) (d_a - d̄) + Σ_{v≠a} p_v² (d_v - d̄)
 
@@ -109,7 +109,7 @@ def polarity(
 
 
 def branch_flows(
-    polarity: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None = None
+    polarity: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"] | None = None
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """(D+, D-): expansion and contraction per model token, in nats per unit of step size.
 
@@ -122,18 +122,19 @@ def branch_flows(
     >>> branch_flows(torch.tensor([[0.3, -0.1]]))
     (tensor(0.1500), tensor(0.0500))
     """
-    mask = torch.ones_like(polarity, dtype=torch.bool) if mask is None else mask
-    if mask.shape != polarity.shape:
+    flow, count = finite(polarity), max(1, polarity.numel())
+    if mask is not None and mask.shape != polarity.shape:
         raise ValueError(
             f"branch_flows: polarity has shape {tuple(polarity.shape)} and the mask {tuple(mask.shape)}; "
             "expected one value of each per token"
         )
-    flow, count = torch.where(mask, finite(polarity), 0.0), mask.count_nonzero().clamp(min=1)
+    if mask is not None:
+        flow, count = torch.where(mask, flow, 0.0), mask.count_nonzero().clamp(min=1)
     return flow.clamp(min=0).sum() / count, (-flow).clamp(min=0).sum() / count
 
 
 def predicted_entropy_change(
-    polarity: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None = None
+    polarity: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"] | None = None
 ) -> Float[Tensor, ""]:
     """D+ - D-, the mean of P: the first-order change of the mean entropy, in nats per unit of step size.
 

@@ -1,4 +1,4 @@
-"""The controller `thermostat`: it holds any level or path of the entropy by a Kalman filter of the policy's response."""
+"""The controller `thermostat`: it holds any level or path of the entropy by a Kalman filter of its response."""
 
 import math
 
