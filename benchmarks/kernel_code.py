@@ -58,12 +58,12 @@ class Recorder:
 
 def launches(dtype: torch.dtype, masked: bool, softcap: float | None) -> list[Launch]:
     """What the public functions launch, forward and backward, on tensors without data."""
-    from entropy_polarity.kernels import public, triton
+    from entropy_polarity.kernels import dispatch, public, triton
     from entropy_polarity.kernels.dispatch import Choice
 
     found: list[Launch] = []
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(public, "choose", return_value=Choice("triton", "ahead of time")))
+        patches.enter_context(mock.patch.object(dispatch, "choose", return_value=Choice("triton", "ahead of time")))
         patches.enter_context(mock.patch("torch.is_autocast_enabled", return_value=False))  # knows no "meta"
         for name in [name for name in vars(triton) if name.endswith("_kernel")]:
             patches.enter_context(mock.patch.object(triton, name, Recorder(getattr(triton, name), found)))

@@ -21,14 +21,14 @@ import numpy as np
 from blocks import markdown
 from torch import nn
 
-from entropy_polarity.diagnostics.exact import entropy_gradient
-from entropy_polarity.diagnostics.forecast import Forecaster, dot, followed, moving
+from entropy_polarity.diagnostics.entropy import entropy_gradient, trainable_parameters
+from entropy_polarity.diagnostics.forecast import Forecaster, dot, parameter_change
 from entropy_polarity.experiments.audit_recipe import audit_recipe
 from entropy_polarity.experiments.results import provenance, write_document
 from entropy_polarity.experiments.training import checked, prompts_of, quiet, quiet_trainer, trainer_config
 from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.runs.recipe import DEFAULT_RECIPE, Recipe, with_flags
-from entropy_polarity.statistics.agreement import agreement
+from entropy_polarity.statistics.agreement import agreement_of
 from entropy_polarity.trainers.trl.auditing import UpdateForecaster
 from entropy_polarity.trainers.trl.sequences import joined
 
@@ -37,7 +37,7 @@ FORMULAS = {"shared": "-<g, G>", "forecast": "<ḡ, δ>"}
 
 def parts_of(model: nn.Module) -> dict[str, Callable[[str], bool]]:
     """The parts that are tried, and which parameters belong to each."""
-    layers = sorted({int(name.split(".")[2]) for name, _ in moving(model) if ".layers." in name})
+    layers = sorted({int(name.split(".")[2]) for name in trainable_parameters(model) if ".layers." in name})
     return {
         "all parameters": lambda name: True,
         "embeddings and head": lambda name: "embed_tokens" in name or "lm_head" in name,
@@ -61,16 +61,16 @@ class Parts(UpdateForecaster):
             return
         self.sequences, self._seen = joined(self._seen), []
         model, t = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.temperature
-        self.cheap.look(model, self.sequences, temperature=t)
+        self.cheap.observe(model, self.sequences, temperature=t)
         self.before, g = entropy_gradient(model, self.sequences, temperature=t)
-        self.shared = {n: 0.0 if p.grad is None else -dot(g[n], p.grad) for n, p in moving(model)}
-        self.step = self._open.enter_context(followed(model))
+        self.shared = {n: 0.0 if p.grad is None else -dot(g[n], p.grad) for n, p in trainable_parameters(model).items()}
+        self.step = self._open.enter_context(parameter_change(model))
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self._open.close()
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         after, _ = entropy_gradient(model, self.sequences, temperature=self.trainer.temperature)
-        forecast = {name: dot(part, self.step[name]) for name, part in self.cheap.slope.items()}
+        forecast = {name: dot(part, self.step[name]) for name, part in self.cheap.average_gradient.items()}
         told = {"shared": self.shared, "forecast": forecast}
         sums = {
             formula: {part: sum(v for n, v in values.items() if has(n)) for part, has in parts_of(model).items()}
@@ -98,7 +98,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             (np.array([u[formula][part] for u in run["updates"]]), np.array([u["realised"] for u in run["updates"]]))
             for run in runs
         ]
-        return asdict(agreement(pairs))
+        return asdict(agreement_of(pairs))
 
     return {formula: {part: of(formula, part) for part in runs[0]["updates"][0][formula]} for formula in FORMULAS}
 

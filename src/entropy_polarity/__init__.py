@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from entropy_polarity.diagnostics.exact import Sequences, exact_sensitivity
+    from entropy_polarity.diagnostics.entropy import Sequences
+    from entropy_polarity.diagnostics.exact import exact_sensitivity
     from entropy_polarity.kernels import linear_token_loss, linear_token_stats, token_stats
     from entropy_polarity.maths import branch_flows, polarity, predicted_entropy_change
     from entropy_polarity.methods import METHODS, make_transform
@@ -24,7 +25,7 @@ _HOME = {
     "predicted_entropy_change": "maths",
     "polarity": "maths",
     "exact_sensitivity": "diagnostics.exact",
-    "Sequences": "diagnostics.exact",
+    "Sequences": "diagnostics.entropy",
     "Tokens": "tokens",
     "TokenStats": "tokens",
     "Monitor": "transforms",

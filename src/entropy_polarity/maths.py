@@ -1,13 +1,13 @@
 """The maths of entropy polarity: pure functions, in nats.
 
-At a state with tempered logits z, p = softmax(z) and entropy H, a policy-gradient step on the sampled token a
-with advantage A moves the logits by dz = η A (e_a - p). Since dH/dz_v = -p_v (log p_v + H),
+At a state with tempered logits z, p = softmax(z) and entropy H, a policy-gradient step on the sampled token a with
+advantage A moves the logits by dz = η A (e_a - p). Since dH/dz_v = -p_v (log p_v + H),
 
     dH = η A T + O(η²),    T = C - S_a,    S_a = p_a (log p_a + H),    C = Σ_v p_v² (log p_v + H)
 
-T is the sensitivity; P = w A T is the entropy polarity of the token: P > 0 expands entropy, P < 0 contracts it.
-Source: "Entropy Polarity in Reinforcement Fine-Tuning", arXiv 2605.11775 (its abstract; the closed form of T
-and the factor w are our derivation).
+T is the sensitivity, and P = w A T the entropy polarity of the token: P > 0 expands entropy, P < 0 contracts it.
+Source: "Entropy Polarity in Reinforcement Fine-Tuning", arXiv 2605.11775 (its abstract; the closed form of T and the
+factor w are our derivation).
 """
 
 import torch
@@ -27,15 +27,15 @@ def stats_from_sums(
     q: Float[Tensor, "*N"],
     qd: Float[Tensor, "*N"],
 ) -> TokenStats:
-    """All statistics of a state from four sums over one pass of its logits.
+    """All statistics of a state from four sums over its logits, which one pass gives.
 
     With d = z - max z and m one mode (an argmax), the sums leave m out, so that the small tail of a confident
     distribution is never added to 1 and rounded away:
 
         r = Σ_{v≠m} e^{d_v}    rd = Σ_{v≠m} e^{d_v} d_v    q = Σ_{v≠m} e^{2 d_v}    qd = Σ_{v≠m} e^{2 d_v} d_v
 
-    `d_a` is the sampled token's d (may be -inf: log p_a = -inf, T = C). Where it is 0, a is taken for m itself: equal
-    modes can change places. With s = 1 + r and the mean d̄ = rd / s:  log p_v + H = d_v - d̄, and
+    `d_a` is the sampled token's d, maybe -inf (log p_a = -inf, T = C). Where it is 0, a is taken for m itself: equal
+    modes can change places. With s = 1 + r and the mean d̄ = rd / s, log p_v + H = d_v - d̄, and
 
         T = -p_a (1 - p_a) (d_a - d̄) + Σ_{v≠a} p_v² (d_v - d̄)
 
@@ -87,9 +87,9 @@ def polarity(
 ) -> Float[Tensor, "*N"]:
     """The entropy polarity P = w A T of each token, in nats per unit of step size η.
 
-    `advantages` A and `sensitivity` T have one shape. `ratio` is the importance ratio r (1 when left out) and
-    `clip` the PPO clip (low, high): with it w = `surviving_ratio(r, A, clip)`, without it w = r.
-    Raises ValueError for shapes that differ. Source: arXiv 2605.11775 (sign and first order), ours (w).
+    `advantages` A and `sensitivity` T have one shape. `ratio` is the importance ratio r (1 when left out) and `clip`
+    the PPO clip (low, high): with it w = `surviving_ratio(r, A, clip)`, without it w = r. Raises ValueError for shapes
+    that differ, and for a clip without a ratio. Source: arXiv 2605.11775 (sign and first order), ours (w).
 
     >>> polarity(torch.tensor([1.0, -1.0]), torch.tensor([-0.2, -0.2]))
     tensor([-0.2000,  0.2000])
@@ -98,7 +98,7 @@ def polarity(
         shapes = [tuple(x.shape) for x in (advantages, sensitivity, ratio) if x is not None]
         raise ValueError(
             f"polarity: advantages, sensitivity (and ratio) have shapes {', '.join(map(str, shapes))}; expected "
-            "one value of each a token: repeat a response's advantage over its tokens"
+            "one value of each per token: repeat a response's advantage over its tokens"
         )
     if ratio is None:
         if clip is not None:
@@ -115,28 +115,31 @@ def branch_flows(
 
         D+ = Σ_{P>0} P / N      D- = Σ_{P<0} |P| / N      N = number of model tokens
 
-    Both are >= 0. Tokens whose P is NaN or infinite count in N and flow nowhere. Raises ValueError for a mask of
-    another shape. Source: ours (2605.11491 has the sums).
+    Both are >= 0. `mask` is True at model tokens (default: everywhere); batches with padding need it. Tokens whose P is
+    NaN or infinite count in N and add to neither. Raises ValueError for a mask of another shape. Source: ours (arXiv
+    2605.11491 has the sums).
 
     >>> branch_flows(torch.tensor([[0.3, -0.1]]))
     (tensor(0.1500), tensor(0.0500))
     """
-    mask = torch.ones_like(polarity, dtype=torch.bool) if mask is None else mask
-    if mask.shape != polarity.shape:
+    flow, count = finite(polarity), max(1, polarity.numel())
+    if mask is not None and mask.shape != polarity.shape:
         raise ValueError(
             f"branch_flows: polarity has shape {tuple(polarity.shape)} and the mask {tuple(mask.shape)}; "
-            "expected one value of each a token"
+            "expected one value of each per token"
         )
-    flow, count = torch.where(mask, finite(polarity), 0.0), mask.count_nonzero().clamp(min=1)
+    if mask is not None:
+        flow, count = torch.where(mask, flow, 0.0), mask.count_nonzero().clamp(min=1)
     return flow.clamp(min=0).sum() / count, (-flow).clamp(min=0).sum() / count
 
 
 def predicted_entropy_change(
     polarity: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"] | None = None
 ) -> Float[Tensor, ""]:
-    """D+ - D-: the first-order change of the mean entropy per unit of step size, in nats (mean of P).
+    """D+ - D-, the mean of P: the first-order change of the mean entropy, in nats per unit of step size.
 
-    It leaves out the learning rate and what shared parameters add: compare its sign and its changes.
+    It leaves out the learning rate and the effect of shared parameters: compare its sign and its changes. Everything
+    else is as in `branch_flows`.
 
     >>> predicted_entropy_change(torch.tensor([[0.3, -0.1]]))
     tensor(0.1000)

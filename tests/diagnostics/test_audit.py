@@ -10,12 +10,12 @@ from test_exact import Table, batch, embedded, log_probs, tiny
 from test_trl import make_trainer
 
 from entropy_polarity.diagnostics.audit import audited
-from entropy_polarity.diagnostics.exact import Sequences, entropy_gradient
-from entropy_polarity.diagnostics.forecast import Forecaster, spaced
+from entropy_polarity.diagnostics.entropy import Sequences, entropy_gradient
+from entropy_polarity.diagnostics.forecast import Forecaster, subsample
 from entropy_polarity.experiments.auditing import (
     held_out_states,
 )
-from entropy_polarity.statistics.agreement import agreement
+from entropy_polarity.statistics.agreement import agreement_of
 from entropy_polarity.tasks.prompts import encoded
 from entropy_polarity.trainers.trl import PolarityTrainer
 from entropy_polarity.trainers.trl.auditing import UpdateAuditor, UpdateForecaster
@@ -49,7 +49,7 @@ def test_in_a_table_of_states_visited_once_the_local_formula_is_perfect():
         tokens = found[-1].tokens
         torch.testing.assert_close(tokens.change, rate * tokens.pressure * tokens.sensitivity, rtol=1e-3, atol=1e-11)
     accounts = [audit.accounts["batch"] for audit in found]
-    said = agreement([(np.array([a.local for a in accounts]), np.array([a.realised for a in accounts]))])
+    said = agreement_of([(np.array([a.local for a in accounts]), np.array([a.realised for a in accounts]))])
     assert said.pearson.value > 1 - 1e-6
     assert said.sign_agreement.value == 1
     assert said.slope.value == pytest.approx(rate / mask.sum().item(), rel=1e-4)
@@ -222,12 +222,12 @@ def test_a_forecast_of_all_sequences_is_the_exact_level_and_of_some_that_of_thes
     assert one_update(model, sequences, optimizer, c).accounts["batch"].forecast is None
 
 
-def test_a_forecaster_averages_the_slopes_that_it_saw():
+def test_a_forecaster_averages_the_gradients_that_it_observed():
     model, forecaster, slopes = tiny(), Forecaster(1.0, 0.75, every=2), []
     for seed in range(6):
         if seed % 2 == 0:
             slopes.append(entropy_gradient(model, batch(seed=seed))[1])
-        with forecaster.foretold(model, batch(seed=seed)) as forecast:
+        with forecaster.forecasting(model, batch(seed=seed)) as forecast:
             assert math.isnan(forecast.change)
             with torch.no_grad():
                 for p in model.parameters():
@@ -247,12 +247,12 @@ def test_a_share_is_taken_of_sequences_that_have_something():
     sequences = batch(rows=8)
     mask = sequences.mask.clone()
     mask[[0, 2]] = False
-    kept = spaced(sequences._replace(mask=mask), 1 / 3).input_ids
+    kept = subsample(sequences._replace(mask=mask), 1 / 3).input_ids
     assert torch.equal(kept, sequences.input_ids[[1, 5]])
-    assert len(spaced(sequences, 1e-3).mask) == 1
+    assert len(subsample(sequences, 1e-3).mask) == 1
     for share in (0.0, 1.5, -1.0):
         with pytest.raises(ValueError, match=f"share is {share}; expected a part"):
-            spaced(sequences, share)
+            subsample(sequences, share)
 
 
 def test_a_state_is_the_text_before_a_token_wherever_the_padding_is():

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from entropy_polarity import token_stats
-from entropy_polarity.diagnostics.exact import Parameters, Sequences, entropy_gradient, exact_sensitivity
+from entropy_polarity.diagnostics.entropy import Parameters, Sequences, entropy_gradient
+from entropy_polarity.diagnostics.exact import exact_sensitivity
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.trainers.trl.sequences import exact_sensitivity_of
 

@@ -14,7 +14,8 @@ from mpmath import mp
 from oracle import ABSOLUTE, RELATIVE, Exact, assert_accurate, assert_gradient
 
 from entropy_polarity.kernels import chunked, cpu, linear_token_loss, linear_token_stats, public, token_stats
-from entropy_polarity.kernels.dispatch import engine
+from entropy_polarity.kernels.dispatch import engine_named
+from entropy_polarity.kernels.engine import Tile
 from entropy_polarity.kernels.reference import reference_token_stats
 from entropy_polarity.kernels.state import Head, empty_state, finish, merge
 from entropy_polarity.tokens import TokenStats
@@ -50,7 +51,7 @@ IN_TORCH = chunked.Chunked()
 
 
 def engine_of(run: Runs):
-    return IN_TORCH if run.in_torch else engine(run.name, run.device)
+    return IN_TORCH if run.in_torch else engine_named(run.name, run.device)
 
 
 on_every_engine = pytest.mark.parametrize("run", ENGINES)
@@ -60,14 +61,14 @@ on_every_engine = pytest.mark.parametrize("run", ENGINES)
 def _in_torch(request, monkeypatch):
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if "run" in parameters and parameters["run"].in_torch:
-        monkeypatch.setattr(public, "engine", lambda name, device: IN_TORCH)
+        monkeypatch.setattr(public, "engine_for", lambda *given: IN_TORCH)
 
 
 def set_blocks(monkeypatch, size: int) -> None:
     """Blocks and tiles of so many columns: what happens between blocks happens in short rows, too."""
-    for name, value in {"TILE_ELEMENTS": 2 * size, "TILE_COLUMNS": size, "DOT": size // 2, "SERIAL": size}.items():
+    for name, value in {"PIECE_ELEMENTS": 2 * size, "PIECE_WIDTH": size, "DOT": size // 2, "SERIAL": size}.items():
         monkeypatch.setattr(cpu, name, value)
-    for name, value in {"TILE_ELEMENTS": 2 * size, "PRODUCT_ROWS": 3}.items():
+    for name, value in {"CHUNK_ELEMENTS": 2 * size, "PRODUCT_ROWS": 3}.items():
         monkeypatch.setattr(chunked, name, value)
     if HAS_TRITON:
         from entropy_polarity.kernels import triton
@@ -180,11 +181,11 @@ def by_tiles(run, logits, tokens, on_logp, on_entropy, temperature=1.0, width=BL
     """`Engine.fold`, tile by tile: how the linear functions call it, for rows that no product can make."""
     z, tokens, kernel, head = logits.to(run.device), tokens.to(run.device), engine_of(run), Head(temperature)
     state, _ = empty_state(len(z), torch.float32, z.device)
-    columns = torch.full((len(TokenStats._fields), len(z)), 7.0, device=z.device)
+    stats = torch.full((len(TokenStats._fields), len(z)), 7.0, device=z.device)
     for start in range(0, z.shape[1], width):
-        tile = z[:, start : start + width].clone()
-        kernel.fold(tile, tokens, start, head, state, columns if start + width >= z.shape[1] else None, keep=False)
-    return Result(TokenStats(*columns))
+        tile = Tile(z[:, start : start + width].clone(), tokens, head, start)
+        kernel.fold(tile, state, stats if start + width >= z.shape[1] else None, keep=False)
+    return Result(TokenStats(*stats))
 
 
 def _identity(run: Runs, logits: torch.Tensor, frozen: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1083,12 +1084,23 @@ def minus_logp(stats, rows):
     return -stats.logp.sum()
 
 
+@pytest.fixture
+def no_memory_is_left_as_it_was():
+    """What is not filled is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("no_memory_is_left_as_it_was")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @on_every_engine
-def test_no_rows_go_through_every_head(run):
-    weight = torch.randn(5, 3)
+def test_no_rows_go_through_every_head(run, dtype):
+    weight = torch.randn(5, 3, dtype=dtype)
     none = torch.zeros(0, dtype=torch.long)
     for mode in ("recompute", "frozen", "callback"):
-        stats, gradients = through_the_head(run, mode, torch.randn(0, 3), weight, none, torch.zeros(2, 0))
+        hidden = torch.randn(0, 3, dtype=dtype)
+        stats, gradients = through_the_head(run, mode, hidden, weight, none, torch.zeros(2, 0))
         assert [field.shape for field in stats] == [(0,)] * 7
         assert gradients["hidden"].shape == (0, 3)
         if mode != "frozen":
@@ -1099,7 +1111,7 @@ def test_no_rows_go_through_every_head(run):
 
 
 def state_of(z: torch.Tensor, sampled: float = -inf, temperature: float = 1.0) -> torch.Tensor:
-    """The state (6, 1) of columns (V,), from its definition in kernels/state.py."""
+    """The state (6, 1) of logits (V,), from its definition in kernels/state.py."""
     if not len(z) or z.max() == -inf:
         return torch.tensor([[-inf, 0, 0, 0, 0, sampled]], dtype=torch.float64).t()
     mode = int(z.argmax())
@@ -1149,7 +1161,8 @@ def test_a_broken_part_makes_its_row_nan_and_no_other(broken, order):
         parts = []
         for start, stop in ((0, 1), (1, 2), (2, 4)):
             state, _ = empty_state(1, torch.float64, z.device)
-            engine("chunked", "cpu").fold(z[:, start:stop], torch.tensor([3]), start, Head(), state, None, keep=True)
+            tile = Tile(z[:, start:stop], torch.tensor([3]), Head(), start)
+            engine_named("chunked", "cpu").fold(tile, state, None, keep=True)
             parts.append(state)
         states.append(torch.stack([parts[i] for i in order]))
     stats = finish(merge(torch.cat(states, -1), Head()), Head())
@@ -1159,15 +1172,15 @@ def test_a_broken_part_makes_its_row_nan_and_no_other(broken, order):
 @on_every_engine
 @small
 def test_a_vocabulary_split_over_ranks_gives_the_statistics_of_the_whole(run):
-    """Each rank folds its own columns into a state of its own; the states merge in the order they arrive in."""
+    """Each rank folds its own vocabulary slice into a state; the states merge in the order they arrive in."""
     logits, tokens, names = stacked(
         dict(itertools.islice(finite_rows(WIDTH).items(), 0, None, 4)) | rows_with_infinities(WIDTH)
     )
     states = []
     for start, stop in ((21, WIDTH), (0, BLOCK + 4), (BLOCK + 4, 21)):
-        tile = logits[:, start:stop].to(run.device, copy=True)
-        state, _ = empty_state(len(logits), torch.float32, tile.device)
-        engine_of(run).fold(tile, tokens.to(run.device), start, Head(), state, None, keep=False)
+        tile = Tile(logits[:, start:stop].to(run.device, copy=True), tokens.to(run.device), Head(), start)
+        state, _ = empty_state(len(logits), torch.float32, tile.logits.device)
+        engine_of(run).fold(tile, state, None, keep=False)
         states.append(state)
     stats = TokenStats(*finish(merge(torch.stack(states), Head()), Head()))
     assert_accurate(stats, Exact(logits, tokens), names)

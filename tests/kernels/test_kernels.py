@@ -93,7 +93,7 @@ BYTES_A_ROW = 100
 def test_the_memory_beside_the_logits_does_not_grow_with_the_rows():
     logits, tokens = torch.randn(4096, 4096), torch.randint(4096, (4096,))
     peaks = [peak_memory(lambda n=n: token_stats(logits[:n], tokens[:n])) for n in (512, 4096)]
-    assert peaks[0] > 4 * cpu.TILE_ELEMENTS  # the measurement sees the chunk
+    assert peaks[0] > 4 * cpu.PIECE_ELEMENTS  # the measurement sees the chunk
     assert peaks[1] - peaks[0] <= BYTES_A_ROW * (4096 - 512)
     assert peaks[1] <= 16 * 2**20  # the budget of the design
 
@@ -454,15 +454,17 @@ def test_without_triton_cuda_tensors_are_served_by_torch_and_the_reason_is_told(
     monkeypatch.delenv("PAPO_KERNEL", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert choose(CUDA, torch.bfloat16) == ("chunked", "triton is not installed (pip install triton)")
-    with pytest.raises(ValueError, match=r"implementation='triton' cannot be had: triton is not installed"):
+    with pytest.raises(
+        ValueError, match=r"implementation='triton' cannot serve these tensors: triton is not installed"
+    ):
         choose(CUDA, torch.bfloat16, "triton")
 
 
 @pytest.mark.parametrize(
     ("dtype", "told"),
     [
-        (torch.float32, "PAPO_KERNEL=triton cannot be had: the tensors are on cpu"),
-        (torch.float64, "PAPO_KERNEL=triton cannot be had: .* float64 needs chunked"),
+        (torch.float32, "PAPO_KERNEL=triton cannot serve these tensors: the tensors are on cpu"),
+        (torch.float64, "PAPO_KERNEL=triton cannot serve these tensors: .* float64 needs chunked"),
     ],
 )
 @needs_triton

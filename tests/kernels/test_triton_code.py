@@ -82,6 +82,7 @@ def test_no_kernel_of_any_kind_spills_or_takes_more_than_128_registers():
 ODD_SHAPES = """
 import functools, torch, kernel_code
 import entropy_polarity.kernels.triton as module
+from entropy_polarity.kernels.engine import Tile
 from entropy_polarity.kernels.state import Head
 
 launches = []
@@ -90,14 +91,13 @@ for name in [name for name in vars(module) if name.endswith("_kernel")]:
 engine, empty = module.Triton(), functools.partial(torch.empty, device="meta")
 
 def step(logits, rows, masked=False, softcap=None):
-    width, head = logits.shape[-1], Head(softcap=softcap)
-    tokens, state, columns = empty(rows, dtype=torch.int64), empty(6, rows), empty(7, rows)
+    tokens, state, stats = empty(rows, dtype=torch.int64), empty(6, rows), empty(7, rows)
     mask = empty(rows, dtype=torch.bool) if masked else None
-    engine.statistics(logits, tokens, mask, head, state, columns)
-    out = empty(rows, width, dtype=logits.dtype)
-    engine.gradient(logits, tokens, mask, 0, head, state[0], empty(3, rows), out)
+    tile = Tile(logits, tokens, Head(softcap=softcap), mask=mask)
+    engine.statistics(tile, state, stats)
+    engine.gradient(tile, state[0], empty(3, rows), empty(rows, logits.shape[-1], dtype=logits.dtype))
     if logits.dim() == 2:
-        engine.fold(logits, tokens, 1, head, state, columns, keep=False)
+        engine.fold(tile._replace(start=1, mask=None), state, stats, keep=False)
 
 step(empty(1, 1), 1)
 step(empty(7, 1, dtype=torch.bfloat16), 7, masked=True, softcap=3.0)

@@ -1,19 +1,18 @@
-"""The thermostat: any level or path of the entropy, held by a Kalman filter that learns what a weight does."""
+"""The controller `thermostat`: it holds any level or path of the entropy by a Kalman filter of its response."""
 
 import math
-from typing import Literal
 
 import numpy as np
 
-from entropy_polarity.controllers.core import Controller, Metrics, Observation, State, check_gain, clip, entropy_path
-from entropy_polarity.support.errors import check_range
+from entropy_polarity.controllers.core import Controller, Metrics, Observation, State, clip
+from entropy_polarity.controllers.settings import Path, check_ranges, entropy_path
 
-# What is believed before anything was seen, in parts of the first entropy: all pressure on one side moves the entropy
-# by a twentieth of it in a rollout, give or take as much, and without pressure it drifts by up to a fiftieth.
-# A response under the floor is taken for the floor.
+# The prior, in parts of the first entropy: all pressure on one side moves the entropy by a twentieth of it in a
+# rollout, give or take as much, and without pressure it drifts by up to a fiftieth. A response below the floor is taken
+# for the floor.
 RESPONSE, DRIFT, FLOOR = 0.05, 0.02, 0.01
-# How far the policy's entropy, the response and the drift wander in a rollout: in standard errors of the
-# measurement, in parts of the response, and in standard errors.
+# How far the policy's entropy, the response and the drift wander in a rollout: in standard errors of the measurement,
+# in parts of the prior response, and in standard errors.
 WANDER = (0.25, 0.03, 0.1)
 
 
@@ -22,40 +21,38 @@ def thermostat(
     lambda_max: float = 0.8,
     level: float | None = None,
     fraction: float | None = None,
-    path: Literal["constant", "linear", "cosine"] = "constant",
+    path: Path = "constant",
     horizon: int = 0,
     memory: float = 0.8,
 ) -> Controller:
-    """Bring the entropy to any level or path and hold it there, learning on the way what a weight does. Batch.
+    """Bring the entropy to any level or path and hold it there, learning on the way how the policy responds. Batch.
 
-    The policy's own entropy h, seen through H_k = h_k + noise (whose relative standard error is pooled over about ten
-    rollouts), is taken to answer to the net flow as a share of the total flow, u = net / (D+ + D-) (an optimiser that
-    normalises its step answers to the balance of the flows, not to their size), through the optimiser's momentum:
+    The policy's own entropy h is observed as H_k = h_k + noise, whose relative standard error is pooled over about ten
+    rollouts. It is taken to respond to the net flow as a share of the total flow, u = net / (D+ + D-) (an optimiser
+    that normalises its step responds to the balance of the flows, not to their size), through the optimiser's momentum:
 
         m_{k+1} = ρ m_k + (1 - ρ) u_k        h_{k+1} = h_k + κ m_{k+1} + b
 
-    ρ is `memory`: Adam's β1 to the power of the updates a rollout (0.81 for two), 0 for an optimiser without momentum.
-    A Kalman filter estimates (h, κ, b) from the levels H_k: one-step differences carry noise several times the drift.
-    κ and b may wander slowly, and κ is left alone without excitation; u_k is the flow achieved within the clip, so
-    nothing winds up at it. Where momentum will carry h, c = h + (κ m + b) a with a = ρ / (1 - ρ), obeys
-    c' = c + κ u + b without lag, so that is what is steered, along the path a rollouts ahead: the flow asked for goes
-    with the path and removes the part `gain` of the error,
+    ρ is `memory`: Adam's β1 to the power of the updates per rollout (0.81 for two), 0 for an optimiser without
+    momentum. A Kalman filter estimates (h, κ, b) from the levels H_k, since one-step differences carry noise several
+    times the drift. κ and b may wander slowly, and κ is left alone without excitation; u_k is the flow achieved within
+    the clip, so nothing winds up at it. The entropy that momentum will carry h to, c = h + (κ m + b) a with
+    a = ρ / (1 - ρ), obeys c' = c + κ u + b without lag. It is c, then, that is steered, along the path a rollouts
+    ahead: the flow asked for follows the path and removes the part `gain` of the error,
 
         u = (gain (H_ref(k+a) - c) + H_ref(k+a+1) - H_ref(k+a) - b) / (κ + σ_κ² / κ)
         λ = (x - F) / (G - x m_A),      x = u (D+ + D-),  F = D+ - D-,  m_A the `tilt`
 
-    which makes the predicted net flow of the reweighted batch x, |λ| <= `lambda_max`. σ_κ, the filter's own doubt about
-    κ, makes it cautious (Åström and Wittenmark, Adaptive Control). H_ref is as in `reference`, but H_0
-    itself where neither `level` nor `fraction` is given, and there from the start unless `path` says otherwise. Source:
-    ours.
+    which makes the predicted net flow of the reweighted batch x, with |λ| <= `lambda_max`. σ_κ, the filter's own
+    uncertainty about κ, makes it cautious (Åström and Wittenmark, Adaptive Control). H_ref is as in `reference`, but
+    H_0 itself where neither `level` nor `fraction` is given, and constant unless `path` says otherwise. Source: ours.
 
     >>> law = thermostat(level=0.5)
     >>> lam, state, _ = law.update(Observation(0.3, 0.1, 0.1, entropy_error=0.01), law.init())
     >>> lam > 0
     True
     """
-    check_gain(gain, lambda_max)
-    check_range("thermostat", "memory", memory, 0, 0.99)
+    check_ranges("thermostat", gain=gain, lambda_max=lambda_max, memory=memory)
     wanted = entropy_path("thermostat", level, fraction, path, horizon)
 
     def init() -> State:
@@ -66,14 +63,14 @@ def thermostat(
             return 0.0, state | {"k": state["k"] + 1}, {}
         first = observed.entropy if state["first_entropy"] is None else state["first_entropy"]
         noise = _pooled_noise(state, observed)
-        # Of the filtered entropy: a reading that is low by chance must not be believed for it.
+        # Relative to the filtered entropy: a reading that is low by chance must not be trusted more for it.
         error = math.sqrt(noise) * (observed.entropy if state["mean"] is None else max(state["mean"][0], 1e-3 * first))
         mean, covariance = _filtered(state, observed.entropy, error, first)
         entropy, response, drift = mean
-        ahead = memory / (1 - memory)  # rollouts that momentum is worth
+        ahead = memory / (1 - memory)  # the rollouts for which momentum carries on
         coasting = entropy + (response * state["momentum"] + drift) * ahead
         target, following_target = (wanted(state["k"] + ahead + step, first) for step in (0, 1))
-        # Cautious: dividing by a response that is small, or hardly known, would turn noise into pressure.
+        # Dividing by a response that is small, or hardly known, would turn noise into pressure.
         uncertainty = covariance[1, 1]
         divisor = max(response, FLOOR * first)
         divisor += uncertainty / divisor
@@ -99,14 +96,14 @@ def thermostat(
 
 
 def _pooled_noise(state: State, observed: Observation) -> float:
-    """The relative variance of a reading: few prompts estimate it badly, so that of about ten rollouts is averaged."""
+    """The relative variance of a reading, averaged over about ten rollouts: a few prompts estimate it badly."""
     error = observed.entropy_error
     relative = 0.05 if error is None or not error > 0 else min(1.0, error / observed.entropy)
     return relative**2 if state["noise"] is None else state["noise"] + 0.1 * (relative**2 - state["noise"])
 
 
 def _filtered(state: State, entropy: float, error: float, first: float) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of (h, κ, b) after one more rollout: a step of the Kalman filter."""
+    """The mean and covariance of (h, κ, b) after one more rollout: a step of the Kalman filter."""
     prior = np.array([error, RESPONSE * first, DRIFT * first])
     if state["mean"] is None:
         return np.array([entropy, prior[1], 0.0]), np.diag(prior**2)
@@ -119,7 +116,7 @@ def _filtered(state: State, entropy: float, error: float, first: float) -> tuple
 
 
 def _lambda_for(asked: float, observed: Observation, lambda_max: float) -> tuple[float, float]:
-    """The λ that makes the net flow the `asked` share of the total flow, and the share it makes within the clip."""
+    """The λ that makes the net flow the share `asked` of the total flow, and the share it reaches within the clip."""
     total = observed.positive_flow + observed.negative_flow
     net, tilt = observed.positive_flow - observed.negative_flow, observed.tilt
     per_lambda = total if observed.signed_flow is None else observed.signed_flow

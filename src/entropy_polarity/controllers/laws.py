@@ -1,21 +1,11 @@
-"""The simple laws: λ held, against the trend, towards a reference, and to balanced flows."""
+"""The simple laws: λ held fixed, against the trend, towards a reference, and to balanced flows."""
 
 import math
-from typing import Literal
 
-from entropy_polarity.controllers.core import (
-    LAMBDA_LIMIT,
-    Controller,
-    Metrics,
-    Observation,
-    State,
-    check_gain,
-    clip,
-    entropy_path,
-)
-from entropy_polarity.support.errors import check_range
+from entropy_polarity.controllers.core import Controller, Metrics, Observation, State, clip
+from entropy_polarity.controllers.settings import Path, check_ranges, entropy_path
 
-# Where `reference` leads the entropy unless told, in parts of the first one: 0.35 nats of the embedded policy's 0.59.
+# Where `reference` leads the entropy by default, as a part of the first: to 0.35 nats of the embedded policy's 0.59.
 FRACTION = 0.6
 
 
@@ -25,27 +15,23 @@ def constant(lambda_: float = 0.0) -> Controller:
     >>> constant(0.3).update(Observation(1.0, 0.1, 0.2), {})
     (0.3, {}, {})
     """
-    if not abs(lambda_) <= LAMBDA_LIMIT:
-        raise ValueError(f"lambda_ is {lambda_}; expected at most {LAMBDA_LIMIT} in size: no branch may be silenced")
+    check_ranges("constant", lambda_=lambda_)
     return Controller(dict, lambda observed, state: (lambda_, state, {}), causal=True, start=lambda_)
 
 
 def trend(gain: float = 5.0, lambda_max: float = 0.5, fast: float = 3.0, slow: float = 20.0) -> Controller:
     """Lean against the entropy's own trend: λ = clip(gain (slow - fast) / slow, ±lambda_max).
 
-    `fast` and `slow` are moving averages of H over about that many rollouts (rates 1 / fast and 1 / slow).
-    Entropy falling: fast < slow, λ > 0, pressure moves to expansion. Causal.
-    Source: the most literal reading of the abstract of arXiv 2605.11775; law and constants are our
-    reconstruction.
+    `fast` and `slow` are moving averages of H over about that many rollouts (rates 1 / fast and 1 / slow). While the
+    entropy falls, fast < slow, so λ > 0 and pressure moves to expansion. Causal. Source: the most literal reading of
+    the abstract of arXiv 2605.11775; law and constants are our reconstruction.
 
     >>> law = trend()
     >>> _, state, _ = law.update(Observation(1.0, 0, 0), law.init())
     >>> law.update(Observation(0.8, 0, 0), state)[0] > 0
     True
     """
-    check_gain(gain, lambda_max)
-    check_range("trend", "fast", fast, 1)
-    check_range("trend", "slow", slow, fast)
+    check_ranges("trend", gain=gain, lambda_max=lambda_max, fast=fast, slow=slow)
 
     def init() -> State:
         return {"fast": None, "slow": None}
@@ -70,14 +56,14 @@ def reference(
     lambda_max: float = 0.8,
     level: float | None = None,
     fraction: float | None = None,
-    path: Literal["constant", "linear", "cosine"] = "linear",
+    path: Path = "linear",
     horizon: int = 50,
 ) -> Controller:
     """Lead the entropy to a level and hold it there: λ = clip(gain (H_ref(k) - H_k) / H_ref(k), ±lambda_max).
 
     The reference ends at `level` nats, or at `fraction` of the first rollout's entropy H_0 (give one; with neither it
-    is 0.6 H_0). `path` "linear" and "cosine" go from H_0 to it over `horizon` rollouts and stay; "constant" is there
-    from the start, and has no use for the horizon. Causal. Source: our reconstruction.
+    is 0.6 H_0). `path` "linear" and "cosine" lead from H_0 to it over `horizon` rollouts and stay; "constant" is there
+    from the start, whatever the horizon. Causal. Source: our reconstruction.
 
     >>> law = reference(gain=2.0, level=0.5, path="constant")
     >>> round(law.update(Observation(0.4, 0, 0), law.init())[0], 6)
@@ -85,7 +71,7 @@ def reference(
     """
     if level is None and fraction is None:
         fraction = FRACTION
-    check_gain(gain, lambda_max)
+    check_ranges("reference", gain=gain, lambda_max=lambda_max)
     wanted = entropy_path("reference", level, fraction, path, horizon)
 
     def init() -> State:
@@ -103,7 +89,7 @@ def reference(
 
 
 def balance(lambda_max: float = 0.8) -> Controller:
-    """Zero predicted net flow on this very batch: λ = clip((D- - D+) / G, ±lambda_max).
+    """Make the predicted net flow of this very batch zero: λ = clip((D- - D+) / G, ±lambda_max).
 
     G is what a unit of λ adds to the flow: D- + D+ with the hard sign, from D+ (1 + λ) = D- (1 - λ). With one branch
     empty there is nothing to balance: λ = 0. Batch.
@@ -112,7 +98,7 @@ def balance(lambda_max: float = 0.8) -> Controller:
     >>> round(balance().update(Observation(1.0, 0.1, 0.3), {})[0], 6)
     0.5
     """
-    check_gain(0.0, lambda_max)
+    check_ranges("balance", lambda_max=lambda_max)
 
     def update(observed: Observation, state: State) -> tuple[float, State, Metrics]:
         positive, negative = observed.positive_flow, observed.negative_flow

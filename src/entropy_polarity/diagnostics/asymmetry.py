@@ -1,9 +1,9 @@
 """The asymmetry of entropy polarity: which tokens contract the entropy when reinforced, and where the border lies.
 
 The abstract (arXiv 2605.11775) says that reinforcing a probable token contracts the entropy, and that expansion needs
-rare tokens or a stronger correction. In T = C - p_a (log p_a + H) it reads: S(p) = p (log p + H) is negative below
-e^{-H} and grows above it, and C >= 0. So for a state with C and H there is one threshold p* >= e^{-H}, with T > 0 for
-p_a < p* and T < 0 above. Everything here is plain arrays; nats. Source: the statement is the paper's, the rest ours.
+rare tokens or a stronger correction. In T = C - p_a (log p_a + H) this reads: S(p) = p (log p + H) is negative below
+e^{-H} and grows above it, and C >= 0. So a state with C and H has one threshold p* >= e^{-H}, with T > 0 for p_a < p*
+and T < 0 above. All functions take plain arrays, in nats. Source: the statement is the paper's, the rest ours.
 """
 
 from typing import Any
@@ -19,8 +19,8 @@ def threshold(entropy: Float[np.ndarray, "*N"], correction: Float[np.ndarray, "*
 
         p* = e^{W - H},    W e^W = C e^H,    W >= 0
 
-    (u = log p + H turns the equation into u e^u = C e^H; W is Lambert's function, found here by Newton's method.) May
-    be above 1: then no token of that state contracts it. Raises ValueError for negative C.
+    (u = log p + H turns the equation into u e^u = C e^H; W is Lambert's function, found here by Newton's method.) Where
+    p* is above 1, no token of that state contracts it. Raises ValueError for negative C.
 
     >>> threshold(np.log([4.0]), np.zeros(1)).round(6)
     array([0.25])
@@ -44,10 +44,10 @@ def by_probability(
     sensitivity: Float[np.ndarray, " N"],
     change: Float[np.ndarray, " N"] | None = None,
 ) -> list[dict[str, Any]]:
-    """What each tenth of the tokens does, by the sign of A: one row each, from the rarest tokens to the most probable.
+    """The polarity of each tenth of the tokens, from the rarest to the most probable: one row per tenth and sign of A.
 
-    from, to      the lowest and the highest p_a of the tenth: it is one by rank, and many tokens may have p_a = 1
-    share         of all tokens with A ≠ 0
+    from, to      the lowest and the highest p_a of the tenth; tenths are by rank, and many tokens may have p_a = 1
+    share         the row's share of all tokens with A ≠ 0
     contracting   share of the row's tokens with P = A T < 0
     expansion, contraction   the row's share of Σ|P| over all tokens, by the sign of P
     change        mean change of the row's own states where `change` is given, in nats
@@ -84,13 +84,12 @@ def family_sensitivity(
 ) -> Float[np.ndarray, "*N"]:
     """T of a token with probability p at a state of that entropy, the other tokens being of one family.
 
-    p and H alone do not fix T: C is about the others too. They have probabilities (1 - p) r with
+    p and H alone do not fix T, since C depends on the other tokens too. They have probabilities (1 - p) r with
 
         "even"   r = 1/m on m of them            "zipf"   r_i ∝ i^-s, i = 1 ... V - 1
 
-    and m or s such that the entropy is the one asked for: H = h(p) + (1 - p) H(r), h(p) the binary entropy.
-    NaN where no such distribution is: H too low or too high for p. Raises ValueError for another `tail`, or a
-    vocabulary below 3. Source: ours.
+    and m or s such that the entropy is H = h(p) + (1 - p) H(r), h(p) the binary entropy. NaN where no such distribution
+    exists: H is too low or too high for p. Raises ValueError for another `tail`, or a vocabulary below 3. Source: ours.
 
     >>> family_sensitivity(np.array([0.9, 0.01]), np.array([0.5, 0.5]), vocabulary=32).round(4)
     array([-0.0441,  0.3226])
@@ -118,9 +117,9 @@ def _even(others: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _zipf(others: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same for r_i ∝ i^-s, s from so steep that one token is left to none.
+    """The same for r_i ∝ i^-s, with s from so steep that one token has all the mass down to 0.
 
-    High ranks are taken in blocks, so narrow that i^-s is a straight line in them: a long vocabulary costs no more.
+    High ranks are taken in blocks so narrow that i^-s is a straight line in them: a long vocabulary costs no more.
     """
     edges = np.unique(np.geomspace(1, others + 1, 4000).astype(int))
     count, log_rank = np.diff(edges), np.log((edges[1:] + edges[:-1] - 1) / 2)

@@ -1,8 +1,7 @@
-"""The audit of an update: what was foretold of the mean entropy, and what came.
+"""The audit of an update: what theory and forecast say of the mean entropy, against what the step does to it.
 
 An optimiser step moves the parameters by δ, with G the gradient of the loss that it was given: clipped, where a trainer
-clips. Accounts of what δ does to the mean entropy over N states, each of which leaves out less than the one
-before:
+clips. These are accounts of what δ does to the mean entropy over N states; each leaves out less than the one before:
 
     local            Σ_t c_t T_t             every state on its own; c_t is w A_t times the token's share of the loss
     shared           -<g, G>                 all tokens move the same parameters
@@ -16,9 +15,9 @@ was visited m times each term counts m times (a step on it moves all m of its pl
 
 And a forecast that is cheap enough for every update of a training:
 
-    forecast         <ḡ, δ>                  the step that was made, ḡ from a few sequences an update: forecast.py
+    forecast         <ḡ, δ>                  the step that was made, ḡ from a few sequences of each update: forecast.py
 
-Source: ours; the local formula is the paper's polarity (arXiv 2605.11775) as polarity.py has it.
+Source: ours; the local formula is the paper's polarity (arXiv 2605.11775) as maths.py has it.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,23 +29,27 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from entropy_polarity.diagnostics.exact import (
+from entropy_polarity.diagnostics.entropy import (
     CHUNK_BYTES,
     Parameters,
     Sequences,
     entropy_gradient,
-    exact_sensitivity,
     sequence_stats,
+    trainable_parameters,
 )
-from entropy_polarity.diagnostics.forecast import Forecaster, followed, inner, moving
+from entropy_polarity.diagnostics.exact import exact_sensitivity
+from entropy_polarity.diagnostics.forecast import Forecaster, inner_product, parameter_change
 
 LEVELS = ("local", "shared", "preconditioned", "exact")
 
 
 @dataclass(frozen=True)
 class Account:
-    """One update seen on one set of states: the levels above. `entropy` is their mean entropy before it, in nats;
-    `preconditioned` is None for an optimiser that is not known here."""
+    """The accounts of one update, as above, on one set of states.
+
+    `entropy` is the mean entropy of the states before the update, in nats; `preconditioned` is None for an optimiser
+    whose metric is not known here, `forecast` None without a forecaster.
+    """
 
     entropy: float
     local: float
@@ -58,8 +61,11 @@ class Account:
 
 
 class TokenAccount(NamedTuple):
-    """The sampled tokens of an update, one row each; `pressure` is c, `change` what became of that state's entropy, and
-    `state` a number that tokens after the same text share."""
+    """The sampled tokens of an update, one value per token.
+
+    `pressure` is c, `change` the realised change of the entropy of the token's state, in nats, and `state` a number
+    that tokens after the same text share; the rest is as in TokenStats and `exact_sensitivity`, before the update.
+    """
 
     p: Float[Tensor, " N"]
     entropy: Float[Tensor, " N"]
@@ -73,8 +79,10 @@ class TokenAccount(NamedTuple):
 
 @dataclass
 class Audit:
-    """What `audited` found, once its block is left: by set of states, and by token. `momentum` is the optimiser's: the
-    share of the last step's direction in this one's; None for one that is not known here."""
+    """The result of `audited`: accounts by set of states, and the tokens; filled in when its block is left.
+
+    `momentum` is the share of the last step's direction in this one's; None for an optimiser that is not known here.
+    """
 
     accounts: dict[str, Account] = field(default_factory=dict)
     tokens: TokenAccount | None = None
@@ -93,66 +101,56 @@ def audited(
     temperature: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Iterator[Audit]:
-    """Audit the optimiser step that is made inside the block; gradients must be there and still be there after it.
+    """Audit the optimiser step inside the block; gradients must be there before it and still be there after it.
 
         with audited(model, optimizer, sequences, pressure) as audit:
             optimizer.step()
         audit.accounts["batch"].exact, audit.accounts["batch"].realised
 
-    `sequences` are those that the gradients came from, and `pressure` (B, S) the factor c_t on ∇ log π of each sampled
-    token in the objective, 0 elsewhere. Accounts are given for "batch", the states of `sequences`, and where `held_out`
-    is given for "held_out". A `forecaster`, which is to see every update of a run, adds its forecast, the same to both.
-    Costs one backward for each set of states and what the forecaster takes, four forward passes over `sequences`, one
-    over `held_out`, and memory for g and two copies of θ. It changes nothing: parameters, gradients, modes and the
-    random state are left to the bit. Raises ValueError where `exact_sensitivity` does, and for pressure of another
-    shape.
-    Source: ours.
+    `sequences` are those that the gradients were taken over, and `pressure` (B, S) is the factor c_t on ∇ log π of each
+    sampled token in the objective, 0 elsewhere. There is an account for "batch", the states of `sequences`, and for
+    "held_out", those of `held_out` if given. A `forecaster`, which should see every update of a run, adds its forecast,
+    the same to both. The audit costs one backward for each set of states and the forecaster's, four forward passes over
+    `sequences`, one over `held_out`, and memory for g and two copies of θ. It changes nothing: parameters, gradients,
+    modes and the random state are left to the bit. Raises ValueError where `exact_sensitivity` does, and for pressure
+    of another shape. Source: ours.
     """
     if pressure.shape != sequences.mask.shape:
         raise ValueError(
             f"audited: the pressure has shape {tuple(pressure.shape)}, the sequences {tuple(sequences.mask.shape)}; "
-            "expected one number a token"
+            "expected one number per token"
         )
     where = {"temperature": temperature, "chunk_bytes": chunk_bytes}
     states = {"batch": sequences} if held_out is None else {"batch": sequences, "held_out": held_out}
     before = sequence_stats(model, sequences, **where)
-    slopes = {name: entropy_gradient(model, chosen, **where) for name, chosen in states.items()}
-    exact = exact_sensitivity(model, sequences, gradient=slopes["batch"], **where).sensitivity
+    gradients = {name: entropy_gradient(model, chosen, **where) for name, chosen in states.items()}
+    exact = exact_sensitivity(model, sequences, gradient=gradients["batch"], **where).sensitivity
     audit = Audit(momentum=_momentum(optimizer))
-    told = nullcontext() if forecaster is None else forecaster.foretold(model, sequences, **where)
-    with told as forecast, followed(model) as step:
+    forecasting = nullcontext() if forecaster is None else forecaster.forecasting(model, sequences, **where)
+    with forecasting as forecast, parameter_change(model) as step:
         yield audit
-    down = {name: _descent(parameter) for name, parameter in moving(model)}
+    down = {name: _descent(parameter) for name, parameter in trainable_parameters(model).items()}
     metric = _without_momentum(optimizer, model)
     after = sequence_stats(model, sequences, **where)
     local = (pressure * before.sensitivity).sum().item()
-    for name, (entropy, g) in slopes.items():
+    for name, (entropy, g) in gradients.items():
         now = after if name == "batch" else sequence_stats(model, states[name], **where)
         audit.accounts[name] = Account(
             entropy=entropy,
             local=local,
-            shared=inner(g, down),
-            preconditioned=None if metric is None else inner(g, metric),
-            exact=inner(g, step),
+            shared=inner_product(g, down),
+            preconditioned=None if metric is None else inner_product(g, metric),
+            exact=inner_product(g, step),
             forecast=None if forecast is None else forecast.change,
             realised=_mean(now.entropy, states[name]) - entropy,
         )
     change = after.entropy - before.entropy
-    columns = (
-        before.logp.exp(),
-        before.entropy,
-        before.sensitivity,
-        before.correction,
-        exact,
-        pressure,
-        change,
-        _states(sequences),
-    )
-    audit.tokens = TokenAccount(*(column[sequences.mask].cpu() for column in columns))
+    rest = before.entropy, before.sensitivity, before.correction, exact, pressure, change, _states(sequences)
+    audit.tokens = TokenAccount(*(column[sequences.mask].cpu() for column in (before.logp.exp(), *rest)))
 
 
 def _states(sequences: Sequences) -> Int[Tensor, "B S"]:
-    """A hash of the text before each token; padding is no text."""
+    """A hash of the text before each token; padding does not count as text."""
     real = torch.ones_like(sequences.input_ids) if sequences.attention_mask is None else sequences.attention_mask
     state, states = torch.zeros_like(sequences.input_ids[:, 0]), []
     for token, there in zip(sequences.input_ids.unbind(1), real.unbind(1), strict=True):
@@ -179,16 +177,16 @@ def _momentum(optimizer: Any) -> float | None:
 
 
 def _known(optimizer: Any) -> Any:
-    """The optimiser itself, None unless it is one of `_METRICS` that goes down."""
+    """The optimiser itself if it minimises and is one of `_METRICS`, else None."""
     plain = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     known = type(plain) in _METRICS and not any(group.get("maximize") for group in plain.param_groups)
     return plain if known else None
 
 
 def _without_momentum(optimizer: Any, model: nn.Module) -> Parameters | None:
-    """-η M G: the step that the optimiser just made, had it neither momentum nor weight decay. None if unknown.
+    """-η M G, the step that the optimiser would just have made without momentum and weight decay; None if unknown.
 
-    SGD: M = 1. Adam and AdamW: M = 1 / (√v̂ + ε), with v̂ of this step.
+    SGD has M = 1, Adam and AdamW have M = 1 / (√v̂ + ε) with v̂ of this step.
     """
     plain = _known(optimizer)
     if plain is None:
@@ -200,7 +198,7 @@ def _without_momentum(optimizer: Any, model: nn.Module) -> Parameters | None:
                 steps[parameter] = rule(parameter, group, plain.state.get(parameter, {}))
     return {
         name: steps[parameter] if parameter in steps else torch.zeros_like(parameter)
-        for name, parameter in moving(model)
+        for name, parameter in trainable_parameters(model).items()
     }
 
 

@@ -1,10 +1,10 @@
 """A forecast of what an update does to the mean entropy, cheap enough for every update of a training.
 
-    <ḡ, δ>      δ the step that the optimiser made, ḡ an average over updates of ĝ, the gradient of the mean entropy
+    <ḡ, δ>      δ is the step that the optimiser made, ḡ an average over updates of ĝ, the gradient of the mean entropy
                 over a few of the sequences trained on
 
-ĝ of few sequences is noisy, and the gradient it estimates changes slowly: averaging over updates costs nothing. δ holds
-what momentum, clipping and weight decay made of the step, which is most of it. Source: ours.
+ĝ of a few sequences is noisy, but the gradient that it estimates changes slowly: averaging over updates costs nothing.
+δ contains what momentum, clipping and weight decay made of the step, which is most of it. Source: ours.
 """
 
 import math
@@ -14,7 +14,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from entropy_polarity.diagnostics.exact import CHUNK_BYTES, Parameters, Sequences, entropy_gradient
+from entropy_polarity.diagnostics.entropy import (
+    CHUNK_BYTES,
+    Parameters,
+    Sequences,
+    entropy_gradient,
+    trainable_parameters,
+)
 
 SHARE, MEMORY, EVERY = 1 / 16, 0.9, 2
 
@@ -29,15 +35,15 @@ class Forecast:
 class Forecaster:
     """Forecasts update after update; keep one for a run.
 
-        with forecaster.foretold(model, sequences) as forecast:
+        with forecaster.forecasting(model, sequences) as forecast:
             optimizer.step()
         forecast.change
 
-    ĝ looks at a `share` of the sequences of the first update and of each `every`-th after it, and
-    ḡ ← memory ḡ + (1 - memory) ĝ, without the bias of its start; `memory` 0 is ĝ alone. To first order in the step, up
-    to the sampling error of ḡ. Costs one backward over that share of the sequences, and memory for θ, ĝ and ḡ.
-    Parameters, gradients, modes and the random state are left to the bit. Raises ValueError for a share outside (0, 1],
-    a memory outside [0, 1) or an `every` below 1. Source: ours.
+    ĝ is taken over a `share` of the sequences of the first update and of each `every`-th after it, and
+    ḡ ← memory ḡ + (1 - memory) ĝ, without the bias of its start; `memory` 0 is ĝ alone. The forecast holds to first
+    order in the step, up to the sampling error of ḡ. It costs one backward over that share of the sequences, and memory
+    for θ, ĝ and ḡ. Parameters, gradients, modes and the random state are left to the bit. Raises ValueError for a share
+    outside (0, 1], a memory outside [0, 1) or an `every` below 1. Source: ours.
     """
 
     def __init__(self, share: float = SHARE, memory: float = MEMORY, every: int = EVERY) -> None:
@@ -52,22 +58,22 @@ class Forecaster:
         self._updates = 0
 
     @contextmanager
-    def foretold(
+    def forecasting(
         self, model: nn.Module, sequences: Sequences, *, temperature: float = 1.0, chunk_bytes: int = CHUNK_BYTES
     ) -> Iterator[Forecast]:
         """Forecast the optimiser step inside the block. Raises ValueError where `entropy_gradient` does."""
-        self.look(model, sequences, temperature=temperature, chunk_bytes=chunk_bytes)
+        self.observe(model, sequences, temperature=temperature, chunk_bytes=chunk_bytes)
         forecast = Forecast()
-        with followed(model) as step:
+        with parameter_change(model) as step:
             yield forecast
-        forecast.change = inner(self._average, step) / self._weight
+        forecast.change = inner_product(self._average, step) / self._weight
 
-    def look(
+    def observe(
         self, model: nn.Module, sequences: Sequences, *, temperature: float = 1.0, chunk_bytes: int = CHUNK_BYTES
     ) -> None:
-        """Take an update's sequences into ḡ, where it is the turn of one: what `foretold` does first."""
+        """Take an update's sequences into ḡ if it is one of those `every` so many; `forecasting` does so first."""
         if self._updates % self.every == 0:
-            few = spaced(sequences, self.share)
+            few = subsample(sequences, self.share)
             _, g = entropy_gradient(model, few, temperature=temperature, chunk_bytes=chunk_bytes)
             self._weight = self.memory * self._weight + 1 - self.memory
             for name, part in g.items():
@@ -76,16 +82,18 @@ class Forecaster:
         self._updates += 1
 
     @property
-    def slope(self) -> Parameters:
-        """ḡ."""
+    def average_gradient(self) -> Parameters:
+        """ḡ, by the names of the parameters."""
         return {name: part / self._weight for name, part in self._average.items()}
 
 
-def spaced(sequences: Sequences, share: float) -> Sequences:
-    """About that share of those sequences in which something was sampled, evenly spaced; at least one."""
+def subsample(sequences: Sequences, share: float) -> Sequences:
+    """About that share of the sequences in which something was sampled, evenly spaced; at least one.
+
+    Raises ValueError for a share outside (0, 1].
+    """
     check_share(share)
-    rows = sequences.mask.any(1).nonzero().flatten()[:: round(1 / share)]
-    return Sequences(*(None if column is None else column[rows] for column in sequences))  # type: ignore[arg-type]
+    return sequences.rows(sequences.mask.any(1).nonzero().flatten()[:: round(1 / share)])
 
 
 def check_share(share: float) -> None:
@@ -94,21 +102,19 @@ def check_share(share: float) -> None:
 
 
 @contextmanager
-def followed(model: nn.Module) -> Iterator[Parameters]:
-    """The change of the parameters inside the block, known once it is left."""
-    start = {name: parameter.detach().clone() for name, parameter in moving(model)}
-    step: Parameters = {}
-    yield step
-    step |= {name: parameter.detach() - start[name] for name, parameter in moving(model)}
+def parameter_change(model: nn.Module) -> Iterator[Parameters]:
+    """The change of the trainable parameters inside the block, by name; filled in when the block is left."""
+    start = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
+    change: Parameters = {}
+    yield change
+    change |= {name: parameter.detach() - start[name] for name, parameter in trainable_parameters(model).items()}
 
 
-def moving(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-def inner(a: Parameters, b: Parameters) -> float:
+def inner_product(a: Parameters, b: Parameters) -> float:
+    """The inner product of two vectors that are given by parameters, summed in float64."""
     return sum(dot(a[name], b[name]) for name in a)
 
 
 def dot(a: Tensor, b: Tensor) -> float:
+    """The inner product of one parameter's parts, summed in float64."""
     return (a.double() * b.double()).sum().item()

@@ -11,7 +11,7 @@ from entropy_polarity.diagnostics.asymmetry import by_probability, threshold
 from entropy_polarity.diagnostics.audit import LEVELS, TokenAccount
 from entropy_polarity.diagnostics.forecast import EVERY, SHARE
 from entropy_polarity.statistics.agreement import (
-    agreement,
+    agreement_of,
     average,
     block_bootstrap,
     detrended,
@@ -54,7 +54,7 @@ def _level(updates: Updates, states: str, name: str) -> dict[str, Any] | None:
     x, y = _series(updates, states, name), _series(updates, states, "realised")
     if x is None or y is None:
         return None
-    return asdict(agreement(list(zip(x, y, strict=True)))) | {"detrended_spearman": _detrended_spearman(x, y)}
+    return asdict(agreement_of(list(zip(x, y, strict=True)))) | {"detrended_spearman": _detrended_spearman(x, y)}
 
 
 def _series(updates: Updates, states: str, name: str) -> Series | None:
@@ -134,7 +134,7 @@ def _judged(said: Series, came: Series, in_nats: bool) -> dict[str, Any]:
     """A forecast against what came. Errors are mean absolute ones over the mean size of a change, from the update after
     the first `FIRST` on, from where a line can be fitted as well."""
     pairs = list(zip(said, came, strict=True))
-    found = asdict(agreement(pairs))
+    found = asdict(agreement_of(pairs))
     fitted = [(one_ahead(x, y)[FIRST - 1 :], y[FIRST - 1 :]) for x, y in pairs]
     long = min(len(y) for _, y in fitted) >= 3
     return {
@@ -142,7 +142,7 @@ def _judged(said: Series, came: Series, in_nats: bool) -> dict[str, Any]:
         "detrended_spearman": _detrended_spearman(said, came),
         "sign_agreement": found["sign_agreement"],
         "error": _error([(x[FIRST - 1 :], y[FIRST - 1 :]) for x, y in pairs]) if long and in_nats else None,
-        "fitted": {"sign_agreement": asdict(agreement(fitted))["sign_agreement"], "error": _error(fitted)}
+        "fitted": {"sign_agreement": asdict(agreement_of(fitted))["sign_agreement"], "error": _error(fitted)}
         if long
         else None,
     }

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from entropy_polarity.diagnostics.audit import Audit, TokenAccount
-from entropy_polarity.diagnostics.exact import Sequences, untouched
+from entropy_polarity.diagnostics.entropy import Sequences, in_eval_mode
 from entropy_polarity.experiments.audit_summary import MAPPED, asymmetry, by_token, summarise
 from entropy_polarity.experiments.results import provenance, read_document, write_document
 from entropy_polarity.experiments.training import (
@@ -173,7 +173,7 @@ def held_out_states(
 ) -> Sequences:
     """New completions of `prompts` by the policy as it is; its modes, and the random state of the run, stay."""
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), untouched(model):
+    with torch.random.fork_rng(devices), in_eval_mode(model):
         torch.manual_seed(seed)
         sampled = sample_tokens(model, tokenizer, prompts, max_new_tokens, Sampling(temperature))
     return _sequences(sampled, tokenizer.eos_token_id)

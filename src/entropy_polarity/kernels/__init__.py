@@ -1,11 +1,11 @@
 """Per-token statistics of a policy, from logits or from hidden states, at the speed of memory.
 
-entry.py      the public functions          checks.py   what they refuse
-engine.py     what an engine does, and which one runs where
-logits.py     logits -> statistics          linear.py   hidden states -> statistics, and the three ways back
+public.py     the public kernels                 checks.py   the arguments they refuse
+dispatch.py   which engine serves a device and type
+logits.py     logits -> statistics               linear.py   hidden states -> statistics, and the three ways back
 sharded.py    the same for a vocabulary that is spread over processes
-state.py      six numbers a row           cpu.py, chunked.py, triton.py   the engines
-reference.py  the float64 oracle
+engine.py     what an engine is                  cpu.py, chunked.py, triton.py   the engines
+state.py      six numbers per row                reference.py   the float64 oracle
 """
 
 from entropy_polarity.kernels.dispatch import choose

@@ -1,4 +1,4 @@
-"""What the public functions of the kernels refuse, each in one line: what was given, what was expected."""
+"""The checks of the public kernels: each error says in one line what was given and what was expected."""
 
 import math
 from numbers import Integral, Real
@@ -14,7 +14,8 @@ IDS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uin
 
 
 def check_head(who: str, head: Head, logits: torch.dtype) -> None:
-    """Temperature, cap and scale: positive numbers that the sums' type holds with all its digits, quotients too."""
+    """Temperature, cap and scale must be positive numbers that the sums' type holds with all its digits, and so must
+    their quotients."""
     dtype = accumulator(logits)
     given = {"temperature": head.temperature, "softcap": head.softcap, "logit_scale": head.logit_scale}
     for name, value in given.items():
@@ -35,7 +36,16 @@ def check_bytes(who: str, name: str, value: int | None) -> None:
         raise ValueError(f"{who}: {name} is {value}; expected a positive whole number of bytes, or None")
 
 
-def check_factors(who: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_factors(
+    who: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vocab_size: int | None,
+    tokens: Tensor,
+    mask: Tensor | None,
+) -> None:
+    """Hidden states and an output head that fit each other, and one id for each state that the mask keeps."""
     for name, x in {"hidden": hidden, "weight": weight, "bias": bias}.items():
         if x is not None and x.dtype not in DTYPES:
             raise ValueError(f"{who}: {name} is {x.dtype}; expected floats of 16, 32 or 64 bits")
@@ -46,15 +56,16 @@ def check_factors(who: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{who}: bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)")
+    check_ids(who, hidden.shape[:1], len(weight), vocab_size, tokens, mask)
 
 
 def check_ids(
-    who: str, rows: torch.Size, columns: int, vocab_size: int | None, tokens: Tensor, mask: Tensor | None
+    who: str, rows: torch.Size, vocabulary: int, vocab_size: int | None, tokens: Tensor, mask: Tensor | None
 ) -> None:
     """One id of the vocabulary for each row that the mask keeps."""
     if tokens.shape != rows:
         raise ValueError(
-            f"{who}: {tuple(rows)} states but token ids of shape {tuple(tokens.shape)}; expected one id a state"
+            f"{who}: {tuple(rows)} states but token ids of shape {tuple(tokens.shape)}; expected one id per state"
         )
     if tokens.dtype not in IDS:
         raise ValueError(f"{who}: token ids are {tokens.dtype}; expected an integer type (torch.long)")
@@ -62,11 +73,11 @@ def check_ids(
         raise ValueError(
             f"{who}: the mask is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape {tuple(rows)}"
         )
-    if columns == 0:
+    if vocabulary == 0:
         raise ValueError(f"{who}: the vocabulary is empty (the last dimension of the logits is 0)")
-    width = columns if vocab_size is None else vocab_size
-    if not (_is(width, Integral) and 0 < width <= columns):
-        raise ValueError(f"{who}: vocab_size is {width}; expected 1 to {columns}, the columns of the logits")
+    width = vocabulary if vocab_size is None else vocab_size
+    if not (_is(width, Integral) and 0 < width <= vocabulary):
+        raise ValueError(f"{who}: vocab_size is {width}; expected 1 to {vocabulary}, the last dimension of the logits")
     ids = tokens.long()  # in a short type the vocabulary's size would wrap around, and unsigned ones lack comparisons
     outside = (ids < 0) | (ids >= width)
     outside = outside if mask is None else outside & mask
@@ -79,7 +90,7 @@ def check_ids(
 
 
 def check_rows(who: str, stats: TokenStats) -> None:
-    """NaN or +inf in a row, or a row of all -inf, makes its entropy NaN: no second look at the logits."""
+    """NaN or +inf in a row, or a row of all -inf, has made its entropy NaN, so the logits need not be read again."""
     bad = stats.entropy.isnan()
     if bad.any():
         where = tuple(bad.nonzero()[0].tolist())

@@ -1,4 +1,4 @@
-"""The CPU engine: NumPy on tiles that stay in a core's cache, each of them the work of one thread.
+"""The CPU engine: NumPy on pieces of a tile that stay in a core's cache, each of them the work of one thread.
 
 Torch would share every small operation between the threads, which then wait at its end for the one that lost its core
 to another process. The sums are BLAS's dot products of the exponentials e, their squares, the distances d and ones.
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from entropy_polarity.kernels.chunked import Chunked, row_chunks
-from entropy_polarity.kernels.dispatch import spans
+from entropy_polarity.kernels.engine import Tile, spans
 from entropy_polarity.kernels.state import Head, merge_sums
 from entropy_polarity.maths import LOWEST
 
-# Elements of a tile: two buffers of 0.5 MiB in float32; a row of up to TILE_COLUMNS is one tile.
-TILE_ELEMENTS = 2**17
-TILE_COLUMNS = 2**18
-# Threads: between any two operations they meet at Python's lock, so that more of them gain little.
+# Elements of a piece of a tile: two buffers of 0.5 MiB in float32; a row of up to PIECE_WIDTH is one piece.
+PIECE_ELEMENTS = 2**17
+PIECE_WIDTH = 2**18
+# Threads meet at Python's lock between any two operations, so that more of them gain little.
 WORKERS = 4
-# Columns of which BLAS makes one sum: over more its accumulators lose digits, and it would start threads of its own.
+# Elements of which BLAS makes one sum: over more its accumulators lose digits, and it would start threads of its own.
 DOT = 2**12
 # Fewer elements than torch shares between threads.
 SERIAL = 2**15 - 1
@@ -33,59 +33,63 @@ Array = np.ndarray
 
 
 class Buffer:
-    """Room for a tile (n, W), in blocks of columns that BLAS sums, (n, k, DOT), zero beyond the last column."""
+    """Memory for a piece (n, W), in blocks of its rows that BLAS sums, (n, k, DOT), with zeros beyond a row's end."""
 
-    def __init__(self, room: Array, rows: int, columns: int) -> None:
-        width = min(columns, DOT)
-        count = -(-columns // width)
-        self.blocks = room[: rows * count * width].reshape(rows, count, width)
-        self.blocks.reshape(rows, -1)[:, columns:] = 0
-        self.array = self.blocks.reshape(rows, -1)[:, :columns]
+    def __init__(self, memory: Array, rows: int, width: int) -> None:
+        block = min(width, DOT)
+        count = -(-width // block)
+        self.blocks = memory[: rows * count * block].reshape(rows, count, block)
+        self.blocks.reshape(rows, -1)[:, width:] = 0
+        self.array = self.blocks.reshape(rows, -1)[:, :width]
+
+
+Buffers = Callable[[int, int], tuple[Buffer, Buffer]]
 
 
 class Cpu(Chunked):
     """`Chunked` with its two loops in NumPy."""
 
-    def _sums(self, logits, mask, head, out, in_place) -> None:
-        z, sums = _array(logits), out.numpy()
-        pieces = spans(logits.shape[1], TILE_COLUMNS)
-        in_place = in_place and logits.dtype == out.dtype
+    def _sums(self, tile: Tile, out: Tensor, in_place: bool) -> None:
+        z, sums = _array(tile.logits), out.numpy()
+        pieces = spans(z.shape[1], PIECE_WIDTH)
+        in_place = in_place and tile.logits.dtype == out.dtype
 
-        def work(rows: slice, buffers: Callable[[int, int], tuple[Buffer, Buffer]]) -> None:
+        def work(rows: slice, buffers: Buffers) -> None:
             parts = (
                 sums[None, :, rows] if len(pieces) == 1 else np.empty((len(pieces), *sums[:, rows].shape), sums.dtype)
             )
             for part, piece in zip(parts, pieces, strict=True):
-                tile = z[rows, piece]
-                d, e = buffers(*tile.shape)
-                if in_place and tile.flags.c_contiguous and tile.shape[1] % DOT == 0:
-                    d = Buffer(tile.reshape(-1), *tile.shape)  # a buffer less to go through
-                _tile_sums(_widened(tile, d.array), head, d, e, part)
+                x = z[rows, piece]
+                d, e = buffers(*x.shape)
+                if in_place and x.flags.c_contiguous and x.shape[1] % DOT == 0:
+                    d = Buffer(x.reshape(-1), *x.shape)  # a buffer less to go through
+                _piece_sums(_widened(x, d.array), tile.head, d, e, part)
             if len(pieces) > 1:
-                sums[:, rows] = merge_sums(torch.from_numpy(parts), head).numpy()
+                sums[:, rows] = merge_sums(torch.from_numpy(parts), tile.head).numpy()
 
-        _in_threads(work, row_chunks(mask, len(z), z.shape[1], TILE_ELEMENTS), out.dtype)
+        _in_threads(work, row_chunks(tile, PIECE_ELEMENTS), out.dtype)
 
-    def gradient(self, tile, tokens, mask, start, head, maximum, coefficients, out) -> None:
-        z, ids, top, rates = _array(tile), (tokens - start).numpy(), maximum.numpy(), coefficients.numpy()
+    def gradient(self, tile: Tile, maximum: Tensor, coefficients: Tensor, out: Tensor) -> None:
+        z, ids = _array(tile.logits), (tile.tokens - tile.start).numpy()
+        top, rates = maximum.numpy(), coefficients.numpy()
         in_place = out.dtype == maximum.dtype
 
-        def work(rows: slice, buffers: Callable[[int, int], tuple[Buffer, Buffer]]) -> None:
-            for piece in spans(z.shape[1], TILE_COLUMNS):
-                logits = z[rows, piece]
-                d, e = (buffer.array for buffer in buffers(*logits.shape))
+        def work(rows: slice, buffers: Buffers) -> None:
+            for piece in spans(z.shape[1], PIECE_WIDTH):
+                x = z[rows, piece]
+                d, e = (buffer.array for buffer in buffers(*x.shape))
                 d = out[rows, piece].numpy() if in_place else d
-                _tile_gradient(_widened(logits, d), ids[rows] - piece.start, head, top[rows], rates[:, rows], d, e)
+                _piece_gradient(_widened(x, d), ids[rows] - piece.start, tile.head, top[rows], rates[:, rows], d, e)
                 if not in_place:
                     _copy_serially(torch.from_numpy(d), out[rows, piece])
 
-        _in_threads(work, row_chunks(mask, len(z), z.shape[1], TILE_ELEMENTS), maximum.dtype)
-        if mask is not None:
-            out[~mask] = 0
+        _in_threads(work, row_chunks(tile, PIECE_ELEMENTS), maximum.dtype)
+        if tile.mask is not None:
+            out[~tile.mask] = 0
 
 
-def _tile_sums(x: Array, head: Head, d: Buffer, e: Buffer, out: Array) -> None:
-    """The state (5, n) of a tile, but for the sampled token, like `chunked.torch_sums`."""
+def _piece_sums(x: Array, head: Head, d: Buffer, e: Buffer, out: Array) -> None:
+    """The state (5, n) of a piece, but for the sampled token, like `chunked.torch_sums`."""
     rows, mode = np.arange(len(x)), x.argmax(-1)  # of a row with NaN, a NaN
     out[0] = x[rows, mode]
     if head.softcap is not None:  # as Head.within
@@ -101,10 +105,10 @@ def _tile_sums(x: Array, head: Head, d: Buffer, e: Buffer, out: Array) -> None:
     out[3], out[4] = _dot(e), _dot(e, d)
 
 
-def _tile_gradient(
+def _piece_gradient(
     x: Array, tokens: Array, head: Head, maximum: Array, coefficients: Array, d: Array, e: Array
 ) -> None:
-    """`chunked._gradient` in `d`, which may be the tile."""
+    """`chunked._gradient` in `d`, which may be x. The ids in `tokens` count from the first token of the piece."""
     alpha, beta, gamma = coefficients[:, :, None]
     bend = None if head.softcap is None else _bend(x, head, e)
     _distances(x, maximum, head, d)
@@ -130,7 +134,7 @@ def _array(logits: Tensor) -> Array:
 
 
 def _widened(x: Array, buffer: Array) -> Array:
-    """x itself, or in the buffer if that has another type."""
+    """x itself, or a copy of it in the buffer where that has another type."""
     if x.dtype == np.uint16:  # the upper half of a float32
         bits = buffer.view(np.uint32)
         np.copyto(bits, x)
@@ -173,7 +177,7 @@ def _bend(x: Array, head: Head, scratch: Array) -> Array:
 
 
 def _exp(d: Array, out: Array) -> None:
-    """Torch's is faster, but one of several threads must not use it: it would share its work."""
+    """e^d. Torch's is faster, but one of several threads must not use it: it would share its work."""
     if torch.get_num_threads() == 1:
         torch.exp(torch.from_numpy(d), out=torch.from_numpy(out))
     else:
@@ -187,29 +191,25 @@ def _dot(a: Buffer, b: Buffer | None = None) -> Array:
 
 
 @functools.cache
-def _ones(columns: int, dtype: np.dtype) -> Array:
-    return np.ones(columns, dtype)
+def _ones(width: int, dtype: np.dtype) -> Array:
+    return np.ones(width, dtype)
 
 
 def _copy_serially(source: Tensor, out: Tensor) -> None:
     """Copy and round in pieces too small for torch to share between threads."""
-    for columns in spans(out.shape[1], max(1, SERIAL // len(out))):
-        out[:, columns] = source[:, columns]
+    for piece in spans(out.shape[1], max(1, SERIAL // len(out))):
+        out[:, piece] = source[:, piece]
 
 
-def _in_threads(
-    work: Callable[[slice, Callable[[int, int], tuple[Buffer, Buffer]]], None],
-    chunks: Iterator[slice],
-    dtype: torch.dtype,
-) -> None:
+def _in_threads(work: Callable[[slice, Buffers], None], chunks: Iterator[slice], dtype: torch.dtype) -> None:
     """Call `work` for every chunk of rows, with a function that gives two buffers of a shape."""
     left = deque(chunks)
 
     def worker() -> None:
         @functools.lru_cache(maxsize=2)
-        def buffers(rows: int, columns: int) -> tuple[Buffer, Buffer]:
-            room = torch.empty(2, rows * (columns + DOT), dtype=dtype).numpy()
-            return Buffer(room[0], rows, columns), Buffer(room[1], rows, columns)
+        def buffers(rows: int, width: int) -> tuple[Buffer, Buffer]:
+            memory = torch.empty(2, rows * (width + DOT), dtype=dtype).numpy()
+            return Buffer(memory[0], rows, width), Buffer(memory[1], rows, width)
 
         with np.errstate(all="ignore"):  # infinities and NaN go through
             while left:

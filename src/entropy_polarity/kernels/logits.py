@@ -1,4 +1,4 @@
-"""Logits -> statistics as an autograd function, on any engine."""
+"""From logits to statistics as an autograd function, on any engine."""
 
 from collections.abc import Iterator
 from math import prod
@@ -7,21 +7,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from entropy_polarity.kernels.dispatch import Engine
-from entropy_polarity.kernels.state import MAXIMUM, Head, empty_state, gradient_coefficients
+from entropy_polarity.kernels.engine import Engine, Tile
+from entropy_polarity.kernels.state import MAXIMUM, Head, empty_state, gradient_coefficients, separate_fields
 
 
-def blocks(logits: Tensor, batches: bool) -> Iterator[tuple[slice, Tensor]]:
-    """Views (n, V), or (b, t, V) where `batches` may be strided, that cover the states in order, and their places.
+def _tiles(
+    logits: Tensor, tokens: Tensor, mask: Tensor | None, head: Head, engine: Engine
+) -> Iterator[tuple[slice, Tile]]:
+    """Tiles of whole rows that cover all rows in order, and the rows they cover.
 
-    A slice like logits[:, :-1] is no matrix; making it one would copy every row.
+    A slice like logits[:, :-1] is no matrix, and making it one would copy every row: its batches are tiles of their own
+    where the engine does not take them strided.
     """
 
     def views(part: Tensor) -> Iterator[Tensor]:
         try:
             yield part.view(prod(part.shape[:-1]), part.shape[-1])
         except RuntimeError:
-            if batches and part.dim() == 3:
+            if engine.strided_batches and part.dim() == 3:
                 yield part
             else:
                 for piece in part:
@@ -29,28 +32,28 @@ def blocks(logits: Tensor, batches: bool) -> Iterator[tuple[slice, Tensor]]:
 
     start = 0
     for view in views(logits):
-        stop = start + view[..., 0].numel()
-        yield slice(start, stop), view
-        start = stop
+        rows = slice(start, start + view[..., 0].numel())
+        yield rows, Tile(view, tokens[rows], head, mask=None if mask is None else mask[rows])
+        start = rows.stop
 
 
 class LogitsStats(torch.autograd.Function):
-    """(logits (..., V), tokens (N,), mask (N,) or None) -> log p_a, H and the other fields of TokenStats, (N,) each."""
+    """(logits (..., V), tokens (N,), mask (N,) or None) -> the fields of TokenStats, (N,) each.
+
+    log p_a carries a gradient, and so does H where `entropy` is True. Only the first `width` logits count.
+    """
 
     @staticmethod
     def forward(
         ctx, logits: Tensor, tokens: Tensor, mask: Tensor | None, width: int, head: Head, engine: Engine, entropy: bool
     ):
         ctx.set_materialize_grads(False)
-        state, columns = empty_state(len(tokens), logits.dtype, logits.device)
-        for rows, block in blocks(logits[..., :width], engine.strided_batches):
-            kept = None if mask is None else mask[rows]
-            engine.statistics(block, tokens[rows], kept, head, state[:, rows], columns[:, rows])
+        state, stats = empty_state(len(tokens), logits.dtype, logits.device)
+        for rows, tile in _tiles(logits[..., :width], tokens, mask, head, engine):
+            engine.statistics(tile, state[:, rows], stats[:, rows])
         ctx.save_for_backward(logits, tokens, mask, state)
         ctx.width, ctx.head, ctx.engine = width, head, engine
-        fields = tuple(column.clone() for column in columns)  # views of one tensor could not be changed in place
-        ctx.mark_non_differentiable(*fields[2 if entropy else 1 :])
-        return fields
+        return separate_fields(ctx, stats, 2 if entropy else 1)
 
     @staticmethod
     @once_differentiable
@@ -60,15 +63,6 @@ class LogitsStats(torch.autograd.Function):
         grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         grad[..., ctx.width :] = 0
         rows_of_grad = grad.view(len(tokens), logits.shape[-1])[:, : ctx.width]
-        for rows, block in blocks(logits[..., : ctx.width], ctx.engine.strided_batches):
-            ctx.engine.gradient(
-                block,
-                tokens[rows],
-                None if mask is None else mask[rows],
-                0,
-                ctx.head,
-                state[MAXIMUM, rows],
-                coefficients[:, rows],
-                rows_of_grad[rows],
-            )
+        for rows, tile in _tiles(logits[..., : ctx.width], tokens, mask, ctx.head, ctx.engine):
+            ctx.engine.gradient(tile, state[MAXIMUM, rows], coefficients[:, rows], rows_of_grad[rows])
         return grad, None, None, None, None, None, None

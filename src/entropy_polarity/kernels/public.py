@@ -1,13 +1,13 @@
-"""The public functions: they check what is given, pick the engine, and hand over."""
+"""The public kernels: they check their arguments, choose the engine and hand over to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from entropy_polarity.kernels.checks import DTYPES, check_bytes, check_factors, check_head, check_ids, check_rows
-from entropy_polarity.kernels.dispatch import choose, engine
+from entropy_polarity.kernels.dispatch import engine_for
 from entropy_polarity.kernels.linear import LinearLoss, LinearStats, Plan
 from entropy_polarity.kernels.logits import LogitsStats
 from entropy_polarity.kernels.state import Head
@@ -29,23 +29,22 @@ def token_stats(
     implementation: str | None = None,
     check: bool = True,
 ) -> TokenStats:
-    """log p_a, entropy, Σp², Σp² log p and the sensitivity T of each sampled token, from logits.
+    """log p_a, entropy H, Σp², Σp² log p and sensitivity T of each sampled token, from logits.
 
-    `logits` (..., V) raw, of 16, 32 or 64 bits; `tokens` (...) the sampled ids; p = softmax(logits / temperature).
-    Returns fields of shape (...), in nats, float32 (float64 for float64 logits). `logp` carries a gradient, and so
-    does `entropy` with `entropy_grad=True`. Logits of -inf are exact (p = 0); a sampled token at -inf has logp = -inf
-    and T = C. Where `mask` is False every field is 0, without gradient, whatever the logits and the id are.
-    `vocab_size` leaves columns beyond it out (padding of the head). Extra memory: one tile (on a GPU none; logits
-    whose vocabulary is not their last stride are copied).
+    `logits` (..., V) are raw and of 16, 32 or 64 bits; `tokens` (...) are the sampled ids; p = softmax(logits /
+    temperature). Returns fields of shape (...), in nats, float32 (float64 for float64 logits). `logp` carries a
+    gradient, and so does `entropy` with `entropy_grad=True`. Logits of -inf are exact (p = 0); a sampled token at -inf
+    has logp = -inf and T = C. Where `mask` is False every field is 0, without gradient, whatever the logits and the id
+    are. `vocab_size` leaves out the logits beyond it (padding of the head). Extra memory: one tile (on a GPU none;
+    logits whose vocabulary is not their last stride are copied).
 
-    `implementation`: "chunked" or "triton"; by default the environment variable PAPO_KERNEL, or what
-    suits the device and type (`papo doctor` tells).
+    `implementation` is "chunked" or "triton"; by default the environment variable PAPO_KERNEL decides, or else the
+    device and type (`papo doctor` tells).
 
     Raises ValueError for a temperature that is not positive, or so small or large that 1 / temperature leaves the
-    normal numbers of the type; and with `check=True` for shapes that do not match, an id outside [0, V), logits that
-    hold NaN or +inf, or a row of all -inf. With `check=False` such rows give NaN, and an id outside the vocabulary
-    anything.
-    Source: arXiv 2605.11775 for T; one pass and the numerics are ours.
+    normal numbers of the type. With `check=True` also for shapes that do not match, for an id outside [0, V), for
+    logits that hold NaN or +inf, and for a row of all -inf. With `check=False` such rows give NaN, and the result of an
+    id outside the vocabulary is undefined. Source: arXiv 2605.11775 for T; the single pass and its numerics are ours.
 
     >>> stats = token_stats(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0]))
     >>> round(stats.entropy.item(), 4), round(stats.sensitivity.item(), 4)
@@ -63,20 +62,9 @@ def token_stats(
         check_ids(who, logits.shape[:-1], logits.shape[-1], vocab_size, tokens, mask)
     width = logits.shape[-1] if vocab_size is None else vocab_size
     kept = None if mask is None else mask.reshape(-1)
-    choice = choose(logits.device, logits.dtype, implementation)
-    fields = LogitsStats.apply(
-        logits,
-        _flat_ids(tokens, mask),
-        kept,
-        width,
-        head,
-        engine(choice.name, logits.device.type),
-        entropy_grad,
-    )
-    stats = TokenStats(*(field.reshape(tokens.shape) for field in fields))  # pyright: ignore[reportGeneralTypeIssues]
-    if check:
-        check_rows(who, stats)
-    return stats
+    engine = engine_for(logits.device, logits.dtype, implementation)
+    fields = LogitsStats.apply(logits, _flat_ids(tokens, mask), kept, width, head, engine, entropy_grad)
+    return _stats(who, (field.reshape(tokens.shape) for field in fields), check)  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def linear_token_stats(
@@ -96,16 +84,16 @@ def linear_token_stats(
     implementation: str | None = None,
     check: bool = True,
 ) -> TokenStats:
-    """`token_stats` of an output head, whose logits are never held: one tile of them at a time.
+    """`token_stats` of an output head whose logits are never held: one tile of them exists at a time.
 
-    `hidden` (N, D), `weight` (V, D) and `bias` (V,), `tokens` (N,). With x = hidden @ weight.T + bias, the logits are
+    `hidden` (N, D), `weight` (V, D), `bias` (V,) and `tokens` (N,). With x = hidden @ weight.T + bias, the logits are
     `logit_scale` x, or c tanh(`logit_scale` x / c) for a `softcap` c, which rounds them to a step of float32 at c. Rows
     where `mask` is False cost nothing and give 0. The product is made in the autocast type, or in that of `hidden`,
     like the model's own; `logits_dtype` torch.float32 keeps its float32 sums for 16-bit factors.
 
-    Gradients reach `hidden`, `weight` and `bias`, summed in float32. They are made from logits that the backward
-    makes again; for a head that needs no gradient (LoRA) the forward collects them instead: two products rather than
-    four. `tile_bytes` sets the memory of a tile. Everything else as in `token_stats`.
+    Gradients reach `hidden`, `weight` and `bias` and are summed in float32. The backward makes the logits again for
+    them; for a head that needs no gradient (LoRA) the forward collects them instead, with two products rather than
+    four. `tile_bytes` sets the memory of a tile. Everything else is as in `token_stats`.
 
     >>> hidden, weight = torch.eye(2), torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
     >>> round(linear_token_stats(hidden, weight, torch.tensor([0, 0])).sensitivity[0].item(), 4)
@@ -115,8 +103,7 @@ def linear_token_stats(
     head = Head(temperature, softcap, logit_scale)
     check_bytes(who, "tile_bytes", tile_bytes)
     if check:
-        check_factors(who, hidden, weight, bias)
-        check_ids(who, hidden.shape[:1], len(weight), vocab_size, tokens, mask)
+        check_factors(who, hidden, weight, bias, vocab_size, tokens, mask)
     weight, bias = _limited(weight, bias, vocab_size)
     plan = _plan(who, hidden, head, logits_dtype, tile_bytes, implementation)
     needs_head = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -124,13 +111,10 @@ def linear_token_stats(
     ids, kept = _flat_ids(tokens, mask), hidden
     if mask is not None:
         ids, kept = ids[mask], hidden[mask]
-    fields = LinearStats.apply(kept, weight, bias, ids, plan, entropy_grad, frozen)
-    stats = TokenStats(*fields)  # pyright: ignore[reportGeneralTypeIssues]
+    fields: Iterable[Tensor] = LinearStats.apply(kept, weight, bias, ids, plan, entropy_grad, frozen)  # pyright: ignore
     if mask is not None:
-        stats = TokenStats(*(field.new_zeros(mask.shape).masked_scatter(mask, field) for field in stats))
-    if check:
-        check_rows(who, stats)
-    return stats
+        fields = (field.new_zeros(mask.shape).masked_scatter(mask, field) for field in fields)
+    return _stats(who, fields, check)
 
 
 def linear_token_loss(
@@ -153,9 +137,9 @@ def linear_token_loss(
 
     `loss` is called once for each chunk: `stats` are those of the rows `rows` (a slice of N), and `stats.logp` and
     `stats.entropy` carry gradients; it returns their share of the loss, one number. So the loss must be a sum over
-    tokens whose normaliser is known before. Gradients are made at once, while the chunk's logits are in memory, and
+    tokens whose normaliser is known beforehand. Gradients are made at once, while the chunk's logits are in memory, and
     given out by one `backward` of the result: a loss scale comes too late for them, so float16 is refused.
-    `chunk_bytes` sets the memory of a chunk's logits. Everything else as in `linear_token_stats`. Source: ours;
+    `chunk_bytes` sets the memory of a chunk's logits. Everything else is as in `linear_token_stats`. Source: ours;
     gradients in the forward are common practice for cross-entropy.
 
     >>> hidden = torch.eye(2, requires_grad=True)
@@ -169,8 +153,7 @@ def linear_token_loss(
     head = Head(temperature, softcap, logit_scale)
     check_bytes(who, "chunk_bytes", chunk_bytes)
     if check:
-        check_factors(who, hidden, weight, bias)
-        check_ids(who, hidden.shape[:1], len(weight), vocab_size, tokens, None)
+        check_factors(who, hidden, weight, bias, vocab_size, tokens, None)
     weight, bias = _limited(weight, bias, vocab_size)
     if _product_dtype(hidden) == torch.float16:
         raise ValueError(
@@ -185,10 +168,14 @@ def linear_token_loss(
     total, *fields = LinearLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
         hidden, weight, bias, _flat_ids(tokens, None), plan, loss, chunk_rows, torch.is_grad_enabled()
     )
+    return total, _stats(who, fields, check)
+
+
+def _stats(who: str, fields: Iterable[Tensor], check: bool) -> TokenStats:
     stats = TokenStats(*fields)
     if check:
         check_rows(who, stats)
-    return total, stats
+    return stats
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -197,14 +184,9 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _plan(
-    who: str,
-    hidden: Tensor,
-    head: Head,
-    logits: torch.dtype | None,
-    tile_bytes: int | None,
-    implementation: str | None,
+    who: str, hidden: Tensor, head: Head, logits: torch.dtype | None, tile_bytes: int | None, implementation: str | None
 ) -> Plan:
-    device, product = hidden.device.type, _product_dtype(hidden)
+    product = _product_dtype(hidden)
     logits = product if logits is None else logits
     if logits != product and not (logits == torch.float32 and product.itemsize == 2):
         raise ValueError(
@@ -212,7 +194,7 @@ def _plan(
             "with a product of 16 bits"
         )
     check_head(who, head, logits)
-    return Plan(engine(choose(hidden.device, logits, implementation).name, device), head, product, logits, tile_bytes)
+    return Plan(engine_for(hidden.device, logits, implementation), head, product, logits, tile_bytes)
 
 
 def _limited(weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> tuple[Tensor, Tensor | None]:
@@ -222,6 +204,6 @@ def _limited(weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> tup
 
 
 def _flat_ids(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Token ids in one row; where the mask is False any id may stand, -100 for example."""
+    """Token ids (N,), with 0 where the mask is False and any id may stand, -100 for example."""
     ids = tokens.long()
     return (ids if mask is None else ids.where(mask, 0)).reshape(-1).contiguous()

@@ -1,4 +1,4 @@
-"""The statistics as the textbook writes them: the oracle the fast versions are tested against, in float64."""
+"""The statistics as the textbook writes them, in float64: the oracle that the fast versions are tested against."""
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +10,7 @@ from entropy_polarity.tokens import TokenStats
 def reference_token_stats(
     logits: Float[Tensor, "*N V"], tokens: Int[Tensor, "*N"], temperature: float = 1.0
 ) -> TokenStats:
-    """Every statistic from its definition, in float64, with full-size intermediates and torch's own autograd.
+    """`token_stats` from the definitions, in float64, with full-size intermediates and torch's own autograd.
 
     p = softmax(z), H = -Σ p log p, S_v = p_v (log p_v + H), C = Σ_v p_v S_v, T = C - S_a; 0 log 0 = 0.
     """

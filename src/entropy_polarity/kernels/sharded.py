@@ -1,4 +1,4 @@
-"""Statistics of a vocabulary that is spread over processes: each folds its columns, six numbers a row are exchanged."""
+"""Statistics of a vocabulary that is spread over processes: each folds its slice and sends six numbers per row."""
 
 import torch
 import torch.distributed as dist
@@ -6,7 +6,8 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from entropy_polarity.kernels.checks import check_head
-from entropy_polarity.kernels.dispatch import choose, engine
+from entropy_polarity.kernels.dispatch import engine_for
+from entropy_polarity.kernels.engine import Tile
 from entropy_polarity.kernels.state import Head, empty_state, finish, merge
 from entropy_polarity.tokens import TokenStats
 
@@ -22,18 +23,16 @@ def sharded_token_stats(
 ) -> TokenStats:
     """`token_stats` of vocabulary-parallel logits: every process of `group` gets those of the whole vocabulary.
 
-    `logits` (..., W) are this process's columns, `tokens` (...) ids of the whole vocabulary, the same on all processes.
-    The processes hold W columns each, in the order of their ranks. 24 bytes a row and process are gathered; there is no
-    gradient. Rows with NaN or +inf give NaN. Raises ValueError for a temperature as `token_stats` does.
-    Source: ours; the merge is that of the tiles (`state.merge`).
+    `logits` (..., W) are this process's vocabulary slice, `tokens` (...) ids of the whole vocabulary, the same on all
+    processes. Each process holds a slice of W tokens, in the order of the ranks. 24 bytes per row and process are
+    gathered; there is no gradient. Rows with NaN or +inf give NaN. Raises ValueError for a temperature as `token_stats`
+    does. Source: ours; the merge is that of the tiles (`state.merge`).
     """
-    rows = logits.reshape(-1, logits.shape[-1])
-    columns, head = rows.shape[1], Head(temperature)
+    rows, head = logits.reshape(-1, logits.shape[-1]), Head(temperature)
     check_head("sharded_token_stats", head, logits.dtype)
-    chosen = engine(choose(logits.device, logits.dtype, implementation).name, logits.device.type)
     state, _ = empty_state(len(rows), logits.dtype, logits.device)
-    start = dist.get_rank(group) * columns
-    chosen.fold(rows, tokens.reshape(-1).long(), start, head, state, None, keep=True)
+    tile = Tile(rows, tokens.reshape(-1).long(), head, start=dist.get_rank(group) * rows.shape[1])
+    engine_for(logits.device, logits.dtype, implementation).fold(tile, state, None, keep=True)
     parts = [torch.empty_like(state) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, state, group)
     fields = finish(merge(torch.stack(parts), head), head)

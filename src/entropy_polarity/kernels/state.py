@@ -1,14 +1,14 @@
 """What is kept of a row while its logits are folded tile by tile, and what follows from it, for every engine.
 
 A row's logits need never be in memory together: six numbers of each tile are enough, and two sets of six make one
-(`merge`). The mode (an argmax) stays out of the sums, as in `polarity.stats_from_sums`; distances below the maximum,
+(`merge`). The mode (an argmax) stays out of the sums, as in `maths.stats_from_sums`. Distances below the maximum,
 d = z - max z, are in nats.
 
-Maximum and sampled token are kept as the product x made them, before a soft cap. The cap is monotone, so the mode is
-the same, and whether the sampled token is the mode never hangs on the last bit of two tanh's.
+The maximum and the sampled token's logit are kept as the product x gave them, before a soft cap. The cap is monotone,
+so the mode is the same, and whether the sampled token is the mode never hangs on the last bit of two tanh's.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ FIELDS = 6
 
 
 class Head(NamedTuple):
-    """From the product x of hidden state and weights to the tempered logits: z = softcap(logit_scale x) / temperature,
+    """How the product x of hidden state and weights becomes the tempered logits z.
 
-    with softcap(y) = c tanh(y / c) for a cap c, and y itself for None.
+    z = softcap(logit_scale x) / temperature, with softcap(y) = c tanh(y / c) for a cap c, and y itself for None.
     """
 
     temperature: float = 1.0
@@ -43,7 +43,7 @@ class Head(NamedTuple):
         return self.logit_scale / self.temperature
 
     def within(self, x: Tensor) -> Tensor:
-        """x, but -inf as the lowest number under a cap, which makes an ordinary logit of it."""
+        """x, but under a cap the lowest finite number for -inf: the cap makes an ordinary logit of it."""
         return x if self.softcap is None else x.clamp(min=torch.finfo(x.dtype).min)
 
     def folded(self, x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Head(NamedTuple):
         return x if self.softcap is None else torch.tanh(x * (self.logit_scale / self.softcap))
 
     def below(self, x: Tensor, maximum: Tensor) -> Tensor:
-        """d in nats, of x below a maximum of the same rows; of the maximum and its equals exactly 0."""
+        """d in nats, the distance of x below a maximum of the same rows; exactly 0 for the maximum and its equals."""
         finite = maximum.clamp(min=torch.finfo(maximum.dtype).min)  # of a row of all -inf: e = 0, not NaN
         d = self.folded(x) - self.folded(finite)
         if self.softcap is not None:
@@ -59,9 +59,10 @@ class Head(NamedTuple):
         return d.mul_(self.scale)
 
     def bend(self, x: Tensor) -> Tensor:
-        """1 - tanh² y of a cap at x, what it leaves of a gradient; y = logit_scale x / c.
+        """The factor 1 - tanh² y that a cap leaves of a gradient at x, y = logit_scale x / c.
 
-        As 4 u / (1 + u)² with u = e^{-2 |y|}: the difference would keep no digit where the cap is nearly reached.
+        It is computed as 4 u / (1 + u)² with u = e^{-2 |y|}: the difference would keep no digit where the cap is nearly
+        reached.
         """
         assert self.softcap is not None
         u = (x.abs() * (-2 * self.logit_scale / self.softcap)).exp_()
@@ -74,7 +75,7 @@ def accumulator(logits: torch.dtype) -> torch.dtype:
 
 
 def empty_state(rows: int, logits: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The state (6, N) of rows of logits of which nothing was seen yet, and room (7, N) for their statistics."""
+    """The state (6, N) of rows of which no logit was seen yet, and memory (7, N) for their statistics."""
     dtype = accumulator(logits)
     state = torch.zeros(FIELDS, rows, dtype=dtype, device=device)
     state[MAXIMUM] = state[AT_TOKEN] = -torch.inf
@@ -111,18 +112,25 @@ def _total(state: Tensor, head: Head) -> Tensor:
 
 
 def finish(state: Tensor, head: Head) -> Tensor:
-    """The fields of TokenStats (7, N) of rows that were folded whole."""
+    """The fields of TokenStats (7, N) of rows whose whole vocabulary was folded."""
     _, _, rd, q, qd = state[:AT_TOKEN]
     return torch.stack(stats_from_sums(_sampled_distance(state, head), _total(state, head), rd, q, qd))
 
 
+def separate_fields(ctx: Any, stats: Tensor, differentiable: int) -> tuple[Tensor, ...]:
+    """The statistics (7, N) as an autograd function returns them: seven tensors, the first of them differentiable."""
+    fields = tuple(field.clone() for field in stats)  # views of one tensor could not be changed in place
+    ctx.mark_non_differentiable(*fields[differentiable:])
+    return fields
+
+
 def gradient_coefficients(state: Tensor, head: Head, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
-    """Rows (α, β, γ) of N numbers each, so that the gradient along the logit x_v of a row is
+    """Coefficients (α, β, γ), (3, N), with which the gradient along the logit x_v of a row is
 
         e^{d_v} (α + β d_v)  for v ≠ a,    γ for the sampled token a    (each times `Head.bend` under a soft cap).
 
-    From dlog p_a/dz_v = 1[v=a] - p_v and dH/dz_v = -p_v (log p_v + H) = -p_v (d_v - d̄). 1 - p_a comes from the sums,
-    without cancellation.
+    They follow from dlog p_a/dz_v = 1[v=a] - p_v and dH/dz_v = -p_v (log p_v + H) = -p_v (d_v - d̄). 1 - p_a comes from
+    the sums, without cancellation.
     """
     r, s = state[R], 1 + _total(state, head)
     mean = state[RD] / s

@@ -1,6 +1,6 @@
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false
-"""The Triton engine: the same six numbers a row, and the same gradient, at the speed of the GPU's memory.
+"""The Triton engine: the same six numbers per row, and the same gradient, at the speed of the GPU's memory.
 
 One program reads one row of logits, 16 or 32 bit, once. Every lane keeps its own four sums of the logits below the
 maximum, so that nothing is reduced inside the loop but the block's maximum. Blocks that reach that maximum are few: in
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_polarity.kernels.dispatch import Engine
+from entropy_polarity.kernels.engine import Engine, Tile
 from entropy_polarity.kernels.state import Head
 
 # A row's block and its warps: four loads of 8 elements a thread, which share one search for the maximum. Registers for
@@ -32,7 +32,7 @@ GRADIENT_BLOCK, GRADIENT_WARPS, CAPPED_GRADIENT_WARPS = 4096, 4, 8
 # A tile of logits made from hidden states: 256 MiB, and as many rows as fit one chunk of most training steps.
 PRODUCT_BYTES, PRODUCT_ROWS = 2**28, 8192
 
-_LOWEST = tl.constexpr(-1e4)  # as polarity.LOWEST
+_LOWEST = tl.constexpr(-1e4)  # as maths.LOWEST
 _LOWEST_FLOAT = tl.constexpr(-3.4028234663852886e38)
 _LN2 = tl.constexpr(0.6931471805599453)
 _NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
@@ -111,7 +111,7 @@ def _raised(z, low):
 
 @triton.jit
 def _load(logits_ptr, columns, n_cols, IS_TAIL: tl.constexpr, HAS_CAP: tl.constexpr, FUSED: tl.constexpr):
-    """Logits, -inf beyond the last column: as they are where distances are FUSED, else in float32."""
+    """Logits, -inf beyond the end of the row: as they are where distances are FUSED, else in float32."""
     if IS_TAIL:
         x = tl.load(logits_ptr + columns, mask=columns < n_cols, other=-float("inf"))
     else:
@@ -297,7 +297,7 @@ def _fold_kernel(
     tl.store(state_ptr + 4 * state_stride, qd0)
     tl.store(state_ptr + 5 * state_stride, x_a)
     if IS_LAST:
-        # polarity.stats_from_sums, number by number
+        # maths.stats_from_sums, number by number
         r0 += top - top
         s = 1.0 + r0
         log_s = _log1p(r0)
@@ -399,55 +399,55 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def _mask(mask: Tensor | None, otherwise: Tensor) -> dict[str, Any]:
-    if mask is None:
-        return {"mask_ptr": otherwise, "mask_stride": 0, "HAS_MASK": False}
-    return {"mask_ptr": mask.to(torch.int8), "mask_stride": 1, "HAS_MASK": True}
+def _mask(tile: Tile) -> dict[str, Any]:
+    if tile.mask is None:
+        return {"mask_ptr": tile.tokens, "mask_stride": 0, "HAS_MASK": False}  # some pointer, never read
+    return {"mask_ptr": tile.mask.to(torch.int8), "mask_stride": 1, "HAS_MASK": True}
 
 
 class Triton(Engine):
-    """Kernels of this file on CUDA tensors, or on CPU tensors under TRITON_INTERPRET=1."""
+    """The kernels of this file, on CUDA tensors, or on CPU tensors under TRITON_INTERPRET=1."""
 
     name = "triton"
     strided_batches = True
 
-    def product_tile(self, rows: int, columns: int, itemsize: int, tile_bytes: int | None) -> tuple[int, int]:
+    def product_tile(self, rows: int, vocabulary: int, itemsize: int, tile_bytes: int | None) -> tuple[int, int]:
         elements = max(1, (PRODUCT_BYTES if tile_bytes is None else tile_bytes) // itemsize)
-        height = max(1, min(rows, PRODUCT_ROWS, elements // min(columns, BLOCK)))
-        width = max(1, min(columns, elements // height))
-        return height, width if width == columns else width // BLOCK * BLOCK or width
+        height = max(1, min(rows, PRODUCT_ROWS, elements // min(vocabulary, BLOCK)))
+        width = max(1, min(vocabulary, elements // height))
+        return height, width if width == vocabulary else width // BLOCK * BLOCK or width
 
-    def statistics(self, logits, tokens, mask, head, state, columns) -> None:
-        logits, layout = _layout(logits)
-        self._fold(logits, layout, tokens, mask, 0, head, state, columns)
+    def statistics(self, tile: Tile, state: Tensor, stats: Tensor) -> None:
+        self._fold(tile, state, stats)
 
-    def fold(self, tile, tokens, start, head, state, columns, keep) -> None:
-        self._fold(*_layout(tile), tokens, None, start, head, state, columns)
+    def fold(self, tile: Tile, state: Tensor, stats: Tensor | None, keep: bool) -> None:
+        self._fold(tile, state, stats)
 
     @staticmethod
-    def _fold(logits, layout, tokens, mask, start, head, state, columns) -> None:
+    def _fold(tile: Tile, state: Tensor, stats: Tensor | None) -> None:
         if state.shape[1] == 0:
             return
-        stats = state if columns is None else columns
+        logits, layout = _layout(tile.logits)
+        columns = state if stats is None else stats
         with _on(state):
             _fold_kernel[(state.shape[1],)](
-                logits_ptr=logits, tokens_ptr=tokens, state_ptr=state, stats_ptr=stats,
-                state_stride=state.stride(0), stats_stride=stats.stride(0), start=start, n_cols=logits.shape[-1],
-                IS_FIRST=start == 0, IS_LAST=columns is not None, BLOCK=BLOCK, num_warps=WARPS,
-                **layout, **_mask(mask, tokens), **_cap(head), **_fusion(logits, head),
+                logits_ptr=logits, tokens_ptr=tile.tokens, state_ptr=state, stats_ptr=columns,
+                state_stride=state.stride(0), stats_stride=columns.stride(0), start=tile.start,
+                n_cols=logits.shape[-1], IS_FIRST=tile.start == 0, IS_LAST=stats is not None,
+                BLOCK=BLOCK, num_warps=WARPS,
+                **layout, **_mask(tile), **_cap(tile.head), **_fusion(logits, tile.head),
             )  # fmt: skip
 
-    def gradient(self, tile, tokens, mask, start, head, maximum, coefficients, out) -> None:
-        rows, width = maximum.shape[0], tile.shape[-1]
-        if rows == 0:
+    def gradient(self, tile: Tile, maximum: Tensor, coefficients: Tensor, out: Tensor) -> None:
+        if maximum.shape[0] == 0:
             return
-        tile, layout = _layout(tile)
-        blocks = triton.cdiv(width, GRADIENT_BLOCK)
-        warps = GRADIENT_WARPS if head.softcap is None else CAPPED_GRADIENT_WARPS
+        logits, layout = _layout(tile.logits)
+        blocks = triton.cdiv(logits.shape[-1], GRADIENT_BLOCK)
+        warps = GRADIENT_WARPS if tile.head.softcap is None else CAPPED_GRADIENT_WARPS
         with _on(maximum):
-            _gradient_kernel[(rows * blocks,)](
-                logits_ptr=tile, out_ptr=out, tokens_ptr=tokens, maximum_ptr=maximum, coefficients_ptr=coefficients,
-                out_stride=out.stride(0), coefficients_stride=coefficients.stride(0), start=start, n_cols=width,
-                blocks=blocks, BLOCK=GRADIENT_BLOCK, num_warps=warps,
-                **layout, **_mask(mask, tokens), **_cap(head),
+            _gradient_kernel[(maximum.shape[0] * blocks,)](
+                logits_ptr=logits, out_ptr=out, tokens_ptr=tile.tokens, maximum_ptr=maximum,
+                coefficients_ptr=coefficients, out_stride=out.stride(0), coefficients_stride=coefficients.stride(0),
+                start=tile.start, n_cols=logits.shape[-1], blocks=blocks, BLOCK=GRADIENT_BLOCK, num_warps=warps,
+                **layout, **_mask(tile), **_cap(tile.head),
             )  # fmt: skip

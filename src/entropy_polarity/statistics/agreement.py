@@ -1,4 +1,4 @@
-"""How well a prediction agrees with what came: correlations, signs, the line between them, with intervals."""
+"""How well a prediction agrees with the outcome: correlations, signs, the line between them, with intervals."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from entropy_polarity.statistics.intervals import UNKNOWN, Estimate, unvaried
+from entropy_polarity.statistics.intervals import DRAWS, UNKNOWN, Estimate, percentile_interval, unvaried
 
 BLOCK = 5
-# Whole blocks of updates that an interval takes, in every run. Of one block every draw is the sample itself, turned
-# round; of two, 10 updates, the 95 % interval holds the truth in 75 of 100 simulated runs of independent updates, of
+# The fewest whole blocks of updates, in every run, that have an interval. Of one block every draw is the sample itself,
+# rotated; of two, 10 updates, the 95 % interval holds the truth in 75 of 100 simulated runs of independent updates, of
 # four in 85, of eight in 91 (benchmarks/coverage.py).
 LEAST_BLOCKS = 4
 
@@ -36,18 +36,16 @@ class Agreement:
     offset: Estimate
 
 
-def agreement(
-    runs: Sequence[Pairs], *, block: int = BLOCK, draws: int = 2000, level: float = 0.95, seed: int = 0
-) -> Agreement:
-    """The agreement of x and y over all pairs of `runs`, each of which holds (x, y) of updates in order.
+def agreement_of(runs: Sequence[Pairs], *, block: int = BLOCK, draws: int = DRAWS) -> Agreement:
+    """The agreement of x and y over all pairs of `runs`, each of which holds (x, y) of its updates in order.
 
     The intervals are those of `block_bootstrap`, NaN where a run has too few updates. Where all of the n signs agree,
-    or none, every draw says the same: the interval is then the binomial one, `unvaried`: it takes updates as
-    independent. Raises ValueError for fewer than three updates, for x and y of different lengths, and for what is not
-    finite.
+    or none does, every draw gives the same share: the interval is then the binomial one of `unvaried`, which takes
+    updates as independent. Raises ValueError for fewer than three updates, for x and y of different lengths, and for
+    values that are not finite.
 
     >>> x = np.arange(20.0)
-    >>> agreement([(x, 2 * x + 1)]).slope
+    >>> agreement_of([(x, 2 * x + 1)]).slope
     Estimate(value=2.0, low=2.0, high=2.0)
     """
     runs = [(np.asarray(x, dtype=float), np.asarray(y, dtype=float)) for x, y in runs]
@@ -58,43 +56,37 @@ def agreement(
                 "three, all finite"
             )
     found = {
-        statistic.__name__: block_bootstrap(runs, statistic, block=block, draws=draws, level=level, seed=seed)
+        statistic.__name__: block_bootstrap(runs, statistic, block=block, draws=draws)
         for statistic in (pearson, spearman, sign_agreement, slope, offset)
     }
     signs, length = found["sign_agreement"], sum(len(x) for x, _ in runs)
     if signs.value in (0.0, 1.0) and not np.isnan(signs.low):
-        found["sign_agreement"] = Estimate(signs.value, *unvaried(signs.value, length, level=level))
+        found["sign_agreement"] = Estimate(signs.value, *unvaried(signs.value, length))
     return Agreement(**found)
 
 
 def block_bootstrap(
-    runs: Sequence[Columns],
-    statistic: Callable[..., Any],
-    *,
-    block: int = BLOCK,
-    draws: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
+    runs: Sequence[Columns], statistic: Callable[..., Any], *, block: int = BLOCK, draws: int = DRAWS
 ) -> Estimate:
-    """`statistic` of the columns of all runs joined, with a percentile interval that knows that updates hang together.
+    """`statistic` of the joined series of all runs, with a percentile interval that allows for correlated updates.
 
-    Updates of one run are no independent draws: each draw takes runs as they are and, in each, blocks of `block`
-    consecutive updates, around the end. Draws in which the statistic is not defined are left out. With fewer than
-    `LEAST_BLOCKS` whole blocks in one of the runs there is too little to draw from: NaN. The intervals are short where
-    updates hang together for longer than a block: docs/theory.md has the share that hold the truth. Source: Politis and
-    Romano, "A circular block-resampling procedure", 1992.
+    Updates of one run are not independent draws: each draw takes runs as they are and, in each, blocks of `block`
+    consecutive updates, around the end. Draws in which the statistic is not defined are left out. The interval is NaN
+    with fewer than `LEAST_BLOCKS` whole blocks in one of the runs, and too short where updates are correlated for
+    longer than a block: docs/theory.md has the share that hold the truth. Source: Politis and Romano, "A circular
+    block-resampling procedure", 1992.
     """
     joined = [np.concatenate(column) for column in zip(*runs, strict=True)]
-    if min(len(run[0]) for run in runs) < LEAST_BLOCKS * block:
-        return Estimate(float(statistic(*joined)), *UNKNOWN)
-    places = _draws(tuple(len(run[0]) for run in runs), block, draws, seed)
-    values, tail = statistic(*(column[places] for column in joined)), (1 - level) / 2
-    low, high = np.nanquantile(values, [tail, 1 - tail]) if not np.isnan(values).all() else (np.nan, np.nan)
-    return Estimate(float(statistic(*joined)), float(low), float(high))
+    value, lengths = float(statistic(*joined)), tuple(len(run[0]) for run in runs)
+    if min(lengths) < LEAST_BLOCKS * block:
+        return Estimate(value, *UNKNOWN)
+    places = _draws(lengths, block, draws)
+    drawn = statistic(*(column[places] for column in joined))
+    return Estimate(value, *percentile_interval(drawn[~np.isnan(drawn)]))
 
 
 def detrended(values: Float[np.ndarray, " N"], degree: int = 3) -> Float[np.ndarray, " N"]:
-    """What a polynomial in the update's number leaves of the values: two curves that both fall agree without it.
+    """The values minus a polynomial fit in the update's number; with the trend any two curves that both fall agree.
 
     >>> bool(np.abs(detrended(np.arange(8.0) ** 3)).max() < 1e-9)
     True
@@ -104,7 +96,7 @@ def detrended(values: Float[np.ndarray, " N"], degree: int = 3) -> Float[np.ndar
 
 
 def pearson(x: Float[np.ndarray, "*D N"], y: Float[np.ndarray, "*D N"]) -> Any:
-    """Cov(x, y) / √(Var x Var y); NaN where one of them does not vary. As all statistics here, one number a row.
+    """Cov(x, y) / √(Var x Var y); NaN where one of them does not vary. As all statistics here, one number per row.
 
     >>> round(float(pearson(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0]))), 3)
     0.5
@@ -114,7 +106,7 @@ def pearson(x: Float[np.ndarray, "*D N"], y: Float[np.ndarray, "*D N"]) -> Any:
 
 
 def spearman(x: Float[np.ndarray, "*D N"], y: Float[np.ndarray, "*D N"]) -> Any:
-    """`pearson` of the ranks; equal values share the mean of theirs.
+    """`pearson` of the ranks (Spearman's correlation).
 
     >>> float(spearman(np.array([1.0, 2.0, 3.0]), np.array([1.0, 10.0, 100.0])))
     1.0
@@ -123,7 +115,7 @@ def spearman(x: Float[np.ndarray, "*D N"], y: Float[np.ndarray, "*D N"]) -> Any:
 
 
 def ranks(values: Float[np.ndarray, "*D N"]) -> Float[np.ndarray, "*D N"]:
-    """The place of each value in their order, from 0; equal values share the mean of theirs.
+    """The rank of each value, from 0; equal values share the mean of their ranks.
 
     >>> ranks(np.array([3.0, 1.0, 3.0]))
     array([1.5, 0. , 1.5])
@@ -131,7 +123,7 @@ def ranks(values: Float[np.ndarray, "*D N"]) -> Float[np.ndarray, "*D N"]:
     order, place = np.argsort(values, axis=-1), np.arange(values.shape[-1])
     rising = np.take_along_axis(values, order, -1)
     first = np.concatenate([np.ones_like(rising[..., :1], dtype=bool), rising[..., 1:] != rising[..., :-1]], axis=-1)
-    last = np.roll(first, -1, axis=-1)  # the next one is another value, or there is none
+    last = np.roll(first, -1, axis=-1)  # the next value is another one, or there is none
     start = np.maximum.accumulate(np.where(first, place, 0), axis=-1)
     end = np.minimum.accumulate(np.where(last, place, place[-1:])[..., ::-1], axis=-1)[..., ::-1]
     found = np.empty(values.shape)
@@ -155,7 +147,7 @@ def slope(x: Float[np.ndarray, "*D N"], y: Float[np.ndarray, "*D N"]) -> Any:
 
 
 def offset(x: Float[np.ndarray, "*D N"], y: Float[np.ndarray, "*D N"]) -> Any:
-    """What the line leaves at x = 0: mean y - slope · mean x."""
+    """The least-squares line at x = 0: mean y - slope · mean x."""
     return y.mean(-1) - slope(x, y) * x.mean(-1)
 
 
@@ -170,18 +162,18 @@ def average(values: Float[np.ndarray, " N"], momentum: float) -> Float[np.ndarra
 
 
 def one_ahead(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    """For each x_k the y of the line κ x + b that is fitted to the pairs before it: what could have been said in time.
+    """For each x_k the y of the line κ x + b fitted to the pairs before it: what could have been predicted in time.
 
-    The first three pairs have too little before them: the mean of y so far, 0 for the first.
+    The first three have too few pairs before them: for these it is the mean of y so far, 0 for the first.
 
     >>> one_ahead(np.arange(5.0), 2 * np.arange(5.0) + 1).tolist()
     [0.0, 1.0, 2.0, 7.0, 9.0]
     """
-    said = np.zeros(len(x))
+    predicted = np.zeros(len(x))
     for k in range(1, len(x)):
         line = (slope(x[:k], y[:k]), offset(x[:k], y[:k])) if k >= 3 else (float("nan"), 0.0)
-        said[k] = line[0] * x[k] + line[1] if np.isfinite(line[0]) else y[:k].mean()
-    return said
+        predicted[k] = line[0] * x[k] + line[1] if np.isfinite(line[0]) else y[:k].mean()
+    return predicted
 
 
 def _centred(values: Float[np.ndarray, "*D N"]) -> Float[np.ndarray, "*D N"]:
@@ -189,14 +181,14 @@ def _centred(values: Float[np.ndarray, "*D N"]) -> Float[np.ndarray, "*D N"]:
 
 
 def _over(part: Any, whole: Any) -> Any:
-    """part / whole, NaN where there is no whole."""
+    """part / whole, NaN where whole is not positive."""
     return part / np.where(whole > 0, whole, np.nan)
 
 
 @lru_cache(maxsize=8)
-def _draws(lengths: tuple[int, ...], block: int, draws: int, seed: int) -> Int[np.ndarray, "D N"]:
-    """The places, in all runs joined, that each draw takes."""
-    rng, before = np.random.default_rng(seed), np.cumsum([0, *lengths[:-1]])
+def _draws(lengths: tuple[int, ...], block: int, draws: int) -> Int[np.ndarray, "D N"]:
+    """The places in the joined runs that each draw takes."""
+    rng, before = np.random.default_rng(0), np.cumsum([0, *lengths[:-1]])
     return np.array(
         [
             np.concatenate([start + _blocks(n, block, rng) for start, n in zip(before, lengths, strict=True)])

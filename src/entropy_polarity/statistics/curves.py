@@ -1,4 +1,4 @@
-"""Numbers of a curve, one value a rollout."""
+"""Summaries of a training curve of one value per rollout."""
 
 from collections.abc import Sequence
 
@@ -7,16 +7,16 @@ from jaxtyping import Float
 
 
 def area_under_curve(values: Float[np.ndarray, " K"]) -> float:
-    """The area under a curve of one value a rollout, divided by its length: (1/K) Σ_k values_k.
+    """The area under a curve of one value per rollout, divided by its length: (1/K) Σ_k values_k.
 
-    Of rewards it is the mean reward of all that was sampled in training: it grows with a higher end and with a
-    faster way to it.
+    Of rewards it is the mean reward of everything sampled in training: a higher end raises it, and so does a faster way
+    there.
     """
     return float(np.mean(values))
 
 
 def moving_average(values: Float[np.ndarray, " K"], window: int) -> Float[np.ndarray, " M"]:
-    """Means over every `window` values in a row, K - window + 1 of them; over all values where there are fewer.
+    """The means over every `window` values in a row, K - window + 1 of them; over all values where there are fewer.
 
     >>> moving_average(np.array([1.0, 2.0, 3.0, 4.0]), window=3)
     array([2., 3.])

@@ -1,28 +1,32 @@
-"""How sure a mean, or a difference of means, is: bootstrap over problems and seeds, Student's t over seeds."""
+"""Intervals of a mean or a difference of means: the bootstrap over problems and seeds, Student's t over seeds."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
-# Problems that an interval takes. Of fewer the bootstrap sees too little of their spread: of 3 its 95 % interval holds
-# the mean in 72 to 76 of 100 draws, of 5 in 84, of 10 in 89 to 90, of 20 in 92 to 93 (benchmarks/coverage.py).
+LEVEL = 0.95  # the chance with which an interval should hold the truth, wherever this package gives one
+DRAWS = 2000  # of a bootstrap
+# The fewest problems that have an interval. Of fewer the bootstrap sees too little of their spread: of 3 its 95 %
+# interval holds the mean in 72 to 76 of 100 draws, of 5 in 84, of 10 in 89 to 90, of 20 in 92 to 93
+# (benchmarks/coverage.py).
 LEAST = 10
 UNKNOWN = (float("nan"), float("nan"))
-RATE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)  # where shares of right answers lie, and differences of such shares
+RATE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)  # the bounds of shares of right answers, and of differences of such shares
 
 
 def bootstrap_interval(
     values: Float[np.ndarray, " P"],
-    level: float = 0.95,
-    draws: int = 2000,
+    level: float = LEVEL,
+    draws: int = DRAWS,
     seed: int = 0,
     within: tuple[float, float] | None = None,
 ) -> tuple[float, float]:
     """The percentile bootstrap interval of the mean over problems.
 
     NaN for fewer than `LEAST` values, which are too few to say. Values that are all the same would draw an interval of
-    no width: theirs is `unvaried`'s, which knows `within` what bounds values lie. Source: Efron 1979.
+    no width: theirs is that of `unvaried`, with the bounds `within` which values lie. Raises ValueError for no values.
+    Source: Efron 1979.
 
     >>> low, high = bootstrap_interval(np.array([0.0, 1.0] * 50))
     >>> low < 0.5 < high
@@ -30,32 +34,43 @@ def bootstrap_interval(
     """
     values = np.asarray(values, dtype=float)
     if values.size == 0:
-        raise ValueError("bootstrap_interval: no values; expected one a problem")
+        raise ValueError("bootstrap_interval: no values; expected one per problem")
     if len(values) < LEAST:
         return UNKNOWN
     if is_constant(values):
         return unvaried(float(values[0]), len(values), within, level)
     picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    return percentile_interval(values[picks].mean(axis=1), level)
+
+
+def percentile_interval(draws: Float[np.ndarray, " D"], level: float = LEVEL) -> tuple[float, float]:
+    """The interval that leaves out (1 - level) / 2 of the draws at either end; NaN without draws.
+
+    >>> percentile_interval(np.arange(9.0), level=0.5)
+    (2.0, 6.0)
+    """
+    if draws.size == 0:
+        return UNKNOWN
     tail = (1 - level) / 2
-    low, high = np.quantile(values[picks].mean(axis=1), [tail, 1 - tail])
+    low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)
 
 
 def is_constant(values: Float[np.ndarray, "*S P"]) -> bool:
-    """Whether all values are the same, but for what sums round."""
+    """Whether all values are the same up to the rounding of sums."""
     return bool(np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())))
 
 
 def unvaried(
-    value: float, count: int, within: tuple[float, float] | None = RATE, level: float = 0.95
+    value: float, count: int, within: tuple[float, float] | None = RATE, level: float = LEVEL
 ) -> tuple[float, float]:
-    """The interval of a mean of which `count` values in [a, b] = `within` were seen, every one of them `value`.
+    """The interval of a mean when all of `count` values, which lie in [a, b] = `within`, were `value`.
 
-    A share q of others stays unseen with a chance of (1 - q)^count, so that q can be up to
+    A share q of other values stays unseen with a chance of (1 - q)^count, so that q can be up to
 
         q = 1 - ((1 - level) / 2)^(1 / count)        value - q (value - a)  <=  mean  <=  value + q (b - value)
 
-    Of successes it is the exact binomial interval. NaN without bounds: nothing is known of what was not seen.
+    For successes it is the exact binomial interval. NaN without bounds: nothing is known of unseen values.
     Source: Clopper and Pearson 1934.
 
     >>> [round(bound, 3) for bound in unvaried(0.0, 200)]
@@ -69,8 +84,7 @@ def unvaried(
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, or a difference of means, with its interval; 95 % unless another level was asked for. The bounds are NaN
-    where too little was seen to say."""
+    """A mean, or a difference of means, with its interval, whose bounds are NaN where there is too little data."""
 
     value: float
     low: float
@@ -78,8 +92,8 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Float[np.ndarray, "*S P"], within: tuple[float, float] | None = None) -> "Estimate":
-        """The mean over problems with its bootstrap interval; with several rows, one a seed, over both as in
-        `paired_bootstrap`. `within`: the bounds of the values, where there are any."""
+        """The mean over problems with its bootstrap interval; with several rows, one per seed, the mean over both as in
+        `paired_bootstrap`. `within` are the bounds of the values, if they have any."""
         values = np.asarray(values, dtype=float)
         if values.ndim == 2 and len(values) > 1:
             return paired_bootstrap(values, np.zeros_like(values), within=within)
@@ -92,8 +106,8 @@ class Estimate:
 def paired_bootstrap(
     a: Float[np.ndarray, "S P"],
     b: Float[np.ndarray, "S P"],
-    draws: int = 2000,
-    level: float = 0.95,
+    draws: int = DRAWS,
+    level: float = LEVEL,
     seed: int = 0,
     within: tuple[float, float] | None = None,
 ) -> Estimate:
@@ -104,9 +118,9 @@ def paired_bootstrap(
 
         difference* = Σ_s Σ_p u_s v_p (a_sp - b_sp)        u ~ Multinomial(S, 1/S) / S,  v ~ Multinomial(P, 1/P) / P
 
-    so that problems hard for every seed and seeds good on every problem both count. Where noise of single answers
-    rules, it is wider than need be; of a handful of seeds it shows too little spread, of one none at all: read it
-    beside `t_interval`. NaN for fewer than `LEAST` problems; differences that are all the same have the interval of
+    so that problems hard for every seed and seeds good on every problem both count. It is wider than need be where the
+    noise of single answers dominates; a handful of seeds shows it too little spread, and one seed none at all: read it
+    beside `t_interval`. NaN for fewer than `LEAST` problems. Differences that are all the same have the interval of
     `unvaried`, of P values, with the bounds `within` of a difference. Raises ValueError unless the shapes agree and
     none is empty. Source: Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 2007.
 
@@ -123,18 +137,14 @@ def paired_bootstrap(
         return Estimate(mean, *unvaried(mean, P, within, level))
     seeds = rng.multinomial(S, np.full(S, 1 / S), size=draws) / S
     problems = rng.multinomial(P, np.full(P, 1 / P), size=draws) / P
-    means = ((seeds @ (a - b)) * problems).sum(axis=1)
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Estimate(mean, float(low), float(high))
+    return Estimate(mean, *percentile_interval(((seeds @ (a - b)) * problems).sum(axis=1), level))
 
 
-def t_interval(differences: Float[np.ndarray, " S"], level: float = 0.95) -> Estimate:
-    """The mean of one difference a seed, with Student's interval: mean ± t sd / √S, S - 1 degrees of freedom.
+def t_interval(differences: Float[np.ndarray, " S"], level: float = LEVEL) -> Estimate:
+    """The mean of one difference per seed, with Student's interval: mean ± t sd / √S, S - 1 degrees of freedom.
 
-    It asks how sure the mean is for other seeds on these problems, taking differences as normal; it stays honest for
-    a handful of seeds. Differences that are all the same show no spread to go by: NaN. Raises ValueError for fewer than
-    two. Source: Student 1908.
+    It is about other seeds on the same problems, takes differences as normal, and holds for a handful of seeds. NaN for
+    differences that are all the same, which show no spread. Raises ValueError for fewer than two. Source: Student 1908.
 
     >>> print(t_interval(np.array([1.0, 2.0, 3.0])))
     2.000 [-0.484, 4.484]

@@ -1,4 +1,4 @@
-"""Chances of success estimated from n samples of each problem: pass@k and maj@k."""
+"""Chances of success, estimated from n samples of each problem: pass@k and maj@k."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -37,9 +37,9 @@ def maj_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) -> fl
         maj@k = E_S [ 1/|W(S)| · Σ_{a ∈ W(S)} r_a ]        r_a = share of the samples with the answer a that are right
 
     so a tie is split evenly, and r_a is 0 or 1 wherever equal answers have equal verdicts. A sample whose answer is
-    None (there is none in it) takes a place in S and never wins; of nothing but None the value is 0. The expectation
-    is exact for every k. Raises ValueError unless 1 <= k <= n, with one verdict an answer. Source of the vote: Wang et
-    al., arXiv 2203.11171 (self-consistency); the way to the exact expectation over subsets is ours.
+    None takes a place in S and never wins; where all are None the value is 0. The expectation is exact for every k.
+    Raises ValueError unless 1 <= k <= n, with one verdict per answer. Source of the vote: Wang et al., arXiv 2203.11171
+    (self-consistency); the way to the exact expectation over subsets is ours.
 
     >>> maj_at_k(["7", "7", "9"], [True, True, False], k=3)
     1.0
@@ -48,8 +48,8 @@ def maj_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) -> fl
     """
     if len(answers) != len(right) or not 1 <= k <= len(answers):
         raise ValueError(
-            f"maj_at_k: k is {k}, with {len(answers)} answers and {len(right)} verdicts; expected a verdict an answer "
-            "and k from 1 to their number"
+            f"maj_at_k: k is {k}, with {len(answers)} answers and {len(right)} verdicts; expected one verdict per "
+            "answer, and k from 1 to their number"
         )
     groups: dict[str, list[bool]] = {}
     for answer, verdict in zip(answers, right, strict=True):
@@ -61,7 +61,7 @@ def maj_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) -> fl
 
 @lru_cache(maxsize=4096)
 def _majority(groups: tuple[tuple[int, float], ...], samples: int, k: int) -> float:
-    """`maj_at_k` of groups (count, share right); what is in no group has no answer.
+    """`maj_at_k` of groups (count, share right); samples in no group have no answer.
 
     Let every sample be in S with chance p = k/n on its own: given |S| = k, all subsets are equally likely. For each
     height j of the winners, ways[s, t] is the chance that s samples are taken and t answers have j of them, none more,
@@ -89,7 +89,7 @@ def _with_group(
     height: int,
     share: float,
 ) -> tuple[Float[np.ndarray, "K T"], Float[np.ndarray, "K T"]]:
-    """The tables with one more answer, of which `chances[i]` is the chance to be taken i times."""
+    """Both tables with one more answer, which is taken i times with the chance `chances[i]`."""
     size = len(ways)
     new_ways, new_worth = np.zeros_like(ways), np.zeros_like(worth)
     for i in range(min(height, len(chances))):

@@ -10,8 +10,8 @@ from torch.nn.functional import pad
 from transformers import TrainerCallback
 
 from entropy_polarity.diagnostics.audit import Audit, audited
-from entropy_polarity.diagnostics.exact import Sequences
-from entropy_polarity.diagnostics.forecast import EVERY, MEMORY, SHARE, Forecast, Forecaster, spaced
+from entropy_polarity.diagnostics.entropy import Sequences
+from entropy_polarity.diagnostics.forecast import EVERY, MEMORY, SHARE, Forecast, Forecaster, subsample
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.trainers.trl.loss import averaged, importance
 from entropy_polarity.trainers.trl.sequences import joined, sequences_of
@@ -93,14 +93,14 @@ class UpdateForecaster(TrainerCallback):
 
     def _collect(self, inputs: dict[str, Any], tokens: Tokens) -> None:
         if tokens.mask.any():
-            self._seen.append(spaced(sequences_of(inputs, tokens.mask), self.share))
+            self._seen.append(subsample(sequences_of(inputs, tokens.mask), self.share))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if not self._seen:
             return
         sequences, self._seen = joined(self._seen), []
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        block = self.forecaster.foretold(model, sequences, temperature=self.trainer.temperature)
+        block = self.forecaster.forecasting(model, sequences, temperature=self.trainer.temperature)
         self._forecast = self._open.enter_context(block)
 
     def on_optimizer_step(self, args, state, control, **kwargs):

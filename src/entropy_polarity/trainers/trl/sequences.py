@@ -8,8 +8,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from entropy_polarity.diagnostics.exact import Sequences, entropy_gradient, exact_sensitivity, wide
-from entropy_polarity.diagnostics.forecast import moving
+from entropy_polarity.diagnostics.entropy import (
+    Sequences,
+    accumulation_dtype,
+    entropy_gradient,
+    trainable_parameters,
+)
+from entropy_polarity.diagnostics.exact import exact_sensitivity
 
 if TYPE_CHECKING:
     from entropy_polarity.trainers.trl import PolarityTrainer
@@ -44,7 +49,8 @@ def exact_sensitivity_of(
     if own > 0:
         entropy, g = entropy_gradient(model, sequences, temperature=temperature)
     else:
-        entropy, g = 0.0, {name: torch.zeros_like(p, dtype=wide(p.dtype)) for name, p in moving(model)}
+        parameters = trainable_parameters(model).items()
+        entropy, g = 0.0, {name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for name, p in parameters}
     if trainer.accelerator.num_processes > 1:
         g = {name: _summed(trainer, part * (own / count)) for name, part in g.items()}
     if own == 0:
