@@ -26,7 +26,7 @@ from entropy_polarity.experiments.compare.plan import Plan, Search, load_plan, m
 from entropy_polarity.experiments.compare.runs import Job, Queue, locked, refuse_others
 from entropy_polarity.experiments.compare.search import candidates_of, choose, judge, search_plan, unseen_problems
 from entropy_polarity.experiments.compare.summary import Facts, summarise
-from entropy_polarity.experiments.training import checked, prompts_of
+from entropy_polarity.experiments.setup import check_recipe, prompts_of
 from entropy_polarity.methods import make_transform
 from entropy_polarity.report.comparison import render_comparison
 from entropy_polarity.report.progress import ComparisonView, RunState
@@ -701,7 +701,7 @@ def test_methods_are_compared_on_the_same_prompts_and_problems(tmp_path, monkeyp
 def test_prompts_are_those_of_the_seed_whatever_the_method(tmp_path):
     plan, prompts = plan_of("grpo", "papo:controller=balance", "other=papo:conserve=true"), {}
     for job in jobs_of(plan, tmp_path):
-        task, config = checked(job.recipe, tmp_path)
+        task, config = check_recipe(job.recipe, tmp_path)
         prompts[job.name] = prompts_of(task, None, config, job.seed)[0]["prompt"][:]
     assert prompts["grpo-0"] == prompts["papo-0"] == prompts["other-0"]
     assert prompts["grpo-1"] == prompts["papo-1"] == prompts["other-1"] != prompts["grpo-0"]

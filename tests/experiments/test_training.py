@@ -14,8 +14,9 @@ from small import SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from entropy_polarity.experiments.training import train
+from entropy_polarity.runs.checkpoints import last_checkpoint
 from entropy_polarity.runs.recipe import load_recipe, with_flags
-from entropy_polarity.runs.record import Run, last_checkpoint
+from entropy_polarity.runs.record import Run
 
 PAPO = [sys.executable, "-m", "entropy_polarity.cli"]
 

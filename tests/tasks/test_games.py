@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tasks_training import few_steps, policy
 
-from entropy_polarity.experiments.training import prompts_of, quiet_trainer, train, trainer_config
+from entropy_polarity.experiments.setup import prompts_of, quiet_trainer, trainer_config
+from entropy_polarity.experiments.training import train
 from entropy_polarity.generation.episodes import Format, play
 from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.policy.tokenizer import character_tokenizer

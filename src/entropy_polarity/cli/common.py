@@ -57,7 +57,7 @@ def check_early(recipe: Recipe) -> None:
 
 
 def print_json(document: Any) -> None:
-    from entropy_polarity.experiments.results import without_nan
+    from entropy_polarity.support.json_files import without_nan
 
     # JSON escapes all that could move a cursor, but for DEL.
     print(json.dumps(without_nan(document), indent=2, allow_nan=False).replace("\x7f", "\\u007f"))

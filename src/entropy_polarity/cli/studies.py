@@ -152,7 +152,7 @@ def audit(
             page with --output; nothing is run
         overrides: any key of the recipe, e.g. trainer.learning_rate=1e-5
     """
-    from entropy_polarity.experiments.audit_recipe import audit_recipe, default_output
+    from entropy_polarity.experiments.flags import audit_folder, audit_recipe
     from entropy_polarity.experiments.results import as_written
 
     if finished is not None:
@@ -167,7 +167,7 @@ def audit(
     from entropy_polarity.experiments.auditing import audit as run
     from entropy_polarity.report.lines import LiveOrLines
 
-    directory = output or default_output(recipe, chosen)
+    directory = output or audit_folder(recipe, chosen)
     with LiveOrLines(sys.stderr if as_json else sys.stdout) as view:
 
         def watch(seed: int, step: int, exact: float, realised: float) -> None:

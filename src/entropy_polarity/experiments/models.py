@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from entropy_polarity.methods import name_of
-from entropy_polarity.runs.checkpoints import checkpoint_step, refuse_broken, refuse_in_the_way
+from entropy_polarity.runs.checkpoints import checkpoint_step, last_checkpoint, refuse_broken, refuse_in_the_way
 from entropy_polarity.runs.consent import check_said_again
+from entropy_polarity.runs.layout import CHECKPOINTS, CONFIG, ENVIRONMENT, read_config
 from entropy_polarity.runs.method_state import STATE_FILE
 from entropy_polarity.runs.recipe import apply_override, load_recipe
-from entropy_polarity.runs.record import CHECKPOINTS, CONFIG, last_checkpoint, read_config
-from entropy_polarity.support.reading import ENVIRONMENT, json_object
+from entropy_polarity.support.json_files import json_object
 
 _LABELLED = re.compile(r"([^=/\\]+)=(.+)")
 

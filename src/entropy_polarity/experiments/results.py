@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from entropy_polarity.runs.record import environment
 from entropy_polarity.statistics.intervals import Estimate
+from entropy_polarity.support.environment import environment
 from entropy_polarity.support.files import write_text
 
 

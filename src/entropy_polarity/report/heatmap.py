@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from entropy_polarity.runs.record import ROLLOUTS, Run
+from entropy_polarity.runs.layout import ROLLOUTS
+from entropy_polarity.runs.record import Run
 from entropy_polarity.support.success import degree
 from entropy_polarity.support.text import cut
 

@@ -181,11 +181,11 @@ def _check(plan: Plan) -> None:
             make_transform(table["name"], settings)
         except ValueError as error:
             raise ValueError(f"[methods.{label}] {error}") from None
-    from entropy_polarity.experiments.training import checked, quiet  # TRL: seconds that none of the above need wait
+    from entropy_polarity.experiments.setup import check_recipe, quiet  # TRL: seconds that none of the above need wait
 
     quiet()
     for label in plan.methods:
-        checked(plan.recipe_of(label, plan.seeds[0]), Path())
+        check_recipe(plan.recipe_of(label, plan.seeds[0]), Path())
 
 
 def _portable(plan: Plan) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from entropy_polarity.experiments.compare import die_with_parent
 from entropy_polarity.experiments.models import refuse_renamed
 from entropy_polarity.report.progress import RunState
 from entropy_polarity.runs.consent import said_again
+from entropy_polarity.runs.layout import CONFIG, ENVIRONMENT, METRICS, SUMMARY, read_summary
 from entropy_polarity.runs.recipe import Recipe, load_recipe
-from entropy_polarity.runs.record import CONFIG, ENVIRONMENT, METRICS, SUMMARY, read_summary
 from entropy_polarity.support.files import DRAFT, LOCK, refuse_links, write_text
 from entropy_polarity.support.files import locked as locked_folder
 
