@@ -30,7 +30,7 @@ from entropy_polarity.experiments.setup import check_recipe, prompts_of
 from entropy_polarity.methods import make_transform
 from entropy_polarity.report.comparison import render_comparison
 from entropy_polarity.report.progress import ComparisonView, RunState
-from entropy_polarity.report.tables import comparison_tables
+from entropy_polarity.report.tables.comparison import comparison_tables
 from entropy_polarity.runs.recipe import load_recipe
 from entropy_polarity.runs.record import Run
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from entropy_polarity.report.heatmap import coloured_rollouts
+from entropy_polarity.report.heatmap import heatmap_of
 from entropy_polarity.report.page import render_page
 
 HOSTILE = '<script>alert("owned")</script><img src=x onerror=alert(1)>'
@@ -38,9 +38,9 @@ def test_model_text_is_shown_not_run(run, monkeypatch):
 
 
 def test_colours_follow_the_polarity(run):
-    for rollout in coloured_rollouts(run):
+    for rollout in heatmap_of(run).rollouts:
         for token in (token for turn in rollout.turns for token in turn):
-            polarity = float(dict(token.facts)["P"])
+            polarity = float(dict(token.statistics)["P"])
             red, _, blue, strength = (float(x) for x in re.findall(r"[\d.]+", token.colour))
             if polarity > 0:
                 assert blue > red
@@ -96,7 +96,7 @@ def test_a_browser_draws_charts_and_tokens(run, chromium, tmp_path):
     lines = re.findall(r'<path class="js-line"[^>]* d="M([^"]+)"', dom)
     assert len(lines) >= 8
     assert any(line.count("L") >= 1 for line in lines)
-    tokens = sum(len(turn) for rollout in coloured_rollouts(run) for turn in rollout.turns)
+    tokens = sum(len(turn) for rollout in heatmap_of(run).rollouts for turn in rollout.turns)
     assert tokens > 20
     assert dom.count('class="token"') == tokens
     subprocess.run([*chromium, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=120, check=True)

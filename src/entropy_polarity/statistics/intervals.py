@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from entropy_polarity.support.brackets import interval
+
 # Problems that an interval takes. Of fewer the bootstrap sees too little of their spread: of 3 its 95 % interval holds
 # the mean in 72 to 76 of 100 draws, of 5 in 84, of 10 in 89 to 90, of 20 in 92 to 93 (benchmarks/coverage.py).
 LEAST = 10
@@ -86,7 +88,7 @@ class Estimate:
         return cls(float(np.mean(values)), *bootstrap_interval(values.reshape(-1), within=within))
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} " + ("[-]" if np.isnan(self.low) else f"[{self.low:.3f}, {self.high:.3f}]")
+        return f"{self.value:.3f} {interval(self.low, self.high)}"
 
 
 def paired_bootstrap(

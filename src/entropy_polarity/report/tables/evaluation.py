@@ -1,9 +1,9 @@
-"""The numbers of an evaluation as text, for a terminal and a page alike; each column says what it holds."""
+"""The tables of an evaluation, and the names of its scores."""
 
 from typing import Any
 
 from entropy_polarity.report.intervals import between, estimated
-from entropy_polarity.report.tables import Column, TextTable
+from entropy_polarity.report.tables.text import Column, TextTable
 
 Document = dict[str, Any]
 _OVER = {False: "over problems", True: "over problems and sampling seeds"}

@@ -1,10 +1,10 @@
-"""The numbers of an audit as text, for a terminal and a page alike; each column has a sentence that explains it."""
+"""The tables of an audit."""
 
 import math
 from typing import Any
 
 from entropy_polarity.report.intervals import estimated
-from entropy_polarity.report.tables import Column, TextTable
+from entropy_polarity.report.tables.text import Column, TextTable
 
 _LEVELS = {
     "local": "local: Σ c T",

@@ -1,24 +1,11 @@
-"""The numbers of a comparison as text, for a terminal and a page alike; each column has a sentence that explains it."""
+"""The tables of a comparison, and that of a search."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from entropy_polarity.report.intervals import between
+from entropy_polarity.report.tables.text import Column, TextTable
 
 Summary = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Column:
-    name: str
-    text: str
-
-
-@dataclass(frozen=True)
-class TextTable:
-    title: str
-    columns: list[Column]
-    rows: list[list[str]]
 
 
 def comparison_tables(summary: Summary) -> list[TextTable]:
