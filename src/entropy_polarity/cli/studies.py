@@ -67,7 +67,7 @@ def _compare(
     do = experiment.search if search else experiment.compare
     with ComparisonView(str(directory), sys.stderr if as_json else sys.stdout) as view:
         try:
-            document = do(plan, directory, jobs, view.watch, known)
+            document = do(plan, directory, at_once=jobs, watch=view.watch, known=known)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command goes on; finished runs are kept") from None
     if as_json:
