@@ -93,7 +93,7 @@ def main() -> None:
     if arguments.part:
         print(json.dumps(part(arguments.part[0], arguments.part[1] == "kept")))
         return
-    from entropy_polarity.support.environment import environment
+    from entropy_polarity.support.provenance import environment
 
     results = [measure(recipe, arguments.rounds) for recipe in RECIPES]
     print(table(results))

@@ -109,7 +109,7 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
     from entropy_polarity.experiments.setup import prompts_of, quiet, trainer_config
     from entropy_polarity.policy.loading import load_policy
     from entropy_polarity.runs.recipe import load_recipe
-    from entropy_polarity.support.environment import environment
+    from entropy_polarity.support.provenance import environment
     from entropy_polarity.tasks import make_task
     from entropy_polarity.trainers.trl import PolarityTrainer
 

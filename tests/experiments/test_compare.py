@@ -702,6 +702,12 @@ def test_methods_are_compared_on_the_same_prompts_and_problems(tmp_path, monkeyp
         assert len(kept["step_seconds"]) == 4
 
 
+def test_a_setting_that_is_given_twice_is_refused():
+    with pytest.raises(ValueError, match="method 'papo:gain=5,gain=6' gives 'gain' twice: leave one of them out"):
+        methods_of(["grpo", "papo:gain=5,gain=6"])
+    assert methods_of(["papo:gain=5,level=0.4"])["papo"] == {"name": "papo", "gain": 5, "level": 0.4}
+
+
 def test_prompts_are_those_of_the_seed_whatever_the_method(tmp_path):
     plan, prompts = plan_of("grpo", "papo:controller=balance", "other=papo:conserve=true"), {}
     for job in jobs_of(plan, tmp_path):

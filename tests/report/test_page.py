@@ -132,3 +132,10 @@ def test_the_template_is_package_data():
     import entropy_polarity.report
 
     assert (Path(entropy_polarity.report.__file__).parent / "templates/page.html").is_file()
+
+
+def test_each_file_of_tokens_is_read_once_for_a_page(run, monkeypatch):
+    read, tokens = [], type(run).tokens
+    monkeypatch.setattr(type(run), "tokens", lambda self, step: read.append(step) or tokens(self, step))
+    render_page(run)
+    assert read == [1, 3, 5]

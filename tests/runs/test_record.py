@@ -11,7 +11,7 @@ from entropy_polarity.runs.recipe import load_recipe
 from entropy_polarity.runs.checkpoints import checkpoint_step, last_checkpoint
 from entropy_polarity.runs.record import TOKEN_COLUMNS, Run, RunWriter
 from entropy_polarity.runs.resuming import resume_run
-from entropy_polarity.support.environment import environment
+from entropy_polarity.support.provenance import environment
 
 nan, inf = math.nan, math.inf
 CONFIG = {

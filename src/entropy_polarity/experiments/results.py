@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from entropy_polarity.statistics.intervals import Estimate
-from entropy_polarity.support.environment import environment
 from entropy_polarity.support.files import write_text
 from entropy_polarity.support.json_files import parsed, without_nan
+from entropy_polarity.support.provenance import environment
 
 
 def provenance() -> dict[str, Any]:

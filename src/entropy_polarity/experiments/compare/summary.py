@@ -25,8 +25,8 @@ class RunResults:
     """The results of one run, as a comparison keeps them.
 
     `before` and `after` hold `successes` (right samples of each held-out problem, of `samples`) and `greedy` (0 or 1
-    each); a curve holds `steps` and `values`, one per rollout; `step_seconds` has one entry per step. For games `counted`
-    holds the held-out means of what environments count, "before" and "after".
+    each); a curve holds `steps` and `values`, one per rollout; `step_seconds` has one entry per step. `counted` holds,
+    for games, the held-out means of what environments count, "before" and "after".
     """
 
     label: str
