@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from entropy_polarity.methods import make_transform
 from entropy_polarity.runs.checkpoints import (
     begin,
     check,
     checkpoint_step,
-    own_checkpoints,
     finish,
     last_of,
+    own_checkpoints,
     refuse_broken,
     refuse_in_the_way,
     remove,
@@ -21,7 +22,6 @@ from entropy_polarity.runs.checkpoints import (
     strangers,
 )
 from entropy_polarity.runs.method_state import STATE_FILE, load_state, read_state, save_state
-from entropy_polarity.methods import make_transform
 
 FILES = {
     "model.safetensors": os.urandom(3000),

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from entropy_polarity.runs.checkpoints import begin, finish
+from entropy_polarity.runs.checkpoints import begin, checkpoint_step, finish, last_checkpoint
 from entropy_polarity.runs.recipe import load_recipe
-from entropy_polarity.runs.checkpoints import checkpoint_step, last_checkpoint
 from entropy_polarity.runs.record import TOKEN_COLUMNS, Run, RunWriter
 from entropy_polarity.runs.resuming import resume_run
 from entropy_polarity.support.provenance import environment

@@ -13,16 +13,15 @@ from small import SMALL
 from test_trl import make_trainer
 
 from entropy_polarity import cli
-from entropy_polarity.support.files import locked
-from entropy_polarity.runs.checkpoints import begin
 from entropy_polarity.experiments.models import refuse_renamed, weights_of
 from entropy_polarity.experiments.training import train
 from entropy_polarity.policy.loading import load_policy
-from entropy_polarity.runs.recipe import load_recipe, with_flags
-from entropy_polarity.runs.checkpoints import last_checkpoint
-from entropy_polarity.runs.record import Run, RunWriter
-from entropy_polarity.runs.resuming import resume_run
 from entropy_polarity.report.page import render_page
+from entropy_polarity.runs.checkpoints import begin, last_checkpoint
+from entropy_polarity.runs.recipe import load_recipe, with_flags
+from entropy_polarity.runs.record import Run
+from entropy_polarity.runs.resuming import resume_run
+from entropy_polarity.support.files import locked
 from entropy_polarity.trainers.trl import PolarityTrainer
 
 RECIPE = load_recipe("countdown", [*SMALL, 'method={name="papo", controller="trend"}'])

@@ -1,4 +1,4 @@
-"""What commands share: flags that are written alike, help that reads alike, and JSON on standard output."""
+"""The parts that commands share: flags that are written alike, help that reads alike, and JSON on standard output."""
 
 import inspect
 import json
@@ -40,7 +40,7 @@ def readable(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def note(line: str) -> None:
-    """What was decided for the user, on standard error."""
+    """Print a decision that was made for the user, on standard error."""
     print(f"papo: {line}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""What `papo audit` does: train a few updates, audit each of them, and say how far each prediction can be trusted."""
+"""`papo audit`: train a few updates, audit each of them, and say how far each prediction can be trusted."""
 
 import json
 import re
@@ -31,7 +31,7 @@ AUDIT, PAGE = "audit.json", "audit.html"
 RUN, TOKENS = "seed-{}.json", "tokens-{}.npz"  # what a finished seed leaves
 Watch = Callable[[int, int, float, float], None]
 _OURS = re.compile(rf"(part-)?(audit\.(json|html)|seed-\d+\.json|tokens-\d+\.npz)(\.part)?|trainer|{LOCK}")
-LEAST = 4  # updates: three after the first, of which a forecast by what came is judged
+LEAST = 4  # updates: three after the first, on which a forecast by the updates before is judged
 
 
 def audit(
@@ -72,9 +72,9 @@ def audit(
 
 
 def audited_before(file: Path, output: Path | None = None) -> dict[str, Any]:
-    """The document of a former audit, its updates summarised again; with `output` written there, with its page.
+    """The document of a former audit with its updates summarised again; `output` gets it and its page.
 
-    What is about all tokens (the map, the deciles) stays as it was: the file does not hold them.
+    The results over all tokens (the map, the deciles) stay as they were: the file does not hold the tokens.
     """
     document = read_document(file, "audit", versions=(1, 2))
     top = {name: document[name] for name in ("recipe", "environment")} | {"vocabulary": document.get("vocabulary")}
@@ -101,8 +101,10 @@ def _refuse_foreign(output: Path) -> None:
 
 
 def _finished(recipe: Recipe, seed: int, output: Path) -> dict[str, Any] | None:
-    """The run of that seed, if a former call came to its end: both of its files are there. Raises ValueError where the
-    file is of another recipe, or one of the two cannot be read."""
+    """The run of that seed if a former call finished it: both of its files are there.
+
+    Raises ValueError where the file is of another recipe, or one of the two cannot be read.
+    """
     file = output / RUN.format(seed)
     if not file.is_file():
         return None
@@ -172,7 +174,7 @@ def held_out_states(
 
 
 def _write_tokens(file: Path, updates: Sequence[TokenAccount]) -> None:
-    """All tokens of a run, a column each, as numpy reads them without pickle."""
+    """Write the statistics of all tokens of a run, one array each, as numpy reads them without pickle."""
     columns = {
         name: torch.cat(column).numpy()
         for name, column in zip(TokenAccount._fields, zip(*updates, strict=True), strict=True)

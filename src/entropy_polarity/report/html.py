@@ -1,4 +1,4 @@
-"""What all pages share: self-contained HTML from a template, charts that look alike, one way to smooth.
+"""The parts that all pages share: self-contained HTML from a template, charts that look alike, one way to smooth.
 
 A page shows text of other people, so three things hold for all: text is escaped and made printable where it is put in,
 none is longer than `MAX_TEXT` characters, and a policy in the page itself lets a browser run its two scripts and

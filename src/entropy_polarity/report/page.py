@@ -35,11 +35,11 @@ def _cards(run: Run) -> list[dict[str, str]]:
                     "(before → after, with 95 % bootstrap intervals over problems).",
                 }
             )
-    for name, fact in (before or {}).get("facts", {}).items():
+    for name, count in (before or {}).get("facts", {}).items():
         cards.append(
             {
                 "name": f"{name.replace('_', ' ')}, held out",
-                "value": _arrow(fact, after and after["facts"].get(name)),
+                "value": _arrow(count, after and after["facts"].get(name)),
                 "text": "Mean over held-out samples (before → after, with 95 % bootstrap intervals): "
                 "turns that were played and what the environment counts, or calls of tools.",
             }

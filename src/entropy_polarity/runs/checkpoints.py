@@ -27,10 +27,10 @@ from entropy_polarity.support.files import (
 )
 
 PREFIX = "checkpoint-"
-# What training goes on from and a policy does not need: people delete the optimiser's to save room.
+# What training goes on from and a policy does not need: people delete the optimiser's files to save space.
 _TRAINING = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args|trainer_state|global_step|README).*")
 _UNSUMMED = "README.md"  # a card for people
-# SHA-256 of files that this process has read, by their state on the disk: the trainer looks again at the checkpoint that
+# SHA-256 of files that this process has read, by their state on the disk: the trainer checks again the checkpoint that
 # a run goes on from, and to sum the files of a large model takes minutes.
 _right: dict[tuple[Any, ...], str] = {}
 

@@ -23,9 +23,9 @@ from entropy_polarity.runs.layout import (
     read_summary,
     refuse_occupied,
 )
-from entropy_polarity.support.provenance import environment
 from entropy_polarity.support.files import append_text, replacing, sync_file, write_text
 from entropy_polarity.support.json_files import whole_rows, without_nan
+from entropy_polarity.support.provenance import environment
 
 TOKEN_COLUMNS = pa.schema(
     [

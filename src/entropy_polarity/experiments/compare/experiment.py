@@ -1,4 +1,4 @@
-"""What `papo compare` does: check the plan, run what is missing, summarise, write the document and the page."""
+"""`papo compare`: check the plan, run what is missing, summarise, write the document and the page."""
 
 import json
 import os

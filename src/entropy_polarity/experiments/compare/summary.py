@@ -69,7 +69,7 @@ class RunResults:
         return asdict(self)
 
     def scores(self, when: str = "after") -> dict[str, np.ndarray]:
-        """One value a problem: pass@k for the compared k, and whether the greedy answer is right."""
+        """One value per problem: pass@k for the compared k, and whether the greedy answer is right."""
         held_out = self.before if when == "before" else self.after
         sizes = [k for k in HEADLINES if k <= self.samples]
         passes = {f"pass@{k}": pass_at_k(np.array(held_out["successes"]), self.samples, k) for k in sizes}
@@ -136,7 +136,7 @@ def _alone(runs: list[RunResults]) -> dict[str, Any]:
 
 
 def _counted(runs: Sequence[RunResults], when: str = "after") -> list[str]:
-    """What was counted in every run."""
+    """The counts that every run has."""
     counted = [run.counted.get(when, {}) for run in runs]
     return [name for name in counted[0] if all(name in found for found in counted)]
 
@@ -191,7 +191,7 @@ def _t(differences: np.ndarray) -> list[float] | None:
 
 
 def _reach(pairs: list[tuple[RunResults, RunResults]]) -> dict[str, Any]:
-    """How soon the method's reward is where both get, seed by seed, as a share of the baseline's time.
+    """How soon the method reaches the reward that both reach, seed by seed, as a share of the baseline's time.
 
     The level is the lower of the two best moving averages. Were it the baseline's best, the pairs that count would be
     those in which the method was lucky: two equal methods would each look sooner than the other. The ratios are

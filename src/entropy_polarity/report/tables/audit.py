@@ -71,7 +71,7 @@ def _cheap(cheap: dict[str, Any], title: str, constants: dict[str, Any]) -> Text
     part, every, first = round(1 / constants["share"]), constants["every"], constants["first"]
     columns = [
         Column(
-            "what foretells",
+            "forecast",
             "Of the change of the mean entropy by one update, with what a training has at hand; the first update of a "
             "run, before which nothing has come, is left out.",
         ),

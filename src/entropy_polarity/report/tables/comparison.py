@@ -20,7 +20,7 @@ def score_names(summary: Summary) -> list[str]:
 
 
 def search_table(document: dict[str, Any]) -> TextTable:
-    """One row a candidate of a search; the chosen ones are marked."""
+    """One row per candidate of a search; the chosen ones are marked."""
     many = next((row["samples"] for row in document["rows"] if "samples" in row), 16)
     chosen = list(document["chosen"].items())
     columns = [
@@ -104,7 +104,7 @@ def _difference_table(baseline: str, rows: dict[str, Summary]) -> TextTable:
 
 
 def _counted(method: Summary) -> dict[str, Any]:
-    """What the environments counted after training; nothing where the task is no game."""
+    """The counts of the environments after training; nothing where the task is no game."""
     return method.get("counted", {}).get("after", {})
 
 
