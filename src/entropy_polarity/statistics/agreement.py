@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from entropy_polarity.statistics.intervals import UNKNOWN, Estimate, unvaried
+from entropy_polarity.statistics.intervals import LEVEL, UNKNOWN, Estimate, unvaried
 
 BLOCK = 5
 # Whole blocks of updates that an interval takes, in every run. Of one block every draw is the sample itself, turned
@@ -37,7 +37,7 @@ class Agreement:
 
 
 def agreement(
-    runs: Sequence[Pairs], *, block: int = BLOCK, draws: int = 2000, level: float = 0.95, seed: int = 0
+    runs: Sequence[Pairs], *, block: int = BLOCK, draws: int = 2000, level: float = LEVEL, seed: int = 0
 ) -> Agreement:
     """The agreement of x and y over all pairs of `runs`, each of which holds (x, y) of updates in order.
 
@@ -73,7 +73,7 @@ def block_bootstrap(
     *,
     block: int = BLOCK,
     draws: int = 2000,
-    level: float = 0.95,
+    level: float = LEVEL,
     seed: int = 0,
 ) -> Estimate:
     """`statistic` of the columns of all runs joined, with a percentile interval that knows that updates hang together.

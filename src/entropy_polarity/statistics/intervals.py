@@ -10,13 +10,14 @@ from entropy_polarity.support.brackets import interval
 # Problems that an interval takes. Of fewer the bootstrap sees too little of their spread: of 3 its 95 % interval holds
 # the mean in 72 to 76 of 100 draws, of 5 in 84, of 10 in 89 to 90, of 20 in 92 to 93 (benchmarks/coverage.py).
 LEAST = 10
+LEVEL = 0.95  # of every interval, unless another is asked for
 UNKNOWN = (float("nan"), float("nan"))
 RATE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)  # where shares of right answers lie, and differences of such shares
 
 
 def bootstrap_interval(
     values: Float[np.ndarray, " P"],
-    level: float = 0.95,
+    level: float = LEVEL,
     draws: int = 2000,
     seed: int = 0,
     within: tuple[float, float] | None = None,
@@ -49,7 +50,7 @@ def is_constant(values: Float[np.ndarray, "*S P"]) -> bool:
 
 
 def unvaried(
-    value: float, count: int, within: tuple[float, float] | None = RATE, level: float = 0.95
+    value: float, count: int, within: tuple[float, float] | None = RATE, level: float = LEVEL
 ) -> tuple[float, float]:
     """The interval of a mean of which `count` values in [a, b] = `within` were seen, every one of them `value`.
 
@@ -95,7 +96,7 @@ def paired_bootstrap(
     a: Float[np.ndarray, "S P"],
     b: Float[np.ndarray, "S P"],
     draws: int = 2000,
-    level: float = 0.95,
+    level: float = LEVEL,
     seed: int = 0,
     within: tuple[float, float] | None = None,
 ) -> Estimate:
@@ -131,7 +132,7 @@ def paired_bootstrap(
     return Estimate(mean, float(low), float(high))
 
 
-def t_interval(differences: Float[np.ndarray, " S"], level: float = 0.95) -> Estimate:
+def t_interval(differences: Float[np.ndarray, " S"], level: float = LEVEL) -> Estimate:
     """The mean of one difference a seed, with Student's interval: mean ± t sd / √S, S - 1 degrees of freedom.
 
     It asks how sure the mean is for other seeds on these problems, taking differences as normal; it stays honest for
