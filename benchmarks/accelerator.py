@@ -288,7 +288,7 @@ def read_summary(place: Place) -> dict[str, Any]:
 
 def machine(place: Place) -> dict[str, Any]:
     """Versions, date and card. Torch is asked in a process of its own: this one holds no memory of the device."""
-    code = "import json; from entropy_polarity.runs.record import environment as e; print(json.dumps(e(seed=0)))"
+    code = "import json; from entropy_polarity.support.provenance import environment as e; print(json.dumps(e(seed=0)))"
     card = "import torch; print(torch.cuda.get_device_name())"
     source = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
 

@@ -25,8 +25,7 @@ RECIPES = {"countdown": 5, "guess": 4, "keydoor": 2}  # and how many steps
 
 def part(recipe: str, keep: bool) -> dict[str, Any]:
     """A few steps in this process."""
-    from entropy_polarity.experiments.training import checked, prompts_of, quiet, quiet_trainer
-    from entropy_polarity.policy.loading import load_policy
+    from entropy_polarity.experiments.setup import TrainingRun, quiet
     from entropy_polarity.runs.recipe import load_recipe
     from entropy_polarity.support.machine import kept_memory
 
@@ -34,14 +33,11 @@ def part(recipe: str, keep: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"trainer.max_steps={RECIPES[recipe]}", "trainer.use_cpu=true"]
         loaded = load_recipe(recipe, settings)
-        task, config = checked(loaded, Path(folder))
-        model, tokenizer = load_policy(loaded.policy.model)
-        dataset, reward = prompts_of(task, tokenizer, config, loaded.seed)
-        trainer = quiet_trainer(model, tokenizer, config, dataset, reward)
+        run = TrainingRun.from_recipe(loaded, Path(folder))
         with kept_memory() if keep else nullcontext():
-            trainer.train()
-    weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
-    steps = [row["step_time"] for row in trainer.state.log_history if "step_time" in row]
+            run.trainer.train()
+    weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in run.model.parameters()))
+    steps = [row["step_time"] for row in run.trainer.state.log_history if "step_time" in row]
     return {
         "seconds": float(np.mean(steps[1:])),
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
@@ -97,7 +93,7 @@ def main() -> None:
     if arguments.part:
         print(json.dumps(part(arguments.part[0], arguments.part[1] == "kept")))
         return
-    from entropy_polarity.runs.record import environment
+    from entropy_polarity.support.provenance import environment
 
     results = [measure(recipe, arguments.rounds) for recipe in RECIPES]
     print(table(results))

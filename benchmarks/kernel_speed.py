@@ -647,7 +647,7 @@ def machine(device: str) -> dict[str, Any]:
     """Versions, date, command, processor."""
     found: dict[str, Any]
     try:
-        from entropy_polarity.runs.record import environment
+        from entropy_polarity.support.provenance import environment
 
         found = environment(seed=0)
     except ImportError:  # a machine with torch and little else

@@ -18,9 +18,8 @@ from typing import Any
 from blocks import markdown
 
 from entropy_polarity.experiments.results import provenance, write_document
-from entropy_polarity.experiments.training import checked, prompts_of, quiet, quiet_trainer
+from entropy_polarity.experiments.setup import TrainingRun, quiet
 from entropy_polarity.maths import branch_flows
-from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.runs.recipe import load_recipe
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.transforms.weights import token_flow, token_polarity
@@ -47,10 +46,7 @@ def record(seed: int, rollouts: int, prompts: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     quiet()
     with tempfile.TemporaryDirectory() as folder:
-        task, config = checked(recipe, Path(folder))
-        model, tokenizer = load_policy(recipe.policy.model)
-        dataset, reward = prompts_of(task, tokenizer, config, recipe.seed)
-        trainer = quiet_trainer(model, tokenizer, config, dataset, reward)
+        trainer = TrainingRun.from_recipe(recipe, Path(folder)).trainer
 
         def note(rollout: Any) -> None:
             found = {rule: balance(rollout.tokens, rule) for rule in RULES}

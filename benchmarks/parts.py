@@ -23,10 +23,9 @@ from torch import nn
 
 from entropy_polarity.diagnostics.entropy import entropy_gradient, trainable_parameters
 from entropy_polarity.diagnostics.forecast import Forecaster, dot, parameter_change
-from entropy_polarity.experiments.audit_recipe import audit_recipe
+from entropy_polarity.experiments.flags import audit_recipe
 from entropy_polarity.experiments.results import provenance, write_document
-from entropy_polarity.experiments.training import checked, prompts_of, quiet, quiet_trainer, trainer_config
-from entropy_polarity.policy.loading import load_policy
+from entropy_polarity.experiments.setup import TrainingRun, quiet
 from entropy_polarity.runs.recipe import DEFAULT_RECIPE, Recipe, with_flags
 from entropy_polarity.statistics.agreement import agreement_of
 from entropy_polarity.trainers.trl.auditing import UpdateForecaster
@@ -80,10 +79,7 @@ class Parts(UpdateForecaster):
 
 
 def measured(recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
-    task, _ = checked(recipe, folder)
-    config = trainer_config(recipe, folder, task)
-    model, tokenizer = load_policy(recipe.policy.model)
-    trainer = quiet_trainer(model, tokenizer, config, *prompts_of(task, tokenizer, config, recipe.seed))
+    trainer = TrainingRun.from_recipe(recipe, folder).trainer
     parts = Parts()
     parts.attach(trainer)
     trainer.train()

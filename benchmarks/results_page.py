@@ -23,8 +23,9 @@ from blocks import filled, markdown
 from reliability.table import table as reliability_table
 
 from entropy_polarity.methods import name_of
-from entropy_polarity.report.audit_tables import audit_tables
-from entropy_polarity.report.tables import TextTable, comparison_tables, search_table
+from entropy_polarity.report.tables.audit import audit_tables
+from entropy_polarity.report.tables.comparison import comparison_tables, search_table
+from entropy_polarity.report.tables.text import TextTable
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks/results"

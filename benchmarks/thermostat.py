@@ -106,10 +106,10 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
     """The entropy of every rollout, and of as many of the final policy, frozen."""
     from transformers import PrinterCallback
 
-    from entropy_polarity.experiments.training import prompts_of, quiet, trainer_config
+    from entropy_polarity.experiments.setup import prompts_of, quiet, trainer_config
     from entropy_polarity.policy.loading import load_policy
     from entropy_polarity.runs.recipe import load_recipe
-    from entropy_polarity.runs.record import environment
+    from entropy_polarity.support.provenance import environment
     from entropy_polarity.tasks import make_task
     from entropy_polarity.trainers.trl import PolarityTrainer
 

@@ -31,7 +31,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from entropy_polarity.diagnostics.forecast import EVERY
 from entropy_polarity.policy import resolve_model
-from entropy_polarity.runs.record import environment
+from entropy_polarity.support.provenance import environment
 from entropy_polarity.tasks.countdown import Countdown
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
 from entropy_polarity.trainers.trl.auditing import UpdateForecaster

@@ -174,7 +174,7 @@ def main() -> None:
     import transfer_queue as tq
     from omegaconf import OmegaConf
 
-    from entropy_polarity.runs.record import environment
+    from entropy_polarity.support.provenance import environment
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[10**5, 10**6, 10**7])

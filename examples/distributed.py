@@ -12,8 +12,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from entropy_polarity.experiments.training import checked, prompts_of, quiet, quiet_trainer
-from entropy_polarity.policy.loading import load_policy
+from entropy_polarity.experiments.setup import TrainingRun, quiet
 from entropy_polarity.runs.recipe import load_recipe
 
 
@@ -26,10 +25,8 @@ def main() -> None:
 
     quiet()
     recipe = load_recipe(arguments.recipe, arguments.set)
-    task, config = checked(recipe, arguments.output)
-    model, tokenizer = load_policy(recipe.policy.model)
-    trainer = quiet_trainer(model, tokenizer, config, *prompts_of(task, tokenizer, config, recipe.seed))
-    checkpoints = Path(str(config.output_dir))
+    checkpoints = arguments.output / "checkpoints"
+    trainer = TrainingRun.from_recipe(recipe, checkpoints).trainer
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     trainer.save_model(str(arguments.output / "policy"))
 

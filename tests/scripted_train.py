@@ -14,6 +14,7 @@ from pathlib import Path
 
 from entropy_polarity.runs.recipe import load_recipe
 from entropy_polarity.runs.record import Run, RunWriter
+from entropy_polarity.runs.resuming import resume_run
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
@@ -27,7 +28,7 @@ if __name__ == "__main__":
     if act == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if resumed:
-        writer = RunWriter.resume(directory, recipe.to_dict())[0]
+        writer = resume_run(directory, recipe.to_dict())[0]
     else:
         writer = RunWriter.create(directory, recipe.to_dict(), recipe.seed)
     rng = random.Random(recipe.title)

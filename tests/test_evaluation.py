@@ -16,7 +16,7 @@ from entropy_polarity.experiments import evaluate as experiment
 from entropy_polarity.experiments.evaluate import Settings, evaluate_models
 from entropy_polarity.experiments.models import labelled, settle_task
 from entropy_polarity.generation import GREEDY, Sampling
-from entropy_polarity.report.evaluation_tables import evaluation_tables
+from entropy_polarity.report.tables.evaluation import evaluation_tables
 from entropy_polarity.statistics.intervals import Estimate
 from entropy_polarity.tasks import Score, distinct_problems
 from entropy_polarity.tasks.countdown import Countdown

@@ -10,10 +10,10 @@ import pytest
 
 from entropy_polarity import cli
 from entropy_polarity.controllers import CONTROLLERS
-from entropy_polarity.experiments.audit_recipe import audit_recipe
 from entropy_polarity.experiments.compare.ablation import ablation_plan
 from entropy_polarity.experiments.compare.plan import load_plan
 from entropy_polarity.experiments.compare.search import search_plan
+from entropy_polarity.experiments.flags import audit_recipe
 from entropy_polarity.methods import METHODS, given_beside, make_transform, name_of
 from entropy_polarity.runs.recipe import load_recipe
 

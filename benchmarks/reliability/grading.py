@@ -32,7 +32,7 @@ from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
-from entropy_polarity.runs.record import environment
+from entropy_polarity.support.provenance import environment
 from entropy_polarity.tasks import grading
 from entropy_polarity.tasks.tables import golds
 from entropy_polarity.tasks.workers import Workers

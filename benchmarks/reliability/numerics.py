@@ -22,7 +22,7 @@ from torch import Tensor
 
 from entropy_polarity.experiments.results import write_document
 from entropy_polarity.kernels import linear_token_loss, linear_token_stats, token_stats
-from entropy_polarity.runs.record import environment
+from entropy_polarity.support.provenance import environment
 from entropy_polarity.tokens import TokenStats
 
 ROOT = Path(__file__).resolve().parents[2]

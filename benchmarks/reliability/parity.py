@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from trl import GRPOConfig, GRPOTrainer
 
 from entropy_polarity.policy import resolve_model
-from entropy_polarity.runs.record import environment
+from entropy_polarity.support.provenance import environment
 from entropy_polarity.tasks.countdown import Countdown
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
 

@@ -29,9 +29,10 @@ from entropy_polarity.experiments.models import weights_of
 from entropy_polarity.experiments.results import provenance, write_document
 from entropy_polarity.experiments.training import train
 from entropy_polarity.report.page import render_page
-from entropy_polarity.runs.checkpoints import checkpoint_step, checkpoints
+from entropy_polarity.runs.checkpoints import checkpoint_step, last_checkpoint, own_checkpoints
 from entropy_polarity.runs.recipe import load_recipe, with_flags
-from entropy_polarity.runs.record import Run, RunWriter, last_checkpoint
+from entropy_polarity.runs.record import Run
+from entropy_polarity.runs.resuming import resume_run
 
 RECIPE = load_recipe(
     "countdown",
@@ -202,7 +203,7 @@ def refused(call: Callable[[], Any], *needed: str) -> str | None:
 
 
 def resumed(run: Path) -> Callable[[], Any]:
-    return lambda: RunWriter.resume(run, RECIPE.to_dict())
+    return lambda: resume_run(run, RECIPE.to_dict())
 
 
 def checkpoint_files(part: Part, run: Path) -> None:
@@ -252,11 +253,11 @@ def clocks(part: Part, run: Path, folder: Path, whole: Path) -> None:
                        ("the older the newer", lambda step: now + 1e6 - 1e4 * step)):  # fmt: skip
         scratch = folder / f"clock {name}"
         shutil.copytree(run, scratch)
-        for checkpoint in checkpoints(scratch / "checkpoints"):
+        for checkpoint in own_checkpoints(scratch / "checkpoints"):
             for path in (checkpoint, *checkpoint.rglob("*")):
                 os.utime(path, (date(checkpoint_step(checkpoint)), date(checkpoint_step(checkpoint))))
         code = ended(start(go_on(scratch), folder / "log"))
-        left = [checkpoint_step(path) for path in checkpoints(scratch / "checkpoints")]
+        left = [checkpoint_step(path) for path in own_checkpoints(scratch / "checkpoints")]
         part.expect(
             code == 0 and left == [6, 8] and outcome(scratch, "epoch") == outcome(whole, "epoch"),
             f"{name}: {code}, left {left}",

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from reliability.attacked import Layers, Scene
 from reliability.attacks import ATTACKS, Attack
 
-from entropy_polarity.runs.record import environment
+from entropy_polarity.support.provenance import environment
 from entropy_polarity.tasks.boundary import examine
 from entropy_polarity.tasks.tools import MEMORY_BYTES
 from entropy_polarity.tasks.workers import Workers

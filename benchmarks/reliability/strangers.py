@@ -46,7 +46,8 @@ from entropy_polarity.report.live import LiveView
 from entropy_polarity.report.page import render_page
 from entropy_polarity.report.progress import ComparisonView, RunState
 from entropy_polarity.report.terminal import print_audit, print_comparison, print_estimates
-from entropy_polarity.runs.record import Run, environment
+from entropy_polarity.runs.record import Run
+from entropy_polarity.support.provenance import environment
 
 RESULTS = Path(__file__).parents[1] / "results"
 SMALL = ("trainer.max_steps=2", "trainer.save_steps=1", "trainer.per_device_train_batch_size=8",

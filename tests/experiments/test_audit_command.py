@@ -7,10 +7,10 @@ import sys
 import pytest
 from small import SMALL
 
-from entropy_polarity.experiments.audit_recipe import ON_POLICY, audit_recipe, default_output
 from entropy_polarity.experiments.auditing import audit, audited_before
-from entropy_polarity.experiments.results import without_nan
+from entropy_polarity.experiments.flags import ON_POLICY, audit_folder, audit_recipe
 from entropy_polarity.runs.recipe import load_recipe
+from entropy_polarity.support.json_files import without_nan
 
 TINY = (*SMALL, "evaluation.problems=8", "trainer.max_completion_length=16")
 
@@ -65,9 +65,9 @@ def test_the_recipe_is_the_runs_own_and_the_folder_says_what_is_used(small_runs)
     plain = audit_recipe("countdown", None, None, None, 4)
     assert plain.method == {"name": "grpo"}
     assert "optim" not in plain.trainer
-    assert str(default_output("countdown", plain)) == "runs/audit-countdown-grpo-adamw"
+    assert str(audit_folder("countdown", plain)) == "runs/audit-countdown-grpo-adamw"
     sgd = audit_recipe("countdown", None, None, None, 4, None, ["trainer.optim=sgd"])
-    assert str(default_output("countdown", sgd)) == "runs/audit-countdown-grpo-sgd"
+    assert str(audit_folder("countdown", sgd)) == "runs/audit-countdown-grpo-sgd"
     assert audit_recipe("countdown", None, None, None, 4, "adamw").trainer["optim"] == "adamw_torch"
 
 

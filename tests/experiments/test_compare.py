@@ -25,12 +25,12 @@ from entropy_polarity.experiments.compare.experiment import compare, default_job
 from entropy_polarity.experiments.compare.plan import Plan, Search, load_plan, methods_of
 from entropy_polarity.experiments.compare.runs import Job, Queue, locked, refuse_others
 from entropy_polarity.experiments.compare.search import candidates_of, choose, judge, search_plan, unseen_problems
-from entropy_polarity.experiments.compare.summary import Facts, summarise
-from entropy_polarity.experiments.training import checked, prompts_of
+from entropy_polarity.experiments.compare.summary import RunResults, summarise
+from entropy_polarity.experiments.setup import check_recipe, prompts_of
 from entropy_polarity.methods import make_transform
 from entropy_polarity.report.comparison import render_comparison
 from entropy_polarity.report.progress import ComparisonView, RunState
-from entropy_polarity.report.tables import comparison_tables
+from entropy_polarity.report.tables.comparison import comparison_tables
 from entropy_polarity.runs.recipe import load_recipe
 from entropy_polarity.runs.record import Run
 
@@ -430,12 +430,14 @@ def test_progress_is_a_line_for_each_change_where_there_is_no_terminal(capsys):
 # The summary
 
 
-def facts(label: str, seed: int, successes: list[int], reward: list[float], greedy: list[int], seconds=1.0) -> Facts:
+def results_of(
+    label: str, seed: int, successes: list[int], reward: list[float], greedy: list[int], seconds=1.0
+) -> RunResults:
     steps = list(range(1, 2 * len(reward), 2))  # two updates a rollout
     start = {"successes": [0] * len(successes), "greedy": [0] * len(greedy)}
     curve = {"steps": steps, "values": reward}
     after = {"successes": successes, "greedy": greedy}
-    return Facts(
+    return RunResults(
         label, seed, {"name": "papo"}, "today", None, 8, start, after, curve, curve, [seconds] * 2 * len(reward)
     )
 
@@ -443,11 +445,11 @@ def facts(label: str, seed: int, successes: list[int], reward: list[float], gree
 def test_a_summary_pairs_seeds_and_problems():
     rising = [0.1 * i for i in range(20)]
     runs = [
-        facts("grpo", 0, [2, 4] * 5, rising, [0, 1] * 5),
-        facts("grpo", 1, [2, 4] * 5, rising, [0, 1] * 5),
-        facts("papo", 0, [4, 6] * 5, [r + 0.5 for r in rising], [1, 1] * 5, seconds=2.0),
-        facts("papo", 1, [3, 5] * 5, [r - 0.5 for r in rising], [0, 1] * 5, seconds=2.0),
-        facts("papo", 7, [8, 8] * 5, rising, [1, 1] * 5),  # grpo has no seed 7
+        results_of("grpo", 0, [2, 4] * 5, rising, [0, 1] * 5),
+        results_of("grpo", 1, [2, 4] * 5, rising, [0, 1] * 5),
+        results_of("papo", 0, [4, 6] * 5, [r + 0.5 for r in rising], [1, 1] * 5, seconds=2.0),
+        results_of("papo", 1, [3, 5] * 5, [r - 0.5 for r in rising], [0, 1] * 5, seconds=2.0),
+        results_of("papo", 7, [8, 8] * 5, rising, [1, 1] * 5),  # grpo has no seed 7
     ]
     found = summarise(runs, ["grpo", "absent"])
     assert found["methods"]["grpo"]["after"]["pass@1"] == {"mean": 3 / 8, "sd": 0.0}
@@ -471,15 +473,15 @@ def test_a_summary_pairs_seeds_and_problems():
 
 
 def test_a_single_pair_has_no_t_interval_and_no_pair_no_numbers():
-    runs = [facts("grpo", 0, [2, 4], [0.1], [0, 1]), facts("papo", 0, [4, 6], [0.3], [1, 1])]
-    found = summarise([*runs, facts("late", 1, [1, 1], [0.1], [0, 0])], ["grpo"])
+    runs = [results_of("grpo", 0, [2, 4], [0.1], [0, 1]), results_of("papo", 0, [4, 6], [0.3], [1, 1])]
+    found = summarise([*runs, results_of("late", 1, [1, 1], [0.1], [0, 0])], ["grpo"])
     assert found["against"]["grpo"]["papo"]["pass@1"]["t"] is None
     assert found["methods"]["grpo"]["reward_area"] == {"mean": 0.1, "sd": None}
     assert found["against"]["grpo"]["late"] == {"seeds": []}
     rows = {row[0]: row for row in comparison_tables(found)[1].rows}
     assert rows["papo"][2] == "+0.250\n[-]\nt [-]"
     # Of problems enough, all of one difference: q = 1 - 0.025^(1/10) = 0.3085 of them could lie anywhere in [-1, 1].
-    alike = [facts("grpo", 0, [2] * 10, [0.1], [0] * 10), facts("papo", 0, [4] * 10, [0.3], [0] * 10)]
+    alike = [results_of("grpo", 0, [2] * 10, [0.1], [0] * 10), results_of("papo", 0, [4] * 10, [0.3], [0] * 10)]
     assert comparison_tables(summarise(alike, ["grpo"]))[1].rows[0][2] == "+0.250\n[-0.136, +0.481]\nt [-]"
     assert rows["late"][1:3] == ["0", ""]
     json.dumps(found, allow_nan=False)
@@ -488,7 +490,7 @@ def test_a_single_pair_has_no_t_interval_and_no_pair_no_numbers():
 def test_what_environments_count_is_compared_too():
     def counting(label, seed, turns):
         counted = {"before": {"turns": 6.0}, "after": {"turns": turns}}
-        return replace(facts(label, seed, [2, 4], [0.1], [0, 1]), counted=counted)
+        return replace(results_of(label, seed, [2, 4], [0.1], [0, 1]), counted=counted)
 
     runs = [counting("grpo", 0, 4.0), counting("grpo", 1, 5.0), counting("papo", 0, 3.0), counting("papo", 1, 3.0)]
     found = summarise(runs, ["grpo"])
@@ -503,13 +505,13 @@ def test_what_environments_count_is_compared_too():
     place = [column.name for column in against.columns].index("Δ turns")
     assert against.rows[0][place] == "-1.500\nt [-7.853, +4.853]"
     assert all(len(row) == len(table.columns) for table in (alone, against) for row in table.rows)
-    mixed = summarise([*runs, facts("old", 0, [2, 4], [0.1], [0, 1])], ["grpo"])
+    mixed = summarise([*runs, results_of("old", 0, [2, 4], [0.1], [0, 1])], ["grpo"])
     assert mixed["against"]["grpo"]["old"]["counted"] == {}
 
 
 def test_runs_that_were_evaluated_otherwise_cannot_be_paired():
     with pytest.raises(ValueError, match="evaluated on other numbers of problems"):
-        summarise([facts("a", 0, [1], [0.1], [0]), facts("b", 0, [1, 2], [0.1], [0, 1])], ["a"])
+        summarise([results_of("a", 0, [1], [0.1], [0]), results_of("b", 0, [1, 2], [0.1], [0, 1])], ["a"])
 
 
 def synthetic_document(labels: list[str], seeds=3, problems=100, rollouts=75) -> dict:
@@ -519,7 +521,7 @@ def synthetic_document(labels: list[str], seeds=3, problems=100, rollouts=75) ->
         for seed in range(seeds):
             curve = 0.2 + 0.2 * (1 - np.exp(-np.arange(rollouts) / 20)) + rng.normal(0, 0.02, rollouts)
             right = rng.binomial(8, np.clip(hardness * (1 + 0.03 * number), 0, 1)).tolist()
-            runs.append(facts(label, seed, right, curve.round(4).tolist(), rng.integers(0, 2, problems).tolist()))
+            runs.append(results_of(label, seed, right, curve.round(4).tolist(), rng.integers(0, 2, problems).tolist()))
     plan = {
         "recipe": "countdown", "seeds": [*range(seeds)], "baselines": labels[:1],
         "methods": {label: {"name": "papo"} for label in labels},
@@ -574,8 +576,10 @@ def test_a_search_is_judged_on_problems_that_the_comparison_does_not_have(tmp_pa
     assert trial.methods["grpo@1"] == plan.methods["grpo"]
     kept = unseen_problems(plan, trial)
     assert 150 < len(kept) < 300  # two streams of a small task share some
-    runs = [facts("held@1", seed, [8, 0, 4], [0.1], [1, 0, 0]) for seed in (100, 101)]
-    rows = judge(candidates_of(plan), [*runs, facts("held@2", 100, [8, 0, 4], [0.1], [1, 0, 0])], [100, 101], [1, 2])
+    runs = [results_of("held@1", seed, [8, 0, 4], [0.1], [1, 0, 0]) for seed in (100, 101)]
+    rows = judge(
+        candidates_of(plan), [*runs, results_of("held@2", 100, [8, 0, 4], [0.1], [1, 0, 0])], [100, 101], [1, 2]
+    )
     assert rows[0] == {
         "label": "held", "key": "level", "value": 0.3, "run_label": "held@1", "seeds": [100, 101],
         "samples": 8, "pass@1": 0.25, "pass@many": 0.5, "entropy_end": 0.1,
@@ -620,7 +624,7 @@ def test_an_ablation_takes_papo_from_the_recipe_and_its_parts_from_the_table(scr
     with pytest.raises(ValueError, match="did you mean 'level'"):
         compare(ablation_plan("countdown", [0], ["method.levl=0.3"]), tmp_path / "never")
     with pytest.raises(ValueError, match=r"jobs is 0, and .*never is not there: nothing to summarise"):
-        compare(plan, tmp_path / "never", 0)
+        compare(plan, tmp_path / "never", at_once=0)
     assert not (tmp_path / "never").exists()
 
     scripted()
@@ -698,10 +702,16 @@ def test_methods_are_compared_on_the_same_prompts_and_problems(tmp_path, monkeyp
         assert len(kept["step_seconds"]) == 4
 
 
+def test_a_setting_that_is_given_twice_is_refused():
+    with pytest.raises(ValueError, match="method 'papo:gain=5,gain=6' gives 'gain' twice: leave one of them out"):
+        methods_of(["grpo", "papo:gain=5,gain=6"])
+    assert methods_of(["papo:gain=5,level=0.4"])["papo"] == {"name": "papo", "gain": 5, "level": 0.4}
+
+
 def test_prompts_are_those_of_the_seed_whatever_the_method(tmp_path):
     plan, prompts = plan_of("grpo", "papo:controller=balance", "other=papo:conserve=true"), {}
     for job in jobs_of(plan, tmp_path):
-        task, config = checked(job.recipe, tmp_path)
+        task, config = check_recipe(job.recipe, tmp_path)
         prompts[job.name] = prompts_of(task, None, config, job.seed)[0]["prompt"][:]
     assert prompts["grpo-0"] == prompts["papo-0"] == prompts["other-0"]
     assert prompts["grpo-1"] == prompts["papo-1"] == prompts["other-1"] != prompts["grpo-0"]

@@ -14,8 +14,9 @@ from small import SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from entropy_polarity.experiments.training import train
+from entropy_polarity.runs.checkpoints import last_checkpoint
 from entropy_polarity.runs.recipe import load_recipe, with_flags
-from entropy_polarity.runs.record import Run, last_checkpoint
+from entropy_polarity.runs.record import Run
 
 PAPO = [sys.executable, "-m", "entropy_polarity.cli"]
 
@@ -157,6 +158,37 @@ def test_a_mistake_found_late_leaves_the_place_free(tmp_path):
     with pytest.raises(ImportError, match="vLLM"):
         train(small_recipe("trainer.use_vllm=true"), tmp_path / "run")
     train(small_recipe("trainer.max_steps=2"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("temperature=0", "trainer.temperature is 0.*expected a number above 0"),
+        ("top_p=2.0", "trainer.top_p is 2.0; expected a number above 0, at most 1"),
+        ("top_k=-3", "trainer.top_k is -3; expected a whole number from 0 up"),
+        ("min_p=7.0", "trainer.min_p is 7.0; expected a number from 0 to 1"),
+        ("repetition_penalty=0.0", "trainer.repetition_penalty is 0.0; expected a number above 0"),
+        ("learning_rate=-1e-4", "trainer.learning_rate is -0.0001; expected a number from 0 up"),
+        ("per_device_train_batch_size=0", "trainer.per_device_train_batch_size is 0; expected at least 1"),
+        ("max_completion_length=0", "trainer.max_completion_length is 0; expected at least 1"),
+    ],
+)
+def test_a_value_that_no_rollout_can_take_is_refused_before_there_is_a_run(tmp_path, override, said):
+    with pytest.raises(ValueError, match=said):
+        train(small_recipe(f"trainer.{override}"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_checkpoint_that_a_run_goes_on_from_is_summed_once(tmp_path, monkeypatch):
+    """The run and then the trainer check it; between the two nothing changes."""
+    from entropy_polarity.runs import checkpoints as module
+
+    train(small_recipe("trainer.max_steps=2"), tmp_path / "run")
+    summed, sum_of = [], module._sum
+    monkeypatch.setattr(module, "_sum", lambda file: summed.append(file) or sum_of(file))
+    train(small_recipe("trainer.max_steps=4"), tmp_path / "run", resume=True)
+    of_the_first = [file.name for file in summed if file.parent.name == "checkpoint-2"]
+    assert len(of_the_first) == len(set(of_the_first)) > 5
 
 
 def test_one_checkpoint_is_kept_whole_when_only_one_is_kept(tmp_path, monkeypatch):

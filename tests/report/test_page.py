@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from entropy_polarity.report.heatmap import coloured_rollouts
+from entropy_polarity.report.heatmap import heatmap_of
 from entropy_polarity.report.page import render_page
 
 HOSTILE = '<script>alert("owned")</script><img src=x onerror=alert(1)>'
@@ -38,9 +38,9 @@ def test_model_text_is_shown_not_run(run, monkeypatch):
 
 
 def test_colours_follow_the_polarity(run):
-    for rollout in coloured_rollouts(run):
+    for rollout in heatmap_of(run).rollouts:
         for token in (token for turn in rollout.turns for token in turn):
-            polarity = float(dict(token.facts)["P"])
+            polarity = float(dict(token.statistics)["P"])
             red, _, blue, strength = (float(x) for x in re.findall(r"[\d.]+", token.colour))
             if polarity > 0:
                 assert blue > red
@@ -96,7 +96,7 @@ def test_a_browser_draws_charts_and_tokens(run, chromium, tmp_path):
     lines = re.findall(r'<path class="js-line"[^>]* d="M([^"]+)"', dom)
     assert len(lines) >= 8
     assert any(line.count("L") >= 1 for line in lines)
-    tokens = sum(len(turn) for rollout in coloured_rollouts(run) for turn in rollout.turns)
+    tokens = sum(len(turn) for rollout in heatmap_of(run).rollouts for turn in rollout.turns)
     assert tokens > 20
     assert dom.count('class="token"') == tokens
     subprocess.run([*chromium, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=120, check=True)
@@ -132,3 +132,10 @@ def test_the_template_is_package_data():
     import entropy_polarity.report
 
     assert (Path(entropy_polarity.report.__file__).parent / "templates/page.html").is_file()
+
+
+def test_each_file_of_tokens_is_read_once_for_a_page(run, monkeypatch):
+    read, tokens = [], type(run).tokens
+    monkeypatch.setattr(type(run), "tokens", lambda self, step: read.append(step) or tokens(self, step))
+    render_page(run)
+    assert read == [1, 3, 5]

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from entropy_polarity.methods import make_transform
 from entropy_polarity.runs.checkpoints import (
     begin,
     check,
     checkpoint_step,
-    checkpoints,
     finish,
     last_of,
+    own_checkpoints,
     refuse_broken,
     refuse_in_the_way,
     remove,
@@ -21,7 +22,6 @@ from entropy_polarity.runs.checkpoints import (
     strangers,
 )
 from entropy_polarity.runs.method_state import STATE_FILE, load_state, read_state, save_state
-from entropy_polarity.methods import make_transform
 
 FILES = {
     "model.safetensors": os.urandom(3000),
@@ -156,7 +156,7 @@ def test_an_older_version_s_checkpoint_cannot_be_checked_but_read(tmp_path):
     checkpoint = save_as_older_versions_did(tmp_path, 4)
     assert check(checkpoint) is False
     assert load_state(checkpoint, "papo", {"gain": 0.1, "path": ["a", 1]}, {"k": 0}) == {"k": 1}
-    assert checkpoints(tmp_path) == [checkpoint]
+    assert own_checkpoints(tmp_path) == [checkpoint]
 
 
 def test_only_a_whole_checkpoint_is_offered(tmp_path):
@@ -194,14 +194,14 @@ def test_rotation_goes_by_step_and_not_by_date(tmp_path):
         os.utime(save(tmp_path, step), (tomorrow, tomorrow))
     for step, left in ((6, [4, 6]), (8, [6, 8]), (10, [8, 10]), (12, [10, 12])):
         rotate(save(tmp_path, step), 2)
-        assert [checkpoint_step(path) for path in checkpoints(tmp_path)] == left
+        assert [checkpoint_step(path) for path in own_checkpoints(tmp_path)] == left
 
 
 @pytest.mark.parametrize("limit", [None, 0, -1])
 def test_without_a_limit_nothing_goes(tmp_path, limit):
     for step in (2, 4, 6):
         rotate(save(tmp_path, step), limit)
-    assert len(checkpoints(tmp_path)) == 3
+    assert len(own_checkpoints(tmp_path)) == 3
 
 
 def test_the_best_and_the_newest_stay_whatever_the_limit(tmp_path):
@@ -238,7 +238,7 @@ def test_a_run_that_starts_again_leaves_the_checkpoints_of_the_one_before(tmp_pa
         save(tmp_path, step)
     for step in (2, 4, 6):
         rotate(save(tmp_path, step), 2)
-    assert [checkpoint_step(path) for path in checkpoints(tmp_path)] == [4, 6, 50, 100]
+    assert [checkpoint_step(path) for path in own_checkpoints(tmp_path)] == [4, 6, 50, 100]
 
 
 def test_a_save_that_was_cut_off_is_none_and_goes_first(tmp_path):
@@ -282,9 +282,9 @@ def test_a_save_that_was_cut_off_as_it_began_is_nobodys(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             begin(tmp_path / "checkpoint-4")
     assert len(names(tmp_path)) == 1
-    assert strangers(tmp_path) == checkpoints(tmp_path) == []
+    assert strangers(tmp_path) == own_checkpoints(tmp_path) == []
     begin(tmp_path / "checkpoint-4")
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4"]
+    assert [path.name for path in own_checkpoints(tmp_path)] == ["checkpoint-4"]
 
 
 def test_what_is_somebody_elses_is_never_taken_over_and_is_told_before_training(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from entropy_polarity.experiments.training import trainer_config
+from entropy_polarity.experiments.setup import trainer_config
 from entropy_polarity.methods import make_transform
 from entropy_polarity.runs.recipe import DEFAULT_RECIPE, HeldOut, Recipe, load_recipe, recipe_names, with_flags
 from entropy_polarity.tasks import make_task

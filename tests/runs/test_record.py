@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from entropy_polarity.runs.checkpoints import begin, finish
+from entropy_polarity.runs.checkpoints import begin, checkpoint_step, finish, last_checkpoint
 from entropy_polarity.runs.recipe import load_recipe
-from entropy_polarity.runs.record import TOKEN_COLUMNS, Run, RunWriter, checkpoint_step, environment, last_checkpoint
+from entropy_polarity.runs.record import TOKEN_COLUMNS, Run, RunWriter
+from entropy_polarity.runs.resuming import resume_run
+from entropy_polarity.support.provenance import environment
 
 nan, inf = math.nan, math.inf
 CONFIG = {
@@ -151,7 +153,7 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no run: config.toml is missing"):
         Run.read(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"holds no run: config.toml is missing"):
-        RunWriter.resume(tmp_path, CONFIG)
+        resume_run(tmp_path, CONFIG)
 
 
 @pytest.mark.parametrize("cut", range(1, 40, 6))
@@ -164,7 +166,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out_and_never_joined_to_the_next(write
     run = Run.read(directory)
     assert steps(run.metrics) == [1, 2]
     assert steps(run.rollouts) == [1, 2]
-    resumed, _ = RunWriter.resume(directory, CONFIG)
+    resumed, _ = resume_run(directory, CONFIG)
     train(resumed, range(3, 5))
     run = Run.read(directory)
     assert steps(run.metrics) == [1, 2, 3, 4]
@@ -175,7 +177,7 @@ def test_resuming_drops_what_came_after_the_checkpoint_so_that_no_step_is_there_
     train(writer, range(1, 8), note="before")
     kept, *broken = checkpoint(directory, 4), checkpoint(directory, 2, whole=False), checkpoint(directory, 6, False)
     (directory / "tokens" / "000008.part").touch()  # the kill fell into step 8
-    resumed, found = RunWriter.resume(directory, CONFIG)
+    resumed, found = resume_run(directory, CONFIG)
     assert found == kept
     assert kept.exists()
     assert not any(folder.exists() for folder in broken)
@@ -191,7 +193,7 @@ def test_resuming_drops_what_came_after_the_checkpoint_so_that_no_step_is_there_
 def test_resuming_without_a_checkpoint_starts_over(writer, directory):
     train(writer, range(1, 4))
     checkpoint(directory, 2, whole=False)
-    resumed, found = RunWriter.resume(directory, CONFIG)
+    resumed, found = resume_run(directory, CONFIG)
     assert found is None
     run = Run.read(directory)
     assert (run.metrics, run.rollouts, token_files(run)) == ([], [], [])
@@ -202,9 +204,9 @@ def test_resuming_without_a_checkpoint_starts_over(writer, directory):
 def test_resuming_twice_is_resuming_once(writer, directory):
     train(writer, range(1, 6))
     checkpoint(directory, 3)
-    RunWriter.resume(directory, CONFIG)
+    resume_run(directory, CONFIG)
     once = Run.read(directory)
-    RunWriter.resume(directory, CONFIG)
+    resume_run(directory, CONFIG)
     assert Run.read(directory) == once
     assert steps(once.metrics) == [1, 2, 3]
 
@@ -233,7 +235,7 @@ def test_a_checkpoint_inside_a_rollout_is_evaluated_but_not_resumed(writer, dire
     checkpoint(directory, 4)
     checkpoint(directory, 5, resumable=False)
     assert last_checkpoint(directory).name == "checkpoint-5"
-    _, found = RunWriter.resume(directory, CONFIG)
+    _, found = resume_run(directory, CONFIG)
     assert found.name == "checkpoint-4"
 
 
@@ -244,7 +246,7 @@ def test_resuming_leaves_what_others_wrote_beside_the_checkpoints(writer, direct
     logs = directory / "checkpoints" / "runs" / "events.tfevents"
     logs.parent.mkdir()
     logs.write_text("mine", encoding="utf-8")
-    RunWriter.resume(directory, CONFIG)
+    resume_run(directory, CONFIG)
     assert logs.read_text(encoding="utf-8") == "mine"
 
 

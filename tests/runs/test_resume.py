@@ -13,14 +13,15 @@ from small import SMALL
 from test_trl import make_trainer
 
 from entropy_polarity import cli
-from entropy_polarity.support.files import locked
-from entropy_polarity.runs.checkpoints import begin
 from entropy_polarity.experiments.models import refuse_renamed, weights_of
 from entropy_polarity.experiments.training import train
 from entropy_polarity.policy.loading import load_policy
-from entropy_polarity.runs.recipe import load_recipe, with_flags
-from entropy_polarity.runs.record import Run, RunWriter, last_checkpoint
 from entropy_polarity.report.page import render_page
+from entropy_polarity.runs.checkpoints import begin, last_checkpoint
+from entropy_polarity.runs.recipe import load_recipe, with_flags
+from entropy_polarity.runs.record import Run
+from entropy_polarity.runs.resuming import resume_run
+from entropy_polarity.support.files import locked
 from entropy_polarity.trainers.trl import PolarityTrainer
 
 RECIPE = load_recipe("countdown", [*SMALL, 'method={name="papo", controller="trend"}'])
@@ -56,7 +57,7 @@ def refused(run: Path, match: str, step: int | None = None) -> str:
     """The one line with which a resume is refused; nothing in the folder is changed by it."""
     before = contents(run)
     with pytest.raises((ValueError, OSError), match=match) as error:
-        RunWriter.resume(run, LONGER.to_dict(), step)
+        resume_run(run, LONGER.to_dict(), step)
     assert contents(run) == before
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -133,7 +134,7 @@ def test_a_run_goes_on_without_what_is_lost_where_that_is_said(run, straight):
     train(LONGER, run, resume=True, from_step=6)
     assert path_of(run) == [row for row in path_of(straight) if row["step"] not in (4, 5, 6)]
     assert {row["step"] for row in Run.read(run).rollouts} == {1, 3, 7}
-    RunWriter.resume(run, LONGER.to_dict())  # told once is told
+    resume_run(run, LONGER.to_dict())  # told once is told
 
 
 @pytest.mark.parametrize("line", ["\0\0\0", "{", "[" * 100_000, '["a"]', "{}", '{"step": "4"}', "\xff"])
@@ -153,7 +154,7 @@ def test_a_damaged_line_of_the_record_is_named(run, line):
 def test_a_damaged_line_after_the_checkpoint_goes_with_the_rest(run):
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b'\0\0\n{"step": 7}\n')
-    RunWriter.resume(run, LONGER.to_dict())
+    resume_run(run, LONGER.to_dict())
     assert Run.read(run).metrics[-1]["step"] == 6
 
 
@@ -161,7 +162,7 @@ def test_a_config_cut_anywhere_is_refused_and_left_as_it_is(run):
     whole = (run / "config.toml").read_bytes()
     for end in range(len(whole)):
         (run / "config.toml").write_bytes(whole[:end])
-        for read in (Run.read, lambda folder: RunWriter.resume(folder, LONGER.to_dict())):
+        for read in (Run.read, lambda folder: resume_run(folder, LONGER.to_dict())):
             with pytest.raises(ValueError, match=r"config\.toml is (cut off|damaged)"):
                 read(run)
         assert (run / "config.toml").read_bytes() == whole[:end]

@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,29 @@ def test_a_place_in_which_nothing_came_is_free_again(tmp_path):
     with pytest.raises(RuntimeError), locked(tmp_path / "run"):
         raise RuntimeError
     assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_that_was_deleted_while_it_was_waited_for_is_no_lock(tmp_path):
+    """The first holder makes nothing and deletes its file; who waited for that file must not work beside a third."""
+    waiter = [sys.executable, "-c", HOLDER.replace("sys.argv[1])", "sys.argv[1]), patience=30"), str(tmp_path / "run")]
+
+    def make_nothing():
+        process = subprocess.Popen(waiter, stdout=subprocess.PIPE)
+        started.append(process)
+        time.sleep(3)  # it looks at the lock now, again and again
+        raise RuntimeError
+
+    started: list[subprocess.Popen] = []
+    with pytest.raises(RuntimeError), locked(tmp_path / "run"):
+        make_nothing()
+    (waiting,) = started
+    try:
+        assert waiting.stdout.readline() == b"held\n"
+        with pytest.raises(BlockingIOError), locked(tmp_path / "run"):
+            pass
+    finally:
+        waiting.kill()
+        waiting.wait()
 
 
 def test_a_lock_is_not_put_through_a_link(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from test_tasks_training import few_steps, policy
 
 from entropy_polarity.experiments.evaluate import Settings, evaluate_models
-from entropy_polarity.experiments.training import checked
+from entropy_polarity.experiments.setup import check_recipe
 from entropy_polarity.generation.episodes import _Lanes, play
 from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.runs.recipe import load_recipe
@@ -129,7 +129,7 @@ def test_where_no_episode_can_be_started_nothing_is(tmp_path):
         evaluate_models(["embedded:guess"], Settings(3, 1), task="env", task_settings=settings, output=tmp_path / "out")
     recipe = load_recipe("guess", ["task={name='env'}", *(f"task.{setting}" for setting in settings)])
     with pytest.raises(ValueError, match=said):
-        checked(recipe, tmp_path / "out")
+        check_recipe(recipe, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

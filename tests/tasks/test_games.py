@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tasks_training import few_steps, policy
 
-from entropy_polarity.experiments.training import prompts_of, quiet_trainer, train, trainer_config
+from entropy_polarity.experiments.setup import prompts_of, quiet_trainer, trainer_config
+from entropy_polarity.experiments.training import train
 from entropy_polarity.generation.episodes import Format, play
 from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.policy.tokenizer import character_tokenizer
-from entropy_polarity.report.heatmap import coloured_rollouts
+from entropy_polarity.report.heatmap import heatmap_of
 from entropy_polarity.runs.recipe import load_recipe, with_flags
 from entropy_polarity.runs.record import Run
 from entropy_polarity.tasks import distinct_problems, make_task
@@ -305,7 +306,7 @@ def test_the_record_and_the_page_keep_the_words_of_the_environment(tmp_path):
             assert token["from_policy"] == (token["entropy"] == token["entropy"])
     heard = [token for token in tokens if not token["from_policy"]]
     assert heard
-    turns = [turn for rollout in coloured_rollouts(run) for turn in rollout.turns]
+    turns = [turn for rollout in heatmap_of(run).rollouts for turn in rollout.turns]
     recorded = [token for step in {row["step"] for row in run.rollouts} for token in run.tokens(step)]
     assert sum(token.colour is None for turn in turns for token in turn) == sum(not t["from_policy"] for t in recorded)
     for turn in turns:  # what the environment says, then the action

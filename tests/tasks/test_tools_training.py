@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.chat_template_utils import llama3_chat_template, qwen3_chat_template
 
 from entropy_polarity.experiments import training
-from entropy_polarity.experiments.training import prompts_of, quiet_trainer, trainer_config
+from entropy_polarity.experiments.setup import prompts_of, quiet_trainer, trainer_config
 from entropy_polarity.generation import Sampling
 from entropy_polarity.generation.sampling import TransformersGenerator
 from entropy_polarity.generation.tools import check_tool_support, converse

@@ -31,7 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 _FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
-# What safetensors and torch make of it.
+# How safetensors and torch say it.
 _SIGNS_OF_A_FULL_DISK = (
     "No space left on device",
     "Disk quota exceeded",
@@ -48,7 +48,7 @@ def main() -> None:
         return print(f"entropy-polarity {__version__}")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every trainer: nobody here asked for that
     warnings.filterwarnings("ignore")
-    _print_what_cannot_be_printed()
+    _escape_unknown_characters()
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
@@ -70,7 +70,7 @@ def main() -> None:
         sys.exit(2)
 
 
-def _print_what_cannot_be_printed() -> None:
+def _escape_unknown_characters() -> None:
     """A terminal whose encoding lacks a character gets an escape in its place: no command ends by what it prints."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -78,7 +78,7 @@ def _print_what_cannot_be_printed() -> None:
 
 
 def _one_line(error: BaseException | None) -> str | None:
-    """What a user can act on; None for what is a bug and deserves its traceback."""
+    """An error in a line that a user can act on; None for a bug, which deserves its traceback."""
     if _disk_is_full(error):
         return "no space left on the device: free some, then go on with papo train --resume"
     package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else None
@@ -94,7 +94,7 @@ def _one_line(error: BaseException | None) -> str | None:
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether that was it. Writers of checkpoints turn a full disk, a quota or a limit into errors of their own."""
+    """Whether an error means a full disk, a quota or a limit: writers of checkpoints make errors of their own of it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return True

@@ -1,4 +1,4 @@
-"""What commands share: flags that are written alike, help that reads alike, and JSON on standard output."""
+"""The parts that commands share: flags that are written alike, help that reads alike, and JSON on standard output."""
 
 import inspect
 import json
@@ -40,7 +40,7 @@ def readable(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def note(line: str) -> None:
-    """What was decided for the user, on standard error."""
+    """Print a decision that was made for the user, on standard error."""
     print(f"papo: {line}", file=sys.stderr)
 
 
@@ -57,7 +57,7 @@ def check_early(recipe: Recipe) -> None:
 
 
 def print_json(document: Any) -> None:
-    from entropy_polarity.experiments.results import without_nan
+    from entropy_polarity.support.json_files import without_nan
 
     # JSON escapes all that could move a cursor, but for DEL.
     print(json.dumps(without_nan(document), indent=2, allow_nan=False).replace("\x7f", "\\u007f"))

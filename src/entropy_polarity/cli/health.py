@@ -26,7 +26,7 @@ TOLERANCE = 1e-5
 
 
 class Finding(NamedTuple):
-    """One line of the doctor's: what was looked at, "ok", "note" or "problem", and what was found, in words."""
+    """One finding of the doctor: the part, its status ("ok", "note" or "problem"), and the details in words."""
 
     part: str
     status: str
@@ -135,7 +135,7 @@ def _triton() -> Iterator[Finding]:
     reason = why_not_triton(torch.device("cuda"), torch.float32)
     if reason is None and not torch.cuda.is_available():
         reason = "no CUDA device"
-    yield Finding(f"{VARIABLE}=triton", "ok" if reason is None else "note", reason or "can be had")
+    yield Finding(f"{VARIABLE}=triton", "ok" if reason is None else "note", reason or "available")
 
 
 def _trl(frameworks: list[str]) -> Iterator[Finding]:

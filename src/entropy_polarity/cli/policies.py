@@ -7,11 +7,10 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from entropy_polarity.cli.common import Json, Overrides, check_early, note, print_json
+from entropy_polarity.experiments.flags import resumed_recipe, training_folder, training_recipe
 from entropy_polarity.report.terminal import print_estimates, print_evaluation
-from entropy_polarity.runs.consent import check_said_again, stay_offline
-from entropy_polarity.runs.recipe import DEFAULT_RECIPE, Recipe, apply_override, fitting, load_recipe, with_flags
+from entropy_polarity.runs.recipe import DEFAULT_RECIPE, Recipe, apply_override
 from entropy_polarity.support.errors import check_settings
-from entropy_polarity.support.reading import read_config
 from entropy_polarity.support.text import printable
 
 
@@ -49,71 +48,28 @@ def train(
     """
     if from_checkpoint is not None and resume is None:
         raise ValueError(f"--from-checkpoint {from_checkpoint} needs --resume DIR, the run whose checkpoint it is")
-    chosen, directory = _what_to_train(recipe, output, task, method, max_steps, seed, model, resume, overrides)
+    if resume is None:
+        chosen = training_recipe(recipe, model, task, method, max_steps, seed, overrides, note)
+    else:
+        fixed = {"output": output, "task": task, "method": method, "seed": seed, "model": model}
+        chosen = resumed_recipe(resume, recipe, max_steps, overrides, **fixed)
     check_early(chosen)
+    _train(chosen, resume or output or training_folder(recipe, chosen), resume is not None, from_checkpoint, as_json)
 
+
+def _train(chosen: Recipe, directory: Path, resume: bool, from_step: int | None, as_json: bool) -> None:
     from entropy_polarity.experiments.training import train as run
     from entropy_polarity.report.live import LiveView
 
     steps = chosen.trainer.get("max_steps", -1)
     with LiveView(chosen.title or str(directory), steps, sys.stderr if as_json else sys.stdout) as view:
-        summary = run(
-            chosen,
-            directory,
-            resume=resume is not None,
-            from_step=from_checkpoint,
-            watch=view.watch,
-            say=view.say,
-            progress=view.progress,
-        )
+        shown = {"watch": view.watch, "say": view.say, "progress": view.progress}
+        summary = run(chosen, directory, resume=resume, from_step=from_step, **shown)
     if as_json:
         print_json({"run": str(directory), **summary})
     else:
         print_estimates({name: summary[name] for name in ("before", "after") if name in summary})
         print(printable(f"{summary['status']}: {directory}/report.html"))
-
-
-def _what_to_train(
-    recipe: str,
-    output: Path | None,
-    task: str | None,
-    method: str | None,
-    max_steps: int | None,
-    seed: int | None,
-    model: str | None,
-    resume: Path | None,
-    overrides: tuple[str, ...],
-) -> tuple[Recipe, Path]:
-    if resume is None:
-        named = () if task is None else (f"task={{name={task!r}}}",)
-        chosen = with_flags(
-            load_recipe(recipe, (*named, *overrides), method, note), max_steps=max_steps, seed=seed, model=model
-        )
-        chosen = fitting(chosen, load_recipe(recipe))
-        return chosen, output or Path("runs") / f"{Path(recipe).stem}-{chosen.method['name']}-{chosen.seed}"
-    fixed = {
-        "--output": output,
-        "--task": task,
-        "--method": method,
-        "--seed": seed,
-        "--model": model,
-    }
-    given = [flag for flag, value in fixed.items() if value is not None]
-    if given or recipe != DEFAULT_RECIPE:
-        what = ", ".join(given) or f"recipe {recipe}"
-        raise ValueError(
-            f"{what} cannot be given with --resume: a resumed run keeps its recipe (only --max-steps may change)"
-        )
-    read_config(resume)
-    own = load_recipe(str(resume / "config.toml"))
-    if load_recipe(str(resume / "config.toml"), overrides) != own:
-        raise ValueError(
-            "--set with --resume can only say again what the run itself says: it keeps its recipe (only --max-steps "
-            "may change)"
-        )
-    check_said_again(str(resume), own.to_dict(), overrides)
-    stay_offline(str(resume), own.to_dict(), overrides)
-    return with_flags(own, max_steps=max_steps), resume
 
 
 def evaluate(

@@ -8,7 +8,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from entropy_polarity.cli.common import Json, Overrides, check_early, note, print_json, refuse
 from entropy_polarity.report.terminal import print_audit, print_comparison, print_search
-from entropy_polarity.runs.recipe import DEFAULT_RECIPE
+from entropy_polarity.runs.recipe import DEFAULT_RECIPE, Recipe
 from entropy_polarity.support.text import printable
 
 
@@ -67,7 +67,7 @@ def _compare(
     do = experiment.search if search else experiment.compare
     with ComparisonView(str(directory), sys.stderr if as_json else sys.stdout) as view:
         try:
-            document = do(plan, directory, jobs, view.watch, known)
+            document = do(plan, directory, at_once=jobs, watch=view.watch, known=known)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command goes on; finished runs are kept") from None
     if as_json:
@@ -144,7 +144,7 @@ def audit(
         model: "embedded", a model folder, or a run directory (its last checkpoint, on its own recipe)
         task: name of a task (default: the recipe's)
         method: a name of `papo methods` (default: that of a run as --model, else grpo)
-        steps: updates to audit, for each seed, one a rollout: 4 or more; intervals take 20, those of forecasts 25
+        steps: updates to audit, for each seed, one per rollout: 4 or more; intervals take 20, those of forecasts 25
         seeds: seeds of prompts, sampling and training; what is finished in --output is kept
         optimizer: adamw, or sgd without momentum at a learning rate of 0.1 (default: the recipe's)
         output: where audit.json and audit.html go (default: runs/audit-<recipe>-<method>-<optimizer>)
@@ -152,7 +152,7 @@ def audit(
             page with --output; nothing is run
         overrides: any key of the recipe, e.g. trainer.learning_rate=1e-5
     """
-    from entropy_polarity.experiments.audit_recipe import audit_recipe, default_output
+    from entropy_polarity.experiments.flags import audit_folder, audit_recipe
     from entropy_polarity.experiments.results import as_written
 
     if finished is not None:
@@ -163,11 +163,13 @@ def audit(
             return _print_found(audited_before(finished, output), output, as_json)
     chosen = audit_recipe(recipe, model, task, method, steps, optimizer, overrides, note)
     check_early(chosen)
+    _audit(chosen, seeds, steps, output or audit_folder(recipe, chosen), as_json)
 
+
+def _audit(chosen: Recipe, seeds: tuple[int, ...], steps: int, directory: Path, as_json: bool) -> None:
     from entropy_polarity.experiments.auditing import audit as run
     from entropy_polarity.report.lines import LiveOrLines
 
-    directory = output or default_output(recipe, chosen)
     with LiveOrLines(sys.stderr if as_json else sys.stdout) as view:
 
         def watch(seed: int, step: int, exact: float, realised: float) -> None:

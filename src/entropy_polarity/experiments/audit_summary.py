@@ -1,4 +1,4 @@
-"""What the numbers of an audit say: every level and every cheap forecast against what came, and token by token."""
+"""The summary of an audit: every level and every cheap forecast against the realised change, and token by token."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -35,7 +35,8 @@ Series = list[np.ndarray]
 
 
 def summarise(updates: Updates) -> dict[str, Any]:
-    """Over the updates of all runs: each level against what came, on the batch's own states and on held-out ones."""
+    """Over the updates of all runs, each level against the realised change, on the batch's own states and on held-out
+    ones."""
     batch, held_out = (
         {name: _level(updates, states, name) for name in LEVELS}
         | {"explained": _explained(updates, states), "cheap": _cheap(updates, states)}
@@ -58,19 +59,20 @@ def _level(updates: Updates, states: str, name: str) -> dict[str, Any] | None:
 
 
 def _series(updates: Updates, states: str, name: str) -> Series | None:
-    """That level of each run, update by update; None where it is not known of all."""
+    """One level of each run, update by update; None where it is not known for all updates."""
     runs = [[row[states][name] for row in rows] for rows in updates]
     return None if any(value is None for run in runs for value in run) else [np.array(run) for run in runs]
 
 
 def _detrended_spearman(x: Series, y: Series) -> dict[str, float] | None:
-    """Of what a cubic in the update's number leaves of both; None for runs too short to tell it from their updates."""
+    """The Spearman correlation of both series after a cubic in the update's number is removed from each; None for runs
+    that are too short for that."""
     if min(map(len, x)) < TREND:
         return None
     return asdict(block_bootstrap([(detrended(a), detrended(b)) for a, b in zip(x, y, strict=True)], spearman))
 
 
-# ---- what each level explains ----------------------------------------------------------------------------
+# ---- how much each level explains ----------------------------------------------------------------------------
 
 
 def _explained(updates: Updates, states: str) -> dict[str, dict[str, Any]]:
@@ -103,12 +105,15 @@ def _r2(level: Series, before: Series | None, realised: Series, change: Callable
     return {"r2": asdict(r2), "difference": asdict(difference)}
 
 
-# ---- what a training can afford ----------------------------------------------------------------------------
+# ---- forecasts that a training can afford ----------------------------------------------------------------------------
 
 
 def _cheap(updates: Updates, states: str) -> dict[str, Any]:
-    """Forecasts that a training can afford, and two that know nothing of polarity; each as it is, and in nats by a line
-    that is fitted to the updates so far. The first update of a run, before which nothing has come, is left out."""
+    """Forecasts that a training can afford, and two that know nothing of polarity.
+
+    Each is judged as it is, and in nats by a line that is fitted to the updates so far. The first update of a run has
+    no update before it and is left out.
+    """
     realised, local, forecast = (_series(updates, states, name) for name in ("realised", "local", "forecast"))
     assert realised is not None
     assert local is not None
@@ -121,25 +126,28 @@ def _cheap(updates: Updates, states: str) -> dict[str, Any]:
     without_units = {"local": local}
     if len(momenta) == 1 and None not in momenta:
         without_units["momentum"] = [average(values, *momenta) for values in local]
-    came = [values[1:] for values in realised]
+    changes = [values[1:] for values in realised]
     rows = {
-        name: _judged([values[-len(y) :] for values, y in zip(found, came, strict=True)], came, name in in_nats)
+        name: _judged([values[-len(y) :] for values, y in zip(found, changes, strict=True)], changes, name in in_nats)
         for name, found in (without_units | in_nats).items()
         if found is not None
     }
-    return rows | {"falls": float(np.mean(np.concatenate(came) < 0))}
+    return rows | {"falls": float(np.mean(np.concatenate(changes) < 0))}
 
 
-def _judged(said: Series, came: Series, in_nats: bool) -> dict[str, Any]:
-    """A forecast against what came. Errors are mean absolute ones over the mean size of a change, from the update after
-    the first `FIRST` on, from where a line can be fitted as well."""
-    pairs = list(zip(said, came, strict=True))
+def _judged(forecast: Series, changes: Series, in_nats: bool) -> dict[str, Any]:
+    """A forecast against the realised change.
+
+    An error is the mean absolute one over the mean size of a change, on the updates after the first `FIRST`, where a
+    line can be fitted as well.
+    """
+    pairs = list(zip(forecast, changes, strict=True))
     found = asdict(agreement_of(pairs))
     fitted = [(one_ahead(x, y)[FIRST - 1 :], y[FIRST - 1 :]) for x, y in pairs]
     long = min(len(y) for _, y in fitted) >= 3
     return {
         "spearman": found["spearman"],
-        "detrended_spearman": _detrended_spearman(said, came),
+        "detrended_spearman": _detrended_spearman(forecast, changes),
         "sign_agreement": found["sign_agreement"],
         "error": _error([(x[FIRST - 1 :], y[FIRST - 1 :]) for x, y in pairs]) if long and in_nats else None,
         "fitted": {"sign_agreement": asdict(agreement_of(fitted))["sign_agreement"], "error": _error(fitted)}

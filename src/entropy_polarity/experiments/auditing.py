@@ -1,4 +1,4 @@
-"""What `papo audit` does: train a few updates, audit each of them, and say how far each prediction can be trusted."""
+"""`papo audit`: train a few updates, audit each of them, and say how far each prediction can be trusted."""
 
 import json
 import re
@@ -15,19 +15,13 @@ from entropy_polarity.diagnostics.audit import Audit, TokenAccount
 from entropy_polarity.diagnostics.entropy import Sequences, in_eval_mode
 from entropy_polarity.experiments.audit_summary import MAPPED, asymmetry, by_token, summarise
 from entropy_polarity.experiments.results import provenance, read_document, write_document
-from entropy_polarity.experiments.training import (
-    checked,
-    prompts_of,
-    quiet,
-    quiet_trainer,
-    trainer_config,
-)
+from entropy_polarity.experiments.setup import TrainingRun, check_recipe, quiet
 from entropy_polarity.generation import Sampling
 from entropy_polarity.generation.sampling import Sampled, sample_tokens
-from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.report.audit import render_audit
 from entropy_polarity.runs.recipe import Recipe
 from entropy_polarity.support.files import DRAFT, LOCK, locked, refuse_links, replacing, write_text
+from entropy_polarity.support.json_files import parsed
 from entropy_polarity.tasks import Task, distinct_problems
 from entropy_polarity.tasks.games import Game
 from entropy_polarity.tasks.prompts import encoded, for_tokenizer
@@ -37,7 +31,7 @@ AUDIT, PAGE = "audit.json", "audit.html"
 RUN, TOKENS = "seed-{}.json", "tokens-{}.npz"  # what a finished seed leaves
 Watch = Callable[[int, int, float, float], None]
 _OURS = re.compile(rf"(part-)?(audit\.(json|html)|seed-\d+\.json|tokens-\d+\.npz)(\.part)?|trainer|{LOCK}")
-LEAST = 4  # updates: three after the first, of which a forecast by what came is judged
+LEAST = 4  # updates: three after the first, on which a forecast by the updates before is judged
 
 
 def audit(
@@ -52,7 +46,7 @@ def audit(
     Raises ValueError or OSError for what a user can get wrong, before anything is written.
     """
     quiet()
-    task, config = checked(recipe, output)
+    task, config = check_recipe(recipe, output)
     if isinstance(task, Game):
         raise ValueError(f"papo audit looks at answers of one turn; {task.name} is a game: give another --task")
     if config.max_steps < LEAST or not seeds or len({*seeds}) < len(seeds):
@@ -78,9 +72,9 @@ def audit(
 
 
 def audited_before(file: Path, output: Path | None = None) -> dict[str, Any]:
-    """The document of a former audit, its updates summarised again; with `output` written there, with its page.
+    """The document of a former audit with its updates summarised again; `output` gets it and its page.
 
-    What is about all tokens (the map, the deciles) stays as it was: the file does not hold them.
+    The results over all tokens (the map, the deciles) stay as they were: the file does not hold the tokens.
     """
     document = read_document(file, "audit", versions=(1, 2))
     top = {name: document[name] for name in ("recipe", "environment")} | {"vocabulary": document.get("vocabulary")}
@@ -107,15 +101,17 @@ def _refuse_foreign(output: Path) -> None:
 
 
 def _finished(recipe: Recipe, seed: int, output: Path) -> dict[str, Any] | None:
-    """The run of that seed, if a former call came to its end: both of its files are there. Raises ValueError where the
-    file is of another recipe, or one of the two cannot be read."""
+    """The run of that seed if a former call finished it: both of its files are there.
+
+    Raises ValueError where the file is of another recipe, or one of the two cannot be read.
+    """
     file = output / RUN.format(seed)
     if not file.is_file():
         return None
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))
-        same = run["recipe"] == json.loads(json.dumps(_portable(recipe)))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        run = parsed(file.read_bytes())
+        same = run["recipe"] == parsed(json.dumps(_portable(recipe)))
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}): remove it, and the seed is trained again") from None
     if not same:
         raise ValueError(f"{output} holds an audit of another recipe: give another --output")
@@ -127,12 +123,9 @@ def _finished(recipe: Recipe, seed: int, output: Path) -> dict[str, Any] | None:
 
 
 def _run(recipe: Recipe, seed: int, task: Task, output: Path, watch: Watch) -> dict[str, Any]:
-    config = trainer_config(replace(recipe, seed=seed), output / "trainer", task)
-    model, tokenizer = load_policy(recipe.policy.model)
-    output.mkdir(parents=True, exist_ok=True)
-    trainer = quiet_trainer(model, tokenizer, config, *prompts_of(task, tokenizer, config, seed))
+    run = TrainingRun.from_recipe(replace(recipe, seed=seed), output / "trainer", task=task)
     prompts = [
-        encoded(for_tokenizer(problem, tokenizer), tokenizer)
+        encoded(for_tokenizer(problem, run.tokenizer), run.tokenizer)
         for problem in distinct_problems(task, seed, "test", recipe.evaluation.problems)
     ]
     updates: list[dict[str, Any]] = []
@@ -147,10 +140,11 @@ def _run(recipe: Recipe, seed: int, task: Task, output: Path, watch: Watch) -> d
         watch(seed, step, found.accounts["batch"].exact, found.accounts["batch"].realised)
 
     def held_out(step: int) -> Sequences:
-        return held_out_states(model, tokenizer, prompts, task.max_completion_tokens, config.temperature, step)
+        length, temperature = task.max_completion_tokens, run.config.temperature
+        return held_out_states(run.model, run.tokenizer, prompts, length, temperature, step)
 
-    UpdateAuditor(note, held_out).attach(trainer)
-    trainer.train()
+    UpdateAuditor(note, held_out).attach(run.trainer)
+    run.trainer.train()
     pressed = sum(bool((found.pressure != 0).any()) for found in tokens)
     if len(updates) < LEAST or not pressed:
         raise ValueError(
@@ -158,14 +152,14 @@ def _run(recipe: Recipe, seed: int, task: Task, output: Path, watch: Watch) -> d
             f"needs {LEAST} and 1: take more steps, a larger batch, or a task whose groups differ in reward"
         )
     _write_tokens(output / TOKENS.format(seed), tokens)
-    run = {
+    found = {
         "seed": seed,
         "recipe": _portable(recipe),
-        "vocabulary": model.config.get_text_config().vocab_size,
+        "vocabulary": run.model.config.get_text_config().vocab_size,
         "updates": updates,
     }
-    write_document(output / RUN.format(seed), run)
-    return run
+    write_document(output / RUN.format(seed), found)
+    return found
 
 
 def held_out_states(
@@ -180,7 +174,7 @@ def held_out_states(
 
 
 def _write_tokens(file: Path, updates: Sequence[TokenAccount]) -> None:
-    """All tokens of a run, a column each, as numpy reads them without pickle."""
+    """Write the statistics of all tokens of a run, one array each, as numpy reads them without pickle."""
     columns = {
         name: torch.cat(column).numpy()
         for name, column in zip(TokenAccount._fields, zip(*updates, strict=True), strict=True)

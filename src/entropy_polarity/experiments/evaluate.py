@@ -14,8 +14,8 @@ import torch
 
 from entropy_polarity.evaluation import Attempts, attempt, warn_after, warn_before
 from entropy_polarity.experiments.models import labelled, settle_task, weights_of
-from entropy_polarity.experiments.results import bounds, provenance, rounded, without_nan, write_document
-from entropy_polarity.experiments.training import quiet
+from entropy_polarity.experiments.results import bounds, provenance, rounded, write_document
+from entropy_polarity.experiments.setup import quiet
 from entropy_polarity.generation import Generator, Progress, Sampling, silent
 from entropy_polarity.generation.episodes import check_starts
 from entropy_polarity.generation.sampling import TransformersGenerator
@@ -23,10 +23,11 @@ from entropy_polarity.policy import resolve_model
 from entropy_polarity.policy.folder import check_folder
 from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.report.evaluation import render_evaluation
-from entropy_polarity.runs.record import refuse_occupied
+from entropy_polarity.runs.layout import refuse_occupied
 from entropy_polarity.statistics.intervals import DIFFERENCE, RATE, Estimate, paired_bootstrap
 from entropy_polarity.support.errors import unknown_name
 from entropy_polarity.support.files import append_text, locked, write_text
+from entropy_polarity.support.json_files import without_nan
 from entropy_polarity.tasks import Problem, Task, distinct_problems, make_task
 from entropy_polarity.tasks.games import Game
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from entropy_polarity.methods import name_of
-from entropy_polarity.runs.checkpoints import checkpoint_step, refuse_broken, refuse_in_the_way
+from entropy_polarity.runs.checkpoints import checkpoint_step, last_checkpoint, refuse_broken, refuse_in_the_way
 from entropy_polarity.runs.consent import check_said_again
+from entropy_polarity.runs.layout import CHECKPOINTS, CONFIG, read_config, read_environment
 from entropy_polarity.runs.method_state import STATE_FILE
 from entropy_polarity.runs.recipe import apply_override, load_recipe
-from entropy_polarity.runs.record import CHECKPOINTS, CONFIG, last_checkpoint, read_config
-from entropy_polarity.support.reading import ENVIRONMENT, json_object
 
 _LABELLED = re.compile(r"([^=/\\]+)=(.+)")
 
@@ -54,7 +53,7 @@ def weights_of(model: str) -> tuple[str, dict[str, Any] | None]:
 
 def refuse_renamed(run: Path) -> None:
     """Raise ValueError where the name of a run's method meant another rule when the run was made."""
-    made = str(json_object(run / ENVIRONMENT, "write {} into it to go on without").get("date", ""))
+    made = str(read_environment(run).get("date", ""))
     name = read_config(run).get("method", {}).get("name", "")
     if (now := name_of(name, made)) != name:
         raise ValueError(f"{run} was made when {name!r} was what {now!r} is now, and cannot go on as {name!r}")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_polarity.evaluation import evaluate
-from entropy_polarity.experiments.training import quiet
+from entropy_polarity.experiments.setup import quiet
 from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.policy.pretraining import PretrainSettings, pretrain
 from entropy_polarity.tasks import make_task

@@ -1,4 +1,4 @@
-"""Result files: one JSON document an experiment, with where and with what it was made."""
+"""Result files: one JSON document per experiment, with the place and the versions that made it."""
 
 import json
 import math
@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from entropy_polarity.runs.record import environment
 from entropy_polarity.statistics.intervals import Estimate
 from entropy_polarity.support.files import write_text
+from entropy_polarity.support.json_files import parsed, without_nan
+from entropy_polarity.support.provenance import environment
 
 
 def provenance() -> dict[str, Any]:
@@ -32,10 +33,10 @@ def read_document(file: Path, kind: str, versions: tuple[int, ...] = (1,)) -> di
     """
     expected = f"expected a file {kind}.json that papo wrote"
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = parsed(file.read_bytes())
     except OSError as error:
         raise FileNotFoundError(f"cannot read {file} ({error.strerror}): {expected}") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise ValueError(f"{file} is not JSON: {expected}") from None
     if not isinstance(document, dict) or document.get(kind) not in versions:
         raise ValueError(f"{file} is no {kind} of this version: {expected}")
@@ -44,7 +45,7 @@ def read_document(file: Path, kind: str, versions: tuple[int, ...] = (1,)) -> di
 
 @contextmanager
 def as_written(file: Path) -> Iterator[None]:
-    """A context that reads what is in `file`: where that has another form than papo gives it, it is one ValueError."""
+    """A context in which `file` is read: where it has another form than papo gives it, one ValueError says so."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
@@ -60,16 +61,3 @@ def rounded(value: float) -> float:
 def bounds(estimate: Estimate) -> list[float] | None:
     """The interval of an estimate, rounded; None where too little was seen to say."""
     return None if math.isnan(estimate.low) else [rounded(estimate.low), rounded(estimate.high)]
-
-
-def without_nan(document: Any) -> Any:
-    """The document with null for NaN and infinities, which JSON does not have.
-
-    >>> without_nan({"a": [1.0, float("nan")]})
-    {'a': [1.0, None]}
-    """
-    if isinstance(document, dict):
-        return {key: without_nan(value) for key, value in document.items()}
-    if isinstance(document, list | tuple):
-        return [without_nan(value) for value in document]
-    return None if isinstance(document, float) and not math.isfinite(document) else document

@@ -4,6 +4,7 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
+from entropy_polarity.support.hub import is_path
 from entropy_polarity.support.text import one_line
 
 EMBEDDED = "embedded"
@@ -28,7 +29,6 @@ def resolve_model(model: str) -> str:
         adapter = (path / "adapter_config.json").is_file()
         how = "an adapter alone: merge it into its model and save that" if adapter else "config.json is missing"
         raise FileNotFoundError(f"{model} holds no model: {how}")
-    looks_like_a_path = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
-    if looks_like_a_path and not Path(os.path.expanduser(model)).is_dir():
+    if is_path(model) and not Path(os.path.expanduser(model)).is_dir():
         raise FileNotFoundError(f"no model at {model}: give a folder with config.json, or {EMBEDDED!r}")
     return os.path.expanduser(model) if Path(os.path.expanduser(model)).is_dir() else model

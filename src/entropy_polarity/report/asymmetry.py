@@ -8,11 +8,11 @@ from plotly.subplots import make_subplots
 
 from entropy_polarity.diagnostics.asymmetry import family_sensitivity
 from entropy_polarity.report.html import Chart, blank_figure, short
+from entropy_polarity.report.palette import DARK_GREEN, INK
 
 VOCABULARIES, TAILS = (32, 1024, 32768, 151936), {"even": "others even", "zipf": "others Zipf"}
 _CELLS, _HIGHEST = 45, 6.0  # a side of each map; nats, or as high as the tokens go
 _BOUND = 0.4  # nats: what is beyond has the last colour
-_INK, _GREEN = "#1d2129", "#1b7837"
 
 
 def map_chart(cells: dict[str, Any]) -> Chart:
@@ -103,7 +103,7 @@ def _families(cells: dict[str, Any] | None, own: int) -> go.Figure:
                 y=entropy_run,
                 z=_drawn(np.log10(1 + count)),
                 contours={"coloring": "none", "start": 1, "end": 5, "size": 1},
-                line={"color": _GREEN, "width": 1},
+                line={"color": DARK_GREEN, "width": 1},
                 showscale=False,
                 hoverinfo="skip",
                 row=row,
@@ -128,7 +128,7 @@ def _border(highest: float) -> dict[str, Any]:
         "x": [*map(short, np.exp(-heights))],
         "y": [*map(short, heights)],
         "mode": "lines",
-        "line": {"color": _INK},
+        "line": {"color": INK},
         "name": "p = e^-H",
     }
 

@@ -1,5 +1,6 @@
 """The page of an audit: one self-contained HTML file with tables and pictures."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -7,29 +8,19 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from entropy_polarity.report.asymmetry import family_chart, map_chart
-from entropy_polarity.report.audit_tables import audit_tables, probability
 from entropy_polarity.report.html import Chart, blank_figure, render, short, thinned
+from entropy_polarity.report.palette import COLOURS, INK
+from entropy_polarity.report.tables.audit import audit_tables, probability
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6b4c9a")
-_INK, _EXPAND, _CONTRACT = "#1d2129", "#0072B2", "#D55E00"
 _LEVELS = ("local", "shared", "preconditioned", "exact")
 
 
 def render_audit(document: dict[str, Any]) -> str:
     """The page of an audit document (audit.json). All text is escaped."""
-    recipe = document["recipe"]
-    return render(
-        "audit.html",
-        audit_charts(document),
-        title=f"Audit on {recipe['task']['name']}",
-        recipe=recipe,
-        optimizer=recipe["trainer"].get("optim", "adamw"),
-        seeds=[run["seed"] for run in document["runs"]],
-        updates=sum(len(run["updates"]) for run in document["runs"]),
-        tokens=document["asymmetry"]["tokens"],
-        environment=document["environment"],
-        tables=audit_tables(document),
-    )
+    title, runs = f"Audit on {document['recipe']['task']['name']}", document["runs"]
+    updates, seeds = sum(len(run["updates"]) for run in runs), [run["seed"] for run in runs]
+    charts, tables = audit_charts(document), audit_tables(document)
+    return render("audit.html", title, document, charts, tables=tables, seeds=seeds, updates=updates)
 
 
 def audit_charts(document: dict[str, Any]) -> list[Chart]:
@@ -41,7 +32,7 @@ def audit_charts(document: dict[str, Any]) -> list[Chart]:
             _scatter(document["runs"]),
         ),
         Chart(
-            "The entropy, and what was foretold of it",
+            "The entropy, and what was predicted of it",
             "Realised changes of the trained-on states added up from the first update (solid), and their exact "
             "first-order predictions (dotted), in nats. They part where second order counts.",
             _sums(document["runs"]),
@@ -62,7 +53,7 @@ def _scatter(runs: list[dict[str, Any]]) -> go.Figure:
     figure = make_subplots(rows=1, cols=len(names), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.03)
     figure.update_layout(blank_figure(height=340).layout, margin={"t": 30, "l": 80}, hovermode="closest")
     for column, name in enumerate(names, start=1):
-        for run, colour in zip(runs, _cycle(len(runs)), strict=True):
+        for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False):
             for states, symbol in (("batch", "circle"), ("held_out", "circle-open")):
                 points = [row[states] for row in thinned(run["updates"])]
                 figure.add_scatter(
@@ -75,15 +66,15 @@ def _scatter(runs: list[dict[str, Any]]) -> go.Figure:
                     row=1,
                     col=column,
                 )
-    figure.update_xaxes(zeroline=True, zerolinecolor=_INK, zerolinewidth=1)
-    figure.update_yaxes(zeroline=True, zerolinecolor=_INK, zerolinewidth=1)
+    figure.update_xaxes(zeroline=True, zerolinecolor=INK, zerolinewidth=1)
+    figure.update_yaxes(zeroline=True, zerolinecolor=INK, zerolinewidth=1)
     figure.update_yaxes(title="realised change, nats", col=1)
     return figure
 
 
 def _sums(runs: list[dict[str, Any]]) -> go.Figure:
     figure = blank_figure(height=300)
-    for run, colour in zip(runs, _cycle(len(runs)), strict=True):
+    for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False):
         steps = thinned([row["step"] for row in run["updates"]])
         for name, dash in (("realised", "solid"), ("exact", "dot")):
             sums = np.cumsum([row["batch"][name] for row in run["updates"]])
@@ -103,7 +94,7 @@ def _deciles(rows: list[dict[str, Any]]) -> go.Figure:
         chosen = [row for row in rows if row["advantage"] == sign]
         labels = [f"{probability(row['from'])} to {probability(row['to'])}" for row in chosen]
         word = "reinforced" if sign == "positive" else "discouraged"
-        for part, colour, way in (("expansion", _EXPAND, 1), ("contraction", _CONTRACT, -1)):
+        for part, colour, way in (("expansion", COLOURS[0], 1), ("contraction", COLOURS[1], -1)):
             figure.add_bar(
                 x=labels,
                 y=[short(way * row[part]) for row in chosen],
@@ -116,7 +107,3 @@ def _deciles(rows: list[dict[str, Any]]) -> go.Figure:
     )  # fmt: skip
     figure.update_xaxes(type="category")
     return figure
-
-
-def _cycle(count: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]

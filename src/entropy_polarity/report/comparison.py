@@ -6,29 +6,30 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from entropy_polarity.report.forest import forest, styles
-from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render, short, smoothed, thinned
+from entropy_polarity.report.forest import forest_plot
+from entropy_polarity.report.html import (
+    Chart,
+    blank_figure,
+    legend_beside,
+    pass_at_k_axes,
+    render,
+    short,
+    smoothed,
+    thinned,
+)
 from entropy_polarity.report.html import label as label_of
-from entropy_polarity.report.tables import comparison_tables, score_names
+from entropy_polarity.report.palette import GREY, Look, looks_of, transparent
+from entropy_polarity.report.tables.comparison import comparison_tables, score_names
 
-_GREY = "#8a8f98"
-_LEGEND = {"orientation": "v", "x": 1.01, "y": 1}  # beside the chart: many methods would cover it
 _SMOOTH = 10  # rollouts
 
 
 def render_comparison(document: dict[str, Any]) -> str:
     """The page of a comparison document (comparison.json). Labels and all other text are escaped."""
-    plan = document["plan"]
-    return render(
-        "comparison.html",
-        comparison_charts(document),
-        title=f"Comparison on {plan['recipe']}",
-        environment=document["environment"],
-        plan=plan,
-        failed=document["failed"],
-        tables=comparison_tables(document["summary"]),
-        commits=sorted({run["commit"] or "installed package" for run in document["runs"]}),
-    )
+    title, charts = f"Comparison on {document['plan']['recipe']}", comparison_charts(document)
+    commits = sorted({run["commit"] or "installed package" for run in document["runs"]})
+    tables = comparison_tables(document["summary"])
+    return render("comparison.html", title, document, charts, tables=tables, commits=commits)
 
 
 def comparison_charts(document: dict[str, Any]) -> list[Chart]:
@@ -38,7 +39,7 @@ def comparison_charts(document: dict[str, Any]) -> list[Chart]:
 
 def _forests(summary: dict[str, Any]) -> Iterator[Chart]:
     """For each baseline the paired differences of all others, one panel a score."""
-    looks = styles(list(summary["methods"]))
+    looks = looks_of(list(summary["methods"]))
     names = [name for name in score_names(summary) if name != "greedy"]
     for baseline, rows in summary["against"].items():
         paired = {label: row for label, row in rows.items() if row["seeds"]}
@@ -49,7 +50,7 @@ def _forests(summary: dict[str, Any]) -> Iterator[Chart]:
             f"Each method minus {baseline} on the same seeds and problems; right of zero is better. Thick: 95 % "
             "bootstrap interval over seeds and problems. Thin: 95 % interval of Student's t over seeds, not drawn for "
             "a single seed.",
-            forest(paired, names, looks),
+            forest_plot(paired, names, looks),
         )
 
 
@@ -70,58 +71,52 @@ def _curves(runs: list[dict[str, Any]]) -> Iterator[Chart]:
 def _seed_curves(runs: list[dict[str, Any]], name: str) -> go.Figure:
     """A line and a band for each method, as far as all of its seeds have come."""
     labels = list(dict.fromkeys(run["label"] for run in runs))
-    figure = blank_figure(_height(len(labels)))
-    for label, style in styles(labels).items():
+    figure = blank_figure()
+    for label, look in looks_of(labels).items():
         curves = [run[name] for run in runs if run["label"] == label]
         length = min(len(curve["values"]) for curve in curves)
         steps = thinned(curves[0]["steps"][:length])
         values = np.array([curve["values"][:length] for curve in curves], dtype=float)
         rows = np.array([smoothed(list(row), _SMOOTH) for row in values])
-        line = {"color": style["colour"], "width": 2, "dash": style["dash"]}
+        line = {"color": look.colour, "width": 2, "dash": look.dash}
         shared = {"x": steps, "mode": "lines", "legendgroup": label}
         edge = shared | {"line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
         if len(rows) > 1:
             figure.add_scatter(y=_shown(rows.min(axis=0)), **edge)
-            figure.add_scatter(y=_shown(rows.max(axis=0)), fill="tonexty", fillcolor=_faint(style["colour"]), **edge)
+            figure.add_scatter(
+                y=_shown(rows.max(axis=0)), fill="tonexty", fillcolor=transparent(look.colour, 0.12), **edge
+            )
         figure.add_scatter(y=_shown(rows.mean(axis=0)), name=label_of(label), line=line, **shared)
-    figure.update_layout(xaxis_title="step", showlegend=True, legend=_LEGEND)
+    legend_beside(figure, len(labels))
+    figure.update_layout(xaxis_title="step", showlegend=True)
     return figure
 
 
 def _pass_at_k(summary: dict[str, Any]) -> Chart:
     methods = summary["methods"]
-    figure = blank_figure(_height(len(methods)))
+    figure = blank_figure()
     before = next(iter(methods.values()))["pass_at"]["before"]
-    lines = [("before training", before, {"colour": _GREY, "dash": "dot", "marker": "circle"})]
-    looks = styles(list(methods))
+    lines = [("before training", before, Look(GREY, "dot", "circle"))]
+    looks = looks_of(list(methods))
     lines += [(label, method["pass_at"]["after"], looks[label]) for label, method in methods.items()]
-    for label, curve, style in lines:
+    for label, curve, look in lines:
         figure.add_scatter(
             x=[int(k) for k in curve],
             y=list(curve.values()),
             name=label_of(label),
             mode="lines+markers",
-            line={"color": style["colour"], "dash": style["dash"]},
-            marker={"symbol": style["marker"]},
+            line={"color": look.colour, "dash": look.dash},
+            marker={"symbol": look.marker},
         )
     pass_at_k_axes(figure, list(before))
-    figure.update_layout(showlegend=True, legend=_LEGEND, yaxis_range=None, yaxis_rangemode="normal")
+    legend_beside(figure, len(methods))
+    figure.update_layout(showlegend=True, yaxis_range=None, yaxis_rangemode="normal")
     return Chart(
         "pass@k, held out",
         "Unbiased pass@k before and after, mean over seeds and problems. pass@1 is what reinforcement raises; a pass@k "
         "at large k that ends below its start means that exploration died.",
         figure,
     )
-
-
-def _height(methods: int) -> int:
-    """Room for the legend beside the chart."""
-    return max(380, 90 + 20 * methods)
-
-
-def _faint(colour: str) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red}, {green}, {blue}, 0.12)"
 
 
 def _shown(values: np.ndarray) -> list[float]:

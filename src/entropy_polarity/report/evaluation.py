@@ -5,11 +5,12 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from entropy_polarity.report.evaluation_tables import evaluation_tables, shown_names, verdict_table
-from entropy_polarity.report.forest import forest, styles
-from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render
+from entropy_polarity.report.forest import forest_plot
+from entropy_polarity.report.html import Chart, blank_figure, legend_beside, pass_at_k_axes, render
 from entropy_polarity.report.html import label as label_of
 from entropy_polarity.report.intervals import bars
+from entropy_polarity.report.palette import Look, looks_of
+from entropy_polarity.report.tables.evaluation import evaluation_tables, shown_names, verdict_table
 from entropy_polarity.support.success import degree
 from entropy_polarity.support.text import cut
 
@@ -19,21 +20,14 @@ MAX_SHOWN_CHARACTERS = 1500  # of a completion
 def render_evaluation(document: dict[str, Any], examples: list[dict[str, Any]]) -> str:
     """The page of an evaluation document (evaluation.json) with a few problems. All text, the models' first of all, is
     escaped."""
-    return render(
-        "evaluation.html",
-        evaluation_charts(document),
-        title=f"Evaluation on {document['task']['name']}",
-        environment=document["environment"],
-        document=document,
-        settings=document["settings"],
-        tables=[*evaluation_tables(document), verdict_table(document)],
-        examples=[_shown(example) for example in examples],
-    )
+    title, tables = f"Evaluation on {document['task']['name']}", [*evaluation_tables(document), verdict_table(document)]
+    shown = [_shown(example) for example in examples]
+    return render("evaluation.html", title, document, evaluation_charts(document), tables=tables, examples=shown)
 
 
 def evaluation_charts(document: dict[str, Any]) -> list[Chart]:
     models, against = document["models"], document["against"]
-    looks = styles(list(models))
+    looks = looks_of(list(models))
     many = len(document["settings"]["seeds"]) > 1
     over = "problems and sampling seeds" if many else "problems"
     charts = []
@@ -49,7 +43,7 @@ def evaluation_charts(document: dict[str, Any]) -> list[Chart]:
                 f"Difference to {document['baseline']}",
                 f"Each model minus {document['baseline']} on the same problems, with the 95 % interval of a paired "
                 f"bootstrap over {over}; right of zero is better.",
-                forest(rows, panels, looks),
+                forest_plot(rows, panels, looks),
             )
         )
     for kind, text in (
@@ -67,8 +61,8 @@ def _headlines(names: list[str]) -> list[str]:
     return list(dict.fromkeys(["pass@1", *(name for found in largest for name in found), "greedy"]))
 
 
-def _curve(models: dict[str, Any], kind: str, looks: dict[str, dict[str, str]]) -> go.Figure:
-    figure = blank_figure(max(320, 90 + 20 * len(models)))
+def _curve(models: dict[str, Any], kind: str, looks: dict[str, Look]) -> go.Figure:
+    figure = blank_figure()
     sizes: list[str] = []
     for label, model in models.items():
         points = {name.partition("@")[2]: e for name, e in model["scores"].items() if name.startswith(f"{kind}@")}
@@ -79,18 +73,18 @@ def _curve(models: dict[str, Any], kind: str, looks: dict[str, dict[str, str]]) 
             y=values,
             name=label_of(label),
             mode="lines+markers",
-            line={"color": looks[label]["colour"], "dash": looks[label]["dash"]},
-            marker={"symbol": looks[label]["marker"]},
+            line={"color": looks[label].colour, "dash": looks[label].dash},
+            marker={"symbol": looks[label].marker},
             error_y=bars(points.values()),
         )
     pass_at_k_axes(figure, sizes)
-    figure.update_layout(showlegend=len(models) > 1, legend={"orientation": "v", "x": 1.01, "y": 1})
+    legend_beside(figure, len(models), lowest=320)
     return figure
 
 
 def _shown(example: dict[str, Any]) -> dict[str, Any]:
     """A problem as the template wants it: texts only, none longer than a reader would read."""
-    facts = {
+    metadata = {
         name: value if isinstance(value, str) else json.dumps(value, default=str)
         for name, value in example["facts"].items()
     }
@@ -112,7 +106,7 @@ def _shown(example: dict[str, Any]) -> dict[str, Any]:
         for label, found in example["models"].items()
     ]
     prompt = cut(example["prompt"], MAX_SHOWN_CHARACTERS)
-    return {"number": example["number"], "prompt": prompt, "facts": facts, "models": models}
+    return {"number": example["number"], "prompt": prompt, "metadata": metadata, "models": models}
 
 
 def _text(one: dict[str, Any], prompt: str) -> str:

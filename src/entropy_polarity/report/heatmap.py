@@ -2,18 +2,19 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from entropy_polarity.runs.record import ROLLOUTS, Run
+from entropy_polarity.report.palette import CONTRACTS, EXPANDS, transparent
+from entropy_polarity.runs.layout import ROLLOUTS
+from entropy_polarity.runs.record import Run
 from entropy_polarity.support.success import degree
 from entropy_polarity.support.text import cut
 
-_FACTS = {"rollout", "prompt", "verdict", "reward", "advantage"}
+_KEYS = {"rollout", "prompt", "verdict", "reward", "advantage"}
 MAX_TOKENS = 1000  # of a rollout, half of them its first and half its last: each has a tip, which makes a page heavy
 MAX_TOKEN = 80  # characters of one
-EXPANDS, CONTRACTS = "33, 102, 214", "214, 48, 49"  # blue and red that survive colour-blind eyes
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class ColouredToken:
 
     text: str
     colour: str | None
-    facts: list[tuple[str, str]]
+    statistics: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -39,47 +40,43 @@ class ColouredRollout:
     turns: list[list[ColouredToken]]
 
 
-def coloured_rollouts(run: Run, count: int = 12) -> list[ColouredRollout]:
-    """About `count` recorded rollouts, from the beginning, the middle and the end of the run; what cannot be read is
-    left out (`left_out`)."""
+class Heatmap(NamedTuple):
+    """The rollouts that are shown, and a line for each reason why others are not."""
+
+    rollouts: list[ColouredRollout]
+    left_out: list[str]
+
+
+def heatmap_of(run: Run, count: int = 12) -> Heatmap:
+    """About `count` recorded rollouts, from the beginning, the middle and the end of the run."""
     by_step = _rows_of_shown_steps(run)
-    # Where the whole group has one reward there is nothing to see: those come last.
-    rows = [
-        row
-        for rows in by_step.values()
-        for row in sorted(rows, key=lambda row: row["advantage"] == 0)[: count // len(by_step)]
-    ]
-    tokens = {step: found for step in by_step if isinstance(found := _tokens_or_error(run, step), list)}
+    read = {step: _tokens_or_error(run, step) for step in by_step}
+    tokens = {step: found for step, found in read.items() if isinstance(found, list)}
     strengths = [abs(t["polarity"]) for ts in tokens.values() for t in ts if math.isfinite(t["polarity"])]
     # One scale for the page; the strongest few saturate, so that the others can be told apart.
     scale = float(np.quantile([s for s in strengths if s > 0] or [1.0], 0.9))
-    return [
-        ColouredRollout(
-            row["step"],
-            row["prompt"],
-            row["verdict"],
-            degree(row["reward"]),
-            "-" if row["reward"] is None else f"{row['reward']:.3g}",
-            row["advantage"],
-            _turns([_coloured(t, scale) for t in tokens[row["step"]] if t["rollout"] == row["rollout"]]),
-        )
-        for row in rows
-        if row["step"] in tokens
+    rollouts = [
+        _rollout(row, [_coloured(t, scale) for t in tokens[step] if t["rollout"] == row["rollout"]])
+        for step, rows in by_step.items()
+        if step in tokens
+        # Where the whole group has one reward there is nothing to see: those come last.
+        for row in sorted(rows, key=lambda row: row["advantage"] == 0)[: count // len(by_step)]
     ]
+    odd = sum(not row.keys() >= _KEYS for row in run.rollouts)
+    lines = [f"{odd} rows of {ROLLOUTS}: they lack one of {', '.join(sorted(_KEYS))}"] if odd else []
+    return Heatmap(rollouts, [*lines, *(error for error in read.values() if isinstance(error, str))])
 
 
-def left_out(run: Run) -> list[str]:
-    """Why rollouts that should be shown are not: a line each."""
-    odd = sum(not row.keys() >= _FACTS for row in run.rollouts)
-    lines = [f"{odd} rows of {ROLLOUTS}: they lack one of {', '.join(sorted(_FACTS))}"] if odd else []
-    found = [_tokens_or_error(run, step) for step in _rows_of_shown_steps(run)]
-    return [*lines, *(error for error in found if isinstance(error, str))]
+def _rollout(row: dict[str, Any], tokens: list[ColouredToken]) -> ColouredRollout:
+    reward = "-" if row["reward"] is None else f"{row['reward']:.3g}"
+    shown = (row["step"], row["prompt"], row["verdict"], degree(row["reward"]), reward, row["advantage"])
+    return ColouredRollout(*shown, _turns(tokens))
 
 
 def _rows_of_shown_steps(run: Run) -> dict[int, list[dict[str, Any]]]:
     by_step: dict[int, list[dict[str, Any]]] = {}
     for row in run.rollouts:
-        if row.keys() >= _FACTS:
+        if row.keys() >= _KEYS:
             by_step.setdefault(row["step"], []).append(row)
     steps = sorted(by_step)
     places = np.linspace(0, len(steps) - 1, 3) if steps else ()
@@ -115,14 +112,12 @@ def _coloured(token: dict[str, Any], scale: float) -> ColouredToken:
         return ColouredToken(cut(token["token"], MAX_TOKEN), None, [])
     polarity = token["polarity"]
     strength = min(1.0, abs(polarity) / scale) if math.isfinite(polarity) else 0.0
-    colour = EXPANDS if polarity > 0 else CONTRACTS
-    facts = [
+    colour = transparent(EXPANDS if polarity > 0 else CONTRACTS, 0.08 + 0.72 * strength if strength else 0)
+    statistics = [
         ("p", f"{math.exp(token['logp']):.3f}"),
         ("H", f"{token['entropy']:.3f} nats"),
         ("T", f"{token['sensitivity']:+.4f}"),
         ("P", f"{polarity:+.4f}"),
         ("weight", f"{token['weight']:.2f}"),
     ]
-    return ColouredToken(
-        cut(token["token"], MAX_TOKEN), f"rgba({colour}, {0.08 + 0.72 * strength if strength else 0:.2f})", facts
-    )
+    return ColouredToken(cut(token["token"], MAX_TOKEN), colour, statistics)

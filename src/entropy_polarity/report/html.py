@@ -1,4 +1,4 @@
-"""What all pages share: self-contained HTML from a template, charts that look alike, one way to smooth.
+"""The parts that all pages share: self-contained HTML from a template, charts that look alike, one way to smooth.
 
 A page shows text of other people, so three things hold for all: text is escaped and made printable where it is put in,
 none is longer than `MAX_TEXT` characters, and a policy in the page itself lets a browser run its two scripts and
@@ -40,20 +40,24 @@ class Chart(NamedTuple):
     figure: go.Figure
 
 
-def render(template: str, charts: Sequence[Chart], **values: Any) -> str:
-    """The page `template` with everything it needs inside. All text that is not ours is escaped, made printable, and
-    cut where it is longer than `MAX_TEXT`."""
+def render(template: str, title: str, document: Any, charts: Sequence[Chart], **values: Any) -> str:
+    """The page `template` of a result document or a run, with everything it needs inside.
+
+    All text that is not ours is escaped, made printable, and cut where it is longer than `MAX_TEXT`.
+    """
     templates = Environment(
         loader=PackageLoader("entropy_polarity.report"),
         autoescape=True,
         finalize=_shown,
-        undefined=ChainableUndefined,  # files of other versions lack something
+        undefined=ChainableUndefined,  # files of other versions lack some keys
     )
     templates.filters["listed"] = _listed
     drawn = [{"title": chart.title, "text": chart.text, "figure": _figure(chart.figure)} for chart in charts]
     plotly, policy = _scripts()
     page = templates.get_template(template)
-    return page.render(charts=drawn, plotly=plotly, draw=Markup(_DRAW), policy=policy, **values)
+    return page.render(
+        title=title, document=document, charts=drawn, plotly=plotly, draw=Markup(_DRAW), policy=policy, **values
+    )
 
 
 @functools.cache
@@ -87,6 +91,13 @@ def _listed(settings: Any) -> str:
 def label(text: Any) -> str:
     """A name as plotly may have it, which takes some tags in a text for markup."""
     return html.escape(one_line(text, MAX_LABEL))
+
+
+def legend_beside(figure: go.Figure, count: int, lowest: int = 380) -> None:
+    """A legend for `count` lines beside the chart, which grows with it: above, many lines would be covered."""
+    figure.update_layout(
+        height=max(lowest, 90 + 20 * count), showlegend=count > 1, legend={"orientation": "v", "x": 1.01, "y": 1}
+    )
 
 
 def thinned(values: Sequence[Any] | np.ndarray) -> list[Any]:

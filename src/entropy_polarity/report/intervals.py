@@ -1,23 +1,13 @@
-"""Intervals as text and as bars: a dash, and no bar, where too little was seen to say."""
+"""Estimates and differences with their intervals, as text and as bars: a dash, and no bar, for what is not known."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-
-def interval(low: float | None, high: float | None, form: str = ".3f") -> str:
-    """The bounds in brackets.
-
-    >>> interval(0.25, 0.5), interval(None, None), interval(math.nan, math.nan)
-    ('[0.250, 0.500]', '[-]', '[-]')
-    """
-    if low is None or high is None or math.isnan(low) or math.isnan(high):
-        return "[-]"
-    return f"[{low:{form}}, {high:{form}}]"
+from entropy_polarity.support.brackets import interval
 
 
 def between(bounds: Sequence[float] | None, form: str = "+.3f") -> str:
-    """The same of (low, high), None where they are not known."""
+    """The bounds (low, high) in brackets; None where they are not known."""
     low, high = bounds or (None, None)
     return interval(low, high, form)
 

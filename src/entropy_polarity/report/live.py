@@ -1,4 +1,4 @@
-"""What a run looks like while it runs: one live panel in a terminal, a plain line a step elsewhere."""
+"""A run while it runs: one live panel in a terminal, a plain line per step elsewhere."""
 
 import time
 from collections import deque

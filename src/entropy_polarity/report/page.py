@@ -5,28 +5,18 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from entropy_polarity.report.evaluation_tables import is_of_game, name_of_pass
-from entropy_polarity.report.heatmap import coloured_rollouts, left_out
+from entropy_polarity.report.heatmap import heatmap_of
 from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render, smoothed, thinned
 from entropy_polarity.report.intervals import bars, estimated
+from entropy_polarity.report.palette import CONTRACTS, EXPANDS, GREEN, GREY, LIGHT_GREY, VIOLET
+from entropy_polarity.report.tables.evaluation import is_of_game, name_of_pass
 from entropy_polarity.runs.record import Run
-
-_BLUE, _RED, _GREY, _GREEN = "#2166d6", "#d63031", "#8a8f98", "#1b9e77"
 
 
 def render_page(run: Run) -> str:
     """The report of a run as HTML. All text that is not ours, model output first of all, is escaped."""
-    return render(
-        "page.html",
-        _charts(run),
-        title=run.config["title"] or f"{run.config['task']['name']}, {Path(run.config['policy']['model']).name}",
-        environment=run.environment,
-        run=run,
-        method=run.config["method"],
-        cards=_cards(run),
-        rollouts=coloured_rollouts(run),
-        left_out=left_out(run),
-    )
+    title = run.config["title"] or f"{run.config['task']['name']}, {Path(run.config['policy']['model']).name}"
+    return render("page.html", title, run, _charts(run), cards=_cards(run), heatmap=heatmap_of(run))
 
 
 def _cards(run: Run) -> list[dict[str, str]]:
@@ -45,11 +35,11 @@ def _cards(run: Run) -> list[dict[str, str]]:
                     "(before → after, with 95 % bootstrap intervals over problems).",
                 }
             )
-    for name, fact in (before or {}).get("facts", {}).items():
+    for name, count in (before or {}).get("facts", {}).items():
         cards.append(
             {
                 "name": f"{name.replace('_', ' ')}, held out",
-                "value": _arrow(fact, after and after["facts"].get(name)),
+                "value": _arrow(count, after and after["facts"].get(name)),
                 "text": "Mean over held-out samples (before → after, with 95 % bootstrap intervals): "
                 "turns that were played and what the environment counts, or calls of tools.",
             }
@@ -86,7 +76,7 @@ def _charts(run: Run) -> list[Chart]:
         Chart(
             "Reward",
             "Mean reward of each rollout batch (faint) and its moving average over ten rollouts. Training problems.",
-            _lines(run, [("reward", "reward", _GREEN)], smooth=10),
+            _lines(run, [("reward", "reward", GREEN)], smooth=10),
         ),
         Chart(
             "Entropy",
@@ -95,10 +85,10 @@ def _charts(run: Run) -> list[Chart]:
             _lines(
                 run,
                 [
-                    ("polarity/entropy", "entropy", _BLUE),
-                    ("polarity/entropy_reference", "reference", _GREY),
-                    ("polarity/entropy_fast", "fast average", _GREEN),
-                    ("polarity/entropy_slow", "slow average", _GREY),
+                    ("polarity/entropy", "entropy", EXPANDS),
+                    ("polarity/entropy_reference", "reference", GREY),
+                    ("polarity/entropy_fast", "fast average", GREEN),
+                    ("polarity/entropy_slow", "slow average", GREY),
                 ],
             ),
         ),
@@ -106,7 +96,7 @@ def _charts(run: Run) -> list[Chart]:
             "λ, the pressure moved",
             "Tokens that expand entropy get weight 1 + λ, tokens that contract it 1 - λ. Above zero: towards "
             "expansion; below: towards contraction.",
-            _lines(run, [("polarity/lambda", "λ", "#6c3fc4")], zero=True),
+            _lines(run, [("polarity/lambda", "λ", VIOLET)], zero=True),
         ),
         Chart(
             "Branch flows",
@@ -115,8 +105,8 @@ def _charts(run: Run) -> list[Chart]:
             _lines(
                 run,
                 [
-                    ("polarity/positive_flow", "D+ expands", _BLUE),
-                    ("polarity/negative_flow", "D- contracts", _RED),
+                    ("polarity/positive_flow", "D+ expands", EXPANDS),
+                    ("polarity/negative_flow", "D- contracts", CONTRACTS),
                 ],
             ),
         ),
@@ -163,7 +153,7 @@ def _lines(run: Run, series: list[tuple[str, str, str]], smooth: int = 0, zero: 
     drawn = [(name, label, colour) for name, label, colour in series if run.series(name)[0]]
     for name, label, colour in drawn:
         steps, values = run.series(name)
-        line = {"color": colour, "width": 2, "dash": "dot" if colour == _GREY else "solid"}
+        line = {"color": colour, "width": 2, "dash": "dot" if colour == GREY else "solid"}
         mode = "lines" if len(values) > 1 else "markers"  # one point makes no line
         figure.add_scatter(
             x=thinned(steps), y=thinned(values), name=label, line=line, opacity=0.35 if smooth else 1, mode=mode
@@ -173,14 +163,14 @@ def _lines(run: Run, series: list[tuple[str, str, str]], smooth: int = 0, zero: 
                 x=thinned(steps), y=thinned(smoothed(values, smooth)), name=f"mean of {smooth}", line=line, mode="lines"
             )
     if zero:
-        figure.add_hline(y=0, line={"color": "#c5c9d0", "width": 1})
+        figure.add_hline(y=0, line={"color": LIGHT_GREY, "width": 1})
     figure.update_layout(showlegend=len(figure.data) > 1, xaxis_title="step")  # type: ignore[arg-type]
     return figure
 
 
 def _pass_at_k(summary: dict[str, Any]) -> go.Figure:
     figure = blank_figure()
-    for label, colour in (("before", _GREY), ("after", _GREEN)):
+    for label, colour in (("before", GREY), ("after", GREEN)):
         evaluation = summary.get(label)
         if evaluation is None:
             continue

@@ -7,10 +7,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from entropy_polarity.report.audit_tables import audit_tables
-from entropy_polarity.report.evaluation_tables import evaluation_tables, name_of_pass
 from entropy_polarity.report.intervals import estimated
-from entropy_polarity.report.tables import TextTable, comparison_tables, search_table
+from entropy_polarity.report.tables.audit import audit_tables
+from entropy_polarity.report.tables.comparison import comparison_tables, search_table
+from entropy_polarity.report.tables.evaluation import evaluation_tables, name_of_pass
+from entropy_polarity.report.tables.text import TextTable
 from entropy_polarity.support.text import one_line, printable
 
 

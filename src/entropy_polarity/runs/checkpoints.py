@@ -1,8 +1,8 @@
-"""The checkpoints of a run: which are ours, which are whole, which go.
+"""The checkpoints of a run: which are ours, which are whole, and which are deleted.
 
 A checkpoint is a folder `checkpoint-<step>` with a `polarity_state.json`. That file is written first, as unfinished,
-and again last, with the size and the SHA-256 of every other file: in between a checkpoint is none. What has another
-name, or no such file, belongs to somebody else and is never touched.
+and again last, with the size and the SHA-256 of every other file: in between the folder is no checkpoint. A folder with
+another name, or without that file, belongs to somebody else and is never touched.
 """
 
 import hashlib
@@ -14,34 +14,48 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from entropy_polarity.support.files import DRAFT, new_folder, refuse_links, remove_folder, sync_file, sync_folder, write_text
+from entropy_polarity.runs.layout import CHECKPOINTS
 from entropy_polarity.runs.method_state import STATE_FILE, UNFINISHED, read_state, save_state
+from entropy_polarity.support.files import (
+    DRAFT,
+    new_folder,
+    refuse_links,
+    remove_folder,
+    sync_file,
+    sync_folder,
+    write_text,
+)
 
 PREFIX = "checkpoint-"
-# What training goes on from and a policy does not need: people delete the optimiser's to save room.
+# What training goes on from and a policy does not need: people delete the optimiser's files to save space.
 _TRAINING = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args|trainer_state|global_step|README).*")
 _UNSUMMED = "README.md"  # a card for people
+# SHA-256 of files that this process has read, by their state on the disk: the trainer checks again the checkpoint that
+# a run goes on from, and to sum the files of a large model takes minutes.
+_right: dict[tuple[Any, ...], str] = {}
 
 
 def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Those of our own making in `folder`, by step, whole or not."""
+def own_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder` that this package made, by step, whole or not."""
     found = [path for path in folder.glob(f"{PREFIX}*") if re.fullmatch(r"0|[1-9]\d*", path.name.removeprefix(PREFIX))]
     return sorted((path for path in found if _ours(path)), key=checkpoint_step)
 
 
 def strangers(folder: Path) -> list[Path]:
-    """What is called as a checkpoint is, and is none of ours."""
+    """Paths in `folder` that have the name of a checkpoint and are none of ours."""
     named = (path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal())
-    return sorted(set(named) - set(checkpoints(folder)), key=checkpoint_step)
+    return sorted(set(named) - set(own_checkpoints(folder)), key=checkpoint_step)
 
 
 def refuse_in_the_way(folder: Path, reached: int, last: float, cure: str = "") -> None:
-    """Raise ValueError where what is not ours has the name of a checkpoint after step `reached`, up to `last`: training
-    may come to it, or it was the last of the run. `cure` is said in place of moving it away."""
+    """Raise ValueError where a path that is not ours has the name of a checkpoint after step `reached`, up to `last`.
+
+    Training may come to it, or it was the last checkpoint of the run. `cure` is said in place of moving it away.
+    """
     for path in strangers(folder):
         empty = path.is_dir() and not any(path.iterdir())
         if reached < checkpoint_step(path) <= last and not empty:
@@ -50,8 +64,10 @@ def refuse_in_the_way(folder: Path, reached: int, last: float, cure: str = "") -
 
 
 def finished(checkpoint: Path, resumable: bool = False) -> bool:
-    """Whether it was saved to its end, and with `resumable` between rollouts. One whose own file is damaged counts:
-    what is wrong with it has to be said."""
+    """Whether a checkpoint was saved to its end, and with `resumable` between rollouts.
+
+    A checkpoint whose own file is damaged counts: what is wrong with it has to be said.
+    """
     try:
         saved = read_state(checkpoint)
     except ValueError:
@@ -65,12 +81,20 @@ def last_of(folder: Path, *, resumable: bool = False) -> Path | None:
     With `resumable` only those that fall between rollouts: a run that ended inside one keeps its last policy, but
     goes on from before.
     """
-    return max((c for c in checkpoints(folder) if finished(c, resumable)), key=checkpoint_step, default=None)
+    return max((c for c in own_checkpoints(folder) if finished(c, resumable)), key=checkpoint_step, default=None)
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run directory that was saved to its end; None if there is none."""
+    return last_of(run / CHECKPOINTS)
 
 
 def begin(folder: Path) -> None:
-    """Make the folder of a checkpoint, marked as unfinished. One of the same name and of our own making goes before;
-    raises OSError where it is somebody else's, or leads somewhere else."""
+    """Make the folder of a checkpoint, marked as unfinished.
+
+    A checkpoint of ours with the same name is deleted before. Raises OSError where the folder is somebody else's, or a
+    link.
+    """
     if folder.is_symlink():
         raise OSError(f"{folder} is a link, and no checkpoint is written through one: remove it")
     if _ours(folder):
@@ -84,7 +108,7 @@ def begin(folder: Path) -> None:
 
 
 def finish(folder: Path, method: str, settings: dict[str, Any], state: dict[str, Any], resumable: bool) -> None:
-    """Put every file of a checkpoint on the disk, sum it, and say that it is whole."""
+    """Put every file of a checkpoint on the disk, sum it, and mark the checkpoint as whole."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in (STATE_FILE, _UNSUMMED)]
     with ThreadPoolExecutor() as pool:
         sums = dict(zip([file.relative_to(folder).as_posix() for file in files], pool.map(_kept, files), strict=True))
@@ -112,10 +136,13 @@ def check(folder: Path, *, policy_only: bool = False) -> bool:
             raise FileNotFoundError(f"{folder / name} is missing")
         if (found := (folder / name).stat().st_size) != size:
             raise ValueError(f"{folder / name} has {found} bytes, not the {size} that were saved")
+    states = {name: _state_of(folder / name) for name in sums}
+    unread = [name for name in sums if _right.get(states[name]) != sums[name][1]]
     with ThreadPoolExecutor() as pool:
-        for (name, (_, digest)), found in zip(sums.items(), pool.map(_sum, (folder / n for n in sums)), strict=True):
-            if found != digest:
+        for name, found in zip(unread, pool.map(_sum, (folder / name for name in unread)), strict=True):
+            if found != sums[name][1]:
                 raise ValueError(f"{folder / name} was changed after it was saved: its SHA-256 is another")
+            _right[states[name]] = found
     return True
 
 
@@ -130,7 +157,7 @@ def refuse_broken(
     try:
         return check(folder, policy_only=policy_only)
     except (ValueError, OSError) as error:
-        beside = [c for c in reversed(checkpoints(folder.parent)) if c.name != folder.name]
+        beside = [c for c in reversed(own_checkpoints(folder.parent)) if c.name != folder.name]
         whole = next((c for c in beside if finished(c, not policy_only) and _whole(c, policy_only)), None)
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"{error}; {otherwise if whole is None else go_on(whole)}") from None
@@ -140,14 +167,14 @@ def rotate(newest: Path, limit: int | None, best: Path | None = None) -> None:
     """Delete the checkpoints of the lowest steps until `limit` are left; the one that was just written stays, and the
     best. No limit, or one below 1, deletes nothing.
 
-    By step, not by date: a clock can be set back. What has a higher step is not of this run, which has not come there.
+    By step, not by date: a clock can be set back. A higher step is not of this run, which has not come that far.
     """
     if limit is None or limit < 1:
         return
-    there = [path for path in checkpoints(newest.parent) if checkpoint_step(path) <= checkpoint_step(newest)]
+    there = [path for path in own_checkpoints(newest.parent) if checkpoint_step(path) <= checkpoint_step(newest)]
     kept = {newest.resolve(), *([best.resolve()] if best else [])}
     old = [path for path in there if path.resolve() not in kept]
-    # Of a save that was cut off nothing is worth its room.
+    # A save that was cut off is worth nothing and is deleted first.
     old.sort(key=lambda path: (finished(path), checkpoint_step(path)))
     for path in old[: max(0, len(there) - max(limit, len(kept)))]:
         remove(path)
@@ -155,7 +182,7 @@ def rotate(newest: Path, limit: int | None, best: Path | None = None) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint of our own making. It loses its name first: what a kill leaves of it is a draft."""
+    """Delete a checkpoint of ours. It loses its name first, so that a kill leaves only a draft."""
     remove_folder(checkpoint)
 
 
@@ -189,6 +216,12 @@ def _whole(checkpoint: Path, policy_only: bool) -> bool:
     except (ValueError, OSError):
         return False
     return True
+
+
+def _state_of(file: Path) -> tuple[Any, ...]:
+    """What changes with the file: its place, and the system's number, size and times of it."""
+    found = file.stat()
+    return str(file.resolve()), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _kept(file: Path) -> list[Any]:

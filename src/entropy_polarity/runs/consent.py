@@ -1,8 +1,8 @@
 """What a run folder names is not used until this command line says it again.
 
 A run folder may come from anybody, and its recipe can name a class to import, a data set or a model of the hub, a tool
-that runs what the policy writes, a service to report to. Whoever resumes, evaluates or audits it would import, fetch
-and run all that. So a setting that reaches beyond the folder counts only where the command line repeats it, as
+that runs what the policy writes, a service to report to. To resume, evaluate or audit the run would import, fetch and
+run all that. So a setting that reaches beyond the folder counts only where the command line repeats it, as
 `--set KEY=VALUE`; until then nothing is imported or fetched, not even to look at it. A recipe file that is given by
 name is the user's own word.
 """
@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from entropy_polarity.runs.recipe import apply_override, flattened
+from entropy_polarity.support.hub import is_path
 from entropy_polarity.support.text import one_line
-from entropy_polarity.runs.recipe import apply_override
 
 # Settings of TRL's that are text, lists, tables or switches, and yet only say how to compute. Numbers always do. What
 # is not here may name a server, a repository, a file or code: report_to, push_to_hub, deepspeed, model_init_kwargs, ...
@@ -39,7 +40,7 @@ def check_said_again(folder: str, recipe: Mapping[str, Any], said: Sequence[str]
     it came from and are not among the overrides `said`. A model is not looked at here: see `stay_offline`."""
     missing = {key: value for key, value in _unsaid(recipe, said).items() if key != "policy.model"}
     if missing:
-        settings = _flat(recipe.get("task", {}).get("settings", {})) if "task.factory" in missing else {}
+        settings = flattened(recipe.get("task", {}).get("settings", {})) if "task.factory" in missing else {}
         given = f" (made with {', '.join(f'{key}={value!r}' for key, value in settings.items())})" if settings else ""
         raise ValueError(
             one_line(
@@ -72,7 +73,7 @@ def stay_offline(folder: str, recipe: Mapping[str, Any], said: Sequence[str]) ->
 
 
 def said_again(recipe: Mapping[str, Any]) -> list[str]:
-    """The flags that say again all that `recipe` names: for whoever wrote it, and starts another process on it."""
+    """The flags that say again all that `recipe` names, for the process that wrote it and starts another one on it."""
     return _flags(dict(_reaching(recipe)))
 
 
@@ -94,7 +95,7 @@ def _unsaid(recipe: Mapping[str, Any], said: Sequence[str]) -> dict[str, Any]:
     own: dict[str, Any] = {}
     for override in said:
         apply_override(own, override)
-    repeated = _flat(own)
+    repeated = flattened(own)
     return {key: value for key, value in _reaching(recipe) if key not in repeated or repeated[key] != value}
 
 
@@ -108,26 +109,14 @@ def _reaching(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     if "data" in task and not _is_here(task["data"]):
         yield "task.data", task["data"]
     model = recipe.get("policy", {}).get("model", "embedded")
-    if not (str(model).partition(":")[0] == "embedded" or _is_here(model) or _is_path(model)):
+    if not (str(model).partition(":")[0] == "embedded" or _is_here(model) or is_path(model)):
         yield "policy.model", model
     for key, value in trainer.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         nothing = value is False or value in (None, [], "", _HARMLESS.get(key))
         if not (number or nothing or key in _NAMES):
-            yield from _flat(value, f"trainer.{key}.").items()
+            yield from flattened(value, f"trainer.{key}.").items()
 
 
 def _is_here(name: Any) -> bool:
     return isinstance(name, str) and "\0" not in name and Path(os.path.expanduser(name)).exists()
-
-
-def _is_path(name: Any) -> bool:
-    """Whether it can only be a path: names of the hub have one slash at most, between two words."""
-    return not isinstance(name, str) or name.startswith(("/", ".", "~")) or name.count("/") > 1
-
-
-def _flat(table: Any, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    if not isinstance(table, Mapping):
-        return {prefix.removesuffix("."): table}
-    return {k: v for key, value in table.items() for k, v in _flat(value, f"{prefix}{key}.").items()}

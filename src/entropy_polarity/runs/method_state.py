@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from entropy_polarity.support.files import write_text
 from entropy_polarity.controllers import State
+from entropy_polarity.support.files import write_text
+from entropy_polarity.support.json_files import parsed
 
 STATE_FILE = "polarity_state.json"  # a checkpoint of TRL's in which it is finished is whole: it is written last
 UNFINISHED = {"unfinished": True}
@@ -22,10 +23,10 @@ def save_state(
     resumable: bool = True,
     files: dict[str, list[Any]] | None = None,
 ) -> None:
-    """Write it, moved into place: a file that is there is whole.
+    """Write the state of a method into `folder`, in one move, so that a file that is there is whole.
 
-    `resumable`: not in the middle of a rollout. `files` are those of the checkpoint, with size and SHA-256
-    (`checkpoints.finish`); a framework that keeps its own account has none.
+    `resumable` says that no rollout was in progress. `files` are those of the checkpoint, with size and SHA-256
+    (`checkpoints.finish`); a framework that sums its own files gives none.
     """
     saved: dict[str, Any] = {"method": method, "settings": settings, "state": state, "resumable": resumable}
     saved["folder"] = folder.name
@@ -37,14 +38,14 @@ def save_state(
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `save_state` wrote, or `UNFINISHED`. Raises FileNotFoundError where nothing is, ValueError where it is not
-    what was written."""
+    """What `save_state` wrote, or `UNFINISHED`. Raises FileNotFoundError where there is no file, ValueError where the
+    file is not as it was written."""
     path = folder / STATE_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {STATE_FILE}: no run of entropy-polarity saved it, or not to the end")
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        saved = parsed(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error})") from None
     if saved == UNFINISHED:
         return saved
@@ -58,9 +59,10 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load_state(folder: Path, method: str, settings: dict[str, Any], beginning: State) -> State:
-    """The state a run with the same method and settings saved. Raises FileNotFoundError where none was, ValueError
-    where it is damaged, that of another method, or of the middle of a rollout, or where it holds other numbers than the
-    method begins with: the same words meant another rule then.
+    """The state that a run with the same method and settings saved.
+
+    Raises FileNotFoundError where there is none, ValueError where it is damaged, belongs to another method or to the
+    middle of a rollout, or holds other numbers than the method begins with: the same words meant another rule then.
     """
     saved = read_state(folder)
     if saved == UNFINISHED:

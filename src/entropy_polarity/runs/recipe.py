@@ -13,15 +13,15 @@ seed                     of prompts, sampling and training
 import copy
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from entropy_polarity.methods import given_beside
 from entropy_polarity.support.errors import unknown_name
 from entropy_polarity.support.text import valid
-from entropy_polarity.methods import given_beside
 
 DEFAULT_RECIPE = "countdown"
 
@@ -177,6 +177,17 @@ def apply_override(document: dict[str, Any], override: str) -> None:
         if not isinstance(document, dict):
             raise ValueError(f"override {override!r}: {section!r} is a value, not a table of keys")
     document[last] = parsed
+
+
+def flattened(table: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested tables by dotted key; a table without keys has none.
+
+    >>> flattened({"seed": 0, "method": {"name": "papo", "gain": 3}})
+    {'seed': 0, 'method.name': 'papo', 'method.gain': 3}
+    """
+    if not isinstance(table, Mapping):
+        return {prefix.removesuffix("."): table}
+    return {k: v for key, value in table.items() for k, v in flattened(value, f"{prefix}{key}.").items()}
 
 
 def _recipe(document: dict[str, Any]) -> Recipe:

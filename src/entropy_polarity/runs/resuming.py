@@ -1,46 +1,69 @@
 """Going on with a run: from which checkpoint, with which lines of its record, and what goes."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from entropy_polarity.support.files import DRAFT
-from entropy_polarity.support.reading import (
-    CHECKPOINTS,
-    CONFIG,
-    ENVIRONMENT,
-    METRICS,
-    REPORT,
-    ROLLOUTS,
-    SUMMARY,
-    TOKENS,
-    json_rows,
-)
 from entropy_polarity.runs.checkpoints import (
     checkpoint_step,
-    checkpoints,
     finished,
     last_of,
+    own_checkpoints,
     refuse_broken,
+    refuse_in_the_way,
     remove,
     remove_drafts,
 )
+from entropy_polarity.runs.layout import CHECKPOINTS, FILES, METRICS, ROLLOUTS, TOKENS, read_config
+from entropy_polarity.runs.record import RunWriter
+from entropy_polarity.support.files import DRAFT, refuse_links, write_text
+from entropy_polarity.support.json_files import json_rows
 
 Rows = list[dict[str, Any]]
-_FILES = {CONFIG, ENVIRONMENT, METRICS, ROLLOUTS, SUMMARY, REPORT}
 _TOKENS_OF_STEP = re.compile(r"(\d{6,})\.parquet")
 _OLD_DRAFT = re.compile(r"\d{6,}\.part")  # of versions before the random names
 
 
-def to_resume(directory: Path, step: int | None, say: Callable[[str], None]) -> Path | None:
+def resume_run(
+    directory: Path,
+    config: dict[str, Any],
+    step: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[RunWriter, Path | None]:
+    """The writer of an existing run and its last whole checkpoint; what was written after that is dropped.
+
+    `config` takes the place of the old one: a resumed run may be longer. With `step` it goes on from the checkpoint of
+    that step (0: from the beginning), whatever became of later ones and of the record before it. Raises ValueError or
+    OSError, before anything is changed, where the checkpoint or the record is not whole, or something else stands where
+    checkpoints will be written.
+    """
+    refuse_links(directory)
+    written = read_config(directory)
+    checkpoint = _checkpoint_to_resume(directory, step, say)
+    reached = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    refuse_in_the_way(directory / CHECKPOINTS, reached, config.get("trainer", {}).get("max_steps", 0))
+    kept = {name: _rows_until(directory / name, reached) for name in (METRICS, ROLLOUTS)}
+    if step is None:
+        _refuse_lost_rows(directory, reached, kept, recorded=written["record"]["completions"] > 0)
+    for name, (rows, _) in kept.items():
+        if (directory / name).exists():
+            write_text(directory / name, "".join(json.dumps(row) + "\n" for row in rows))
+    _drop_after(directory, reached)
+    writer = RunWriter(directory)
+    writer.write_config(config)
+    return writer, checkpoint
+
+
+def _checkpoint_to_resume(directory: Path, step: int | None, say: Callable[[str], None]) -> Path | None:
     """The checkpoint to go on from, that of `step` or the last, with its files checked; None for the beginning.
 
     Raises ValueError, which offers the last whole checkpoint, where its files are not those that were saved.
     """
     checkpoint = last_of(directory / CHECKPOINTS, resumable=True)
     if step is not None:
-        ours = checkpoints(directory / CHECKPOINTS)
+        ours = own_checkpoints(directory / CHECKPOINTS)
         there = {checkpoint_step(path): path for path in ours if finished(path, resumable=True)}
         if step and step not in there:
             listed = ", ".join(map(str, there)) or "none"
@@ -57,9 +80,9 @@ def to_resume(directory: Path, step: int | None, say: Callable[[str], None]) -> 
     return checkpoint
 
 
-def rows_until(path: Path, step: int) -> tuple[Rows, str | None]:
-    """The rows of a file up to `step`, and what is wrong with the first damaged line that stands before the last of
-    them; what is damaged after that goes with the rest."""
+def _rows_until(path: Path, step: int) -> tuple[Rows, str | None]:
+    """The rows of a file up to `step`, and what is wrong with the first damaged line before the last of them: what is
+    damaged after that goes with the rest."""
     rows = json_rows(path)
     while rows and (isinstance(rows[-1], str) or rows[-1]["step"] > step):
         rows.pop()
@@ -67,7 +90,7 @@ def rows_until(path: Path, step: int) -> tuple[Rows, str | None]:
     return [row for row in rows if isinstance(row, dict) and row["step"] <= step], damage
 
 
-def refuse_lost_rows(
+def _refuse_lost_rows(
     directory: Path, reached: int, kept: dict[str, tuple[Rows, str | None]], recorded: bool = True
 ) -> None:
     """Raise ValueError where the record does not come as far as the checkpoint of step `reached`, or a line of it is
@@ -85,15 +108,15 @@ def refuse_lost_rows(
     for name, last in ((METRICS, reached), (ROLLOUTS, due)):
         if ends[name] < last:
             what = f"{name} ends at step {ends[name]}, the checkpoint is of step {reached}"
-            before = [c for c in checkpoints(directory / CHECKPOINTS) if checkpoint_step(c) <= ends[name]]
+            before = [c for c in own_checkpoints(directory / CHECKPOINTS) if checkpoint_step(c) <= ends[name]]
             or_before = f"; {_command(directory, checkpoint_step(before[-1]))} from before that" if before else ""
             raise ValueError(f"{directory}: {what}: {go_on}{or_before}")
 
 
-def drop_after(directory: Path, step: int) -> None:
+def _drop_after(directory: Path, step: int) -> None:
     """Delete what was written after `step`, and drafts: only under names that are ours."""
     for path in directory.iterdir():
-        if (draft := DRAFT.fullmatch(path.name)) and draft["name"] in _FILES:
+        if (draft := DRAFT.fullmatch(path.name)) and draft["name"] in FILES:
             path.unlink()
     (directory / TOKENS).mkdir(exist_ok=True)
     for path in (directory / TOKENS).iterdir():
@@ -101,7 +124,7 @@ def drop_after(directory: Path, step: int) -> None:
         unfinished = _TOKENS_OF_STEP.fullmatch(draft["name"]) if draft else _OLD_DRAFT.fullmatch(path.name)
         if unfinished or (tokens and int(tokens[1]) > step):
             path.unlink()
-    for path in checkpoints(directory / CHECKPOINTS):
+    for path in own_checkpoints(directory / CHECKPOINTS):
         if checkpoint_step(path) > step or not finished(path):
             remove(path)
     remove_drafts(directory / CHECKPOINTS)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from entropy_polarity.support.brackets import interval
+
 LEVEL = 0.95  # the chance with which an interval should hold the truth, wherever this package gives one
 DRAWS = 2000  # of a bootstrap
 # The fewest problems that have an interval. Of fewer the bootstrap sees too little of their spread: of 3 its 95 %
@@ -100,7 +102,7 @@ class Estimate:
         return cls(float(np.mean(values)), *bootstrap_interval(values.reshape(-1), within=within))
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} " + ("[-]" if np.isnan(self.low) else f"[{self.low:.3f}, {self.high:.3f}]")
+        return f"{self.value:.3f} {interval(self.low, self.high)}"
 
 
 def paired_bootstrap(

@@ -1,11 +1,12 @@
 """Which file of a model or a checkpoint cannot be read: libraries raise a dozen kinds of errors, and name none."""
 
-import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
+from entropy_polarity.support.json_files import parsed
 
 _ZIPPED = (".bin", ".pt", ".pth")
 
@@ -22,7 +23,7 @@ def damaged_file(folder: Path) -> str | None:
             continue
         try:
             wrong = look(file)
-        except (ValueError, RecursionError, OSError, SafetensorError, zipfile.BadZipFile) as error:
+        except (ValueError, OSError, SafetensorError, zipfile.BadZipFile) as error:
             wrong = " ".join(str(error).split()) or type(error).__name__
         if wrong:
             return f"{file} is damaged ({wrong[:200]})"
@@ -35,7 +36,7 @@ def _safetensors(file: Path) -> None:
 
 
 def _json(file: Path) -> None:
-    json.loads(file.read_bytes().decode("utf-8"))
+    parsed(file.read_bytes())
 
 
 def _archive(file: Path) -> str | None:

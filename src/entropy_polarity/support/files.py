@@ -1,7 +1,7 @@
 """Files that neither a kill nor a stranger's folder can spoil: written in one move, and never through a link.
 
 A file is written under a random name beside its place, which nobody else can have taken (O_EXCL), put on the disk, and
-moved there: whoever looks sees the old file or the new one, also after the power went.
+moved there: a reader sees the old file or the new one, also after a loss of power.
 """
 
 import errno
@@ -13,7 +13,7 @@ import stat
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -112,8 +112,8 @@ def sync_folder(path: Path) -> None:
 def refuse_links(folder: Path) -> None:
     """Raise OSError if `folder` holds, at any depth, a link that leads out of it, or a pipe or a device.
 
-    A folder of somebody else's could have us write into, or delete, what is ours. The folder itself may be a link:
-    that one was named by whoever runs this.
+    A folder of somebody else's could have us write into, or delete, what is ours. The folder itself may be a link: the
+    user named that one.
     """
     root = os.path.realpath(folder)
     for parent, folders, files in os.walk(root):
@@ -137,20 +137,43 @@ def locked(folder: Path, what: str = "process", patience: float = 0.0) -> Iterat
     it for longer than `patience` seconds; `what` is what that is called. A file system without locks gives a warning.
     """
     made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "ab", opener=_without_links) as file:
-        until = time.monotonic() + patience
-        while not _taken(file.fileno(), folder):
+    handle = _handle_of_lock(folder, what, time.monotonic() + patience)
+    try:
+        yield handle
+    except BaseException:
+        if made and [path.name for path in folder.iterdir()] == [LOCK]:  # nothing was made: the place is free
+            (folder / LOCK).unlink()
+            with suppress(OSError):  # another process puts its lock there
+                folder.rmdir()
+        raise
+    finally:
+        os.close(handle)
+
+
+def _handle_of_lock(folder: Path, what: str, until: float) -> int:
+    """The handle of the lock file in `folder`, held. Before the time `until` it is waited for."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = _without_links(str(folder / LOCK), os.O_WRONLY | os.O_CREAT)
+        except FileNotFoundError:  # the folder went with a process that made nothing
+            continue
+        if not _taken(handle, folder):
+            os.close(handle)
             if time.monotonic() >= until:
                 raise BlockingIOError(f"another {what} is at work in {folder}: wait for it, or give another --output")
             time.sleep(_LOOK)
-        try:
-            yield file.fileno()
-        except BaseException:
-            if made and [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it: the place is free
-                (folder / LOCK).unlink()
-                folder.rmdir()
-            raise
+        elif _is_at(handle, folder / LOCK):
+            return handle
+        else:  # its holder has deleted it, and a third process may hold the one that is there now
+            os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _taken(handle: int, folder: Path) -> bool:

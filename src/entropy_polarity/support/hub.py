@@ -1,10 +1,16 @@
 """The Hugging Face hub: asked for what is no folder here, and left alone where it does not answer."""
 
 import os
+from typing import Any
 
 SECONDS = 10.0  # to connect, and to be answered
 
 _silent: str | None = None  # why it did not answer this process
+
+
+def is_path(name: Any) -> bool:
+    """Whether a model's name can only be a path: names of the hub have one slash at most, between two words."""
+    return not isinstance(name, str) or name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
 def why_not_asked() -> str | None:

@@ -1,4 +1,4 @@
-"""Run a command that dies with the process that started it: `python -P tied.py PARENT COMMAND ...`.
+"""Run a command that dies with the process that started it: `python -P die_with_parent.py PARENT COMMAND ...`.
 
 A comparison that is killed (SIGKILL, out of memory) cannot stop its runs any more, and a run that lives on would
 race the comparison that resumes it. Linux can be asked to kill a child when its parent ends; elsewhere this only

@@ -153,6 +153,8 @@ def methods_of(specifications: Sequence[str]) -> dict[str, dict[str, Any]]:
         tables[label] = {"name": name if labelled else label}
         # A comma inside a list is followed by a value, between settings by the next key.
         for setting in re.split(r",(?=\s*\w+\s*=)", settings) if settings else []:
+            if (key := setting.partition("=")[0].strip()) in tables[label]:
+                raise ValueError(f"method {specification!r} gives {key!r} twice: leave one of them out")
             apply_override(tables[label], setting)
     return tables
 

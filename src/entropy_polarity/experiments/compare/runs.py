@@ -25,8 +25,8 @@ from entropy_polarity.experiments.compare import die_with_parent
 from entropy_polarity.experiments.models import refuse_renamed
 from entropy_polarity.report.progress import RunState
 from entropy_polarity.runs.consent import said_again
-from entropy_polarity.runs.recipe import Recipe, load_recipe
-from entropy_polarity.runs.record import CONFIG, ENVIRONMENT, METRICS, SUMMARY, read_summary
+from entropy_polarity.runs.layout import CONFIG, ENVIRONMENT, METRICS, SUMMARY, read_summary
+from entropy_polarity.runs.recipe import Recipe, flattened, load_recipe
 from entropy_polarity.support.files import DRAFT, LOCK, refuse_links, write_text
 from entropy_polarity.support.files import locked as locked_folder
 
@@ -109,8 +109,8 @@ def refuse_others(jobs: Sequence[Job]) -> None:
             continue
         if (job.directory / CONFIG).is_file():
             refuse_renamed(job.directory)
-            there = _flat(load_recipe(str(job.directory / CONFIG)).to_dict())
-            planned = _flat(job.recipe.to_dict())
+            there = flattened(load_recipe(str(job.directory / CONFIG)).to_dict())
+            planned = flattened(job.recipe.to_dict())
             for key in sorted(there.keys() | planned.keys()):
                 if there.get(key) != planned.get(key):
                     raise ValueError(
@@ -124,13 +124,6 @@ def refuse_others(jobs: Sequence[Job]) -> None:
 def _of_unborn(name: str) -> bool:
     draft = DRAFT.fullmatch(name)
     return draft["name"] in _UNBORN | {CONFIG} if draft else name in _UNBORN
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 class Queue:

@@ -1,4 +1,4 @@
-"""One constant a method, chosen on seeds and problems that the comparison never uses, with the same budget for all."""
+"""One constant per method, chosen with one budget for all on seeds and problems that the comparison never uses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from entropy_polarity.experiments.compare.plan import Plan
-from entropy_polarity.experiments.compare.summary import WINDOW, Facts
+from entropy_polarity.experiments.compare.summary import WINDOW, RunResults
 from entropy_polarity.statistics.success import pass_at_k
 from entropy_polarity.tasks import distinct_problems, make_task
 
@@ -57,9 +57,9 @@ def unseen_problems(final: Plan, search: Plan) -> list[int]:
 
 
 def judge(
-    candidates: Sequence[Candidate], runs: Sequence[Facts], seeds: Sequence[int], kept: Sequence[int]
+    candidates: Sequence[Candidate], runs: Sequence[RunResults], seeds: Sequence[int], kept: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """One row a candidate: means over seeds of the final pass@1, of pass@16 (or as many as were sampled) and entropy.
+    """One row per candidate: means over seeds of the final pass@1, of pass@16 (or as many as were sampled) and entropy.
 
     Only the problems `kept` count. A candidate whose runs have not all finished has no numbers.
     """

@@ -1,7 +1,7 @@
-"""From the facts of single runs to means over seeds, paired differences, and how sure they are.
+"""From the results of single runs to means over seeds, paired differences, and how sure they are.
 
 Two methods are compared on the seeds that both have finished, on the same held-out problems. `summarise` is a pure
-function of the facts: a committed result file can be summarised again.
+function of the results: a committed result file can be summarised again.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,12 +21,12 @@ HEADLINES = (1, 8, 16)  # the k of pass@k that are compared
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a comparison keeps of one run.
+class RunResults:
+    """The results of one run, as a comparison keeps them.
 
     `before` and `after` hold `successes` (right samples of each held-out problem, of `samples`) and `greedy` (0 or 1
-    each); a curve holds `steps` and `values`, one a rollout; `step_seconds` has one entry a step. `counted` has, of
-    games, the held-out means of what environments count, "before" and "after".
+    each); a curve holds `steps` and `values`, one per rollout; `step_seconds` has one entry per step. `counted` holds,
+    for games, the held-out means of what environments count, "before" and "after".
     """
 
     label: str
@@ -43,8 +43,8 @@ class Facts:
     counted: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, label: str, run: Run) -> "Facts":
-        """The facts of a finished run; numbers are rounded to what can mean something."""
+    def of(cls, label: str, run: Run) -> "RunResults":
+        """The results of a finished run; numbers are rounded to the digits that can mean something."""
         held_out = {
             when: {name: run.summary[when][name] for name in ("successes", "greedy")} for when in ("before", "after")
         }
@@ -60,7 +60,7 @@ class Facts:
             **{name: {"steps": steps, "values": _shortened(values)} for name, (steps, values) in curves.items()},
             step_seconds=_shortened(run.series("step_time")[1], digits=4),
             counted={
-                when: {name: rounded(fact["value"]) for name, fact in run.summary[when].get("facts", {}).items()}
+                when: {name: rounded(count["value"]) for name, count in run.summary[when].get("facts", {}).items()}
                 for when in held_out
             },
         )
@@ -69,7 +69,7 @@ class Facts:
         return asdict(self)
 
     def scores(self, when: str = "after") -> dict[str, np.ndarray]:
-        """One value a problem: pass@k for the compared k, and whether the greedy answer is right."""
+        """One value per problem: pass@k for the compared k, and whether the greedy answer is right."""
         held_out = self.before if when == "before" else self.after
         sizes = [k for k in HEADLINES if k <= self.samples]
         passes = {f"pass@{k}": pass_at_k(np.array(held_out["successes"]), self.samples, k) for k in sizes}
@@ -87,14 +87,14 @@ class Facts:
         return steps, sum(self.step_seconds[:steps])
 
 
-def summarise(runs: Sequence[Facts], baselines: Sequence[str]) -> dict[str, Any]:
+def summarise(runs: Sequence[RunResults], baselines: Sequence[str]) -> dict[str, Any]:
     """The summary of every method: alone, and against each of `baselines` that has finished runs.
 
     Raises ValueError where runs were not evaluated alike.
     """
     if len({(run.samples, len(run.after["successes"])) for run in runs}) > 1:
         raise ValueError("the runs were evaluated on other numbers of problems or samples: they cannot be paired")
-    by_label: dict[str, dict[int, Facts]] = {}
+    by_label: dict[str, dict[int, RunResults]] = {}
     for run in runs:
         by_label.setdefault(run.label, {})[run.seed] = run
     return {
@@ -109,10 +109,10 @@ def summarise(runs: Sequence[Facts], baselines: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _alone(runs: list[Facts]) -> dict[str, Any]:
+def _alone(runs: list[RunResults]) -> dict[str, Any]:
     """Means and standard deviations over the seeds of one method, and its curves of pass@k."""
 
-    def over_seeds(number: Callable[[Facts], float]) -> dict[str, float | None]:
+    def over_seeds(number: Callable[[RunResults], float]) -> dict[str, float | None]:
         values = [number(run) for run in runs]
         spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
         return {"mean": rounded(float(np.mean(values))), "sd": spread if spread is None else rounded(spread)}
@@ -135,13 +135,13 @@ def _alone(runs: list[Facts]) -> dict[str, Any]:
     }
 
 
-def _counted(runs: Sequence[Facts], when: str = "after") -> list[str]:
-    """What was counted in every run."""
+def _counted(runs: Sequence[RunResults], when: str = "after") -> list[str]:
+    """The counts that every run has."""
     counted = [run.counted.get(when, {}) for run in runs]
     return [name for name in counted[0] if all(name in found for found in counted)]
 
 
-def _pass_curve(runs: list[Facts], when: str) -> dict[str, float]:
+def _pass_curve(runs: list[RunResults], when: str) -> dict[str, float]:
     """pass@k of all k that are powers of two, mean over seeds and problems."""
     samples = runs[0].samples
     successes = np.array([(run.before if when == "before" else run.after)["successes"] for run in runs])
@@ -149,7 +149,7 @@ def _pass_curve(runs: list[Facts], when: str) -> dict[str, float]:
     return {str(k): rounded(float(pass_at_k(successes, samples, k).mean())) for k in sizes}
 
 
-def _against(method: dict[int, Facts], baseline: dict[int, Facts]) -> dict[str, Any]:
+def _against(method: dict[int, RunResults], baseline: dict[int, RunResults]) -> dict[str, Any]:
     """The paired differences method - baseline over the seeds that both have."""
     pairs = [(method[seed], baseline[seed]) for seed in sorted(method.keys() & baseline.keys())]
     if not pairs:
@@ -171,7 +171,7 @@ def _against(method: dict[int, Facts], baseline: dict[int, Facts]) -> dict[str, 
     }
 
 
-def _counted_difference(pairs: list[tuple[Facts, Facts]], name: str) -> dict[str, Any]:
+def _counted_difference(pairs: list[tuple[RunResults, RunResults]], name: str) -> dict[str, Any]:
     differences = np.array([run.counted["after"][name] - other.counted["after"][name] for run, other in pairs])
     return {"difference": rounded(float(differences.mean())), "t": _t(differences)}
 
@@ -190,8 +190,8 @@ def _t(differences: np.ndarray) -> list[float] | None:
     return None if len(differences) < 2 else bounds(t_interval(differences))
 
 
-def _reach(pairs: list[tuple[Facts, Facts]]) -> dict[str, Any]:
-    """How soon the method's reward is where both get, seed by seed, as a share of the baseline's time.
+def _reach(pairs: list[tuple[RunResults, RunResults]]) -> dict[str, Any]:
+    """How soon the method reaches the reward that both reach, seed by seed, as a share of the baseline's time.
 
     The level is the lower of the two best moving averages. Were it the baseline's best, the pairs that count would be
     those in which the method was lucky: two equal methods would each look sooner than the other. The ratios are

@@ -1,10 +1,10 @@
-"""The numbers of an audit as text, for a terminal and a page alike; each column has a sentence that explains it."""
+"""The tables of an audit."""
 
 import math
 from typing import Any
 
 from entropy_polarity.report.intervals import estimated
-from entropy_polarity.report.tables import Column, TextTable
+from entropy_polarity.report.tables.text import Column, TextTable
 
 _LEVELS = {
     "local": "local: Σ c T",
@@ -71,7 +71,7 @@ def _cheap(cheap: dict[str, Any], title: str, constants: dict[str, Any]) -> Text
     part, every, first = round(1 / constants["share"]), constants["every"], constants["first"]
     columns = [
         Column(
-            "what foretells",
+            "forecast",
             "Of the change of the mean entropy by one update, with what a training has at hand; the first update of a "
             "run, before which nothing has come, is left out.",
         ),

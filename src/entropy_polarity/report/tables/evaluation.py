@@ -1,9 +1,9 @@
-"""The numbers of an evaluation as text, for a terminal and a page alike; each column says what it holds."""
+"""The tables of an evaluation, and the names of its scores."""
 
 from typing import Any
 
 from entropy_polarity.report.intervals import between, estimated
-from entropy_polarity.report.tables import Column, TextTable
+from entropy_polarity.report.tables.text import Column, TextTable
 
 Document = dict[str, Any]
 _OVER = {False: "over problems", True: "over problems and sampling seeds"}
@@ -78,17 +78,17 @@ def meaning_of(name: str, document: Document) -> str:
 
 def _score_table(document: Document) -> TextTable:
     models, names = document["models"], shown_names(document)
-    facts = list(next(iter(models.values()))["facts"])
+    counts = list(next(iter(models.values()))["facts"])
     brackets = f"In brackets the 95 % bootstrap interval {_over(document)}; a dash where there are too few to say."
     columns = [
         Column("model", f"Its label, as given with --model. {brackets}"),
-        *(Column(title_of(name, document), meaning_of(name, document)) for name in [*names, *facts]),
+        *(Column(title_of(name, document), meaning_of(name, document)) for name in [*names, *counts]),
     ]
     rows = [
         [
             label,
             *(_estimate(model["scores"][name]) for name in names),
-            *(_estimate(model["facts"][name]) if name in model["facts"] else "-" for name in facts),
+            *(_estimate(model["facts"][name]) if name in model["facts"] else "-" for name in counts),
         ]
         for label, model in models.items()
     ]
@@ -97,10 +97,10 @@ def _score_table(document: Document) -> TextTable:
 
 def _difference_table(document: Document) -> TextTable:
     baseline, against = document["baseline"], document["against"]
-    facts = [
+    counts = [
         name for name in next(iter(document["models"].values()))["facts"] if all(name in r for r in against.values())
     ]
-    names = [*shown_names(document), *facts]
+    names = [*shown_names(document), *counts]
     columns = [
         Column(
             "model",

@@ -1,4 +1,4 @@
-"""Where and with what something was computed."""
+"""The machine, the versions and the commit that something was computed with."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def environment(seed: int) -> dict[str, Any]:
-    """Where and with what a run was made."""
+    """The date, the machine, the versions and the commit of a run with the seed `seed`."""
     packages = ("entropy-polarity", "torch", "transformers", "trl", "accelerate", "datasets", "numpy", "peft")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

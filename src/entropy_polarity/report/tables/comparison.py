@@ -1,24 +1,11 @@
-"""The numbers of a comparison as text, for a terminal and a page alike; each column has a sentence that explains it."""
+"""The tables of a comparison, and that of a search."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from entropy_polarity.report.intervals import between
+from entropy_polarity.report.tables.text import Column, TextTable
 
 Summary = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Column:
-    name: str
-    text: str
-
-
-@dataclass(frozen=True)
-class TextTable:
-    title: str
-    columns: list[Column]
-    rows: list[list[str]]
 
 
 def comparison_tables(summary: Summary) -> list[TextTable]:
@@ -33,7 +20,7 @@ def score_names(summary: Summary) -> list[str]:
 
 
 def search_table(document: dict[str, Any]) -> TextTable:
-    """One row a candidate of a search; the chosen ones are marked."""
+    """One row per candidate of a search; the chosen ones are marked."""
     many = next((row["samples"] for row in document["rows"] if "samples" in row), 16)
     chosen = list(document["chosen"].items())
     columns = [
@@ -117,7 +104,7 @@ def _difference_table(baseline: str, rows: dict[str, Summary]) -> TextTable:
 
 
 def _counted(method: Summary) -> dict[str, Any]:
-    """What the environments counted after training; nothing where the task is no game."""
+    """The counts of the environments after training; nothing where the task is no game."""
     return method.get("counted", {}).get("after", {})
 
 

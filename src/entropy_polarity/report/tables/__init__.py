@@ -1,0 +1,1 @@
+"""The numbers of a result document as text, for a terminal and a page alike; a sentence explains each column."""
