@@ -141,8 +141,10 @@ class Reweighting:
         before = packing.tokens(batch, statistics, keys)
         after, self.method_state, decided = self.transform.update(before, self.method_state)
         metrics = self.monitor.measure(before, after) | decided
-        # verl has the same tensor as its returns: it must not be written into.
-        batch["advantages"] = packing.padded(packing.spread(after.advantages, after, others=batch["advantages"]))
+        # Not into verl's own advantages, which are its returns as well, but into the memory of what nothing is made of
+        # any more: for the system to clear as much anew takes as long as the method.
+        advantages = packing.spread(after.advantages, after, others=batch["advantages"])
+        batch["advantages"] = packing.padded(advantages, memory=batch.pop("old_log_probs"))
 
         def column(values: Tensor) -> Tensor:
             return packing.nested(packing.spread(values, after))

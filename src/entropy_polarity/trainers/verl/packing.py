@@ -30,7 +30,7 @@ class Packing(NamedTuple):
         """The packing of a padded response mask (B, width). Raises RuntimeError where the responses are not that
         long."""
         if min(lengths) >= 0 and max(lengths) == mask.shape[1]:
-            model = cls(lengths).of_padded(mask) != 0
+            model = torch.cat([row[:n] != 0 for row, n in zip(mask, lengths, strict=True)])
             written = int(model.count_nonzero())
             if written == int(mask.count_nonzero()):
                 return cls(lengths, None if written == len(model) else model.nonzero().flatten())
@@ -45,13 +45,13 @@ class Packing(NamedTuple):
         number = {prompt: i for i, prompt in enumerate(sorted({prompt for prompt, _, _ in parts}))}
         rank = {part: i for i, part in enumerate(sorted(parts))}
         importance = batch.get("rollout_is_weights")
-        place = torch.arange(max(self.lengths))
+        place = torch.arange(max(self.lengths), dtype=torch.int32)
 
         def model(column: Tensor) -> Tensor:
             return column if self.places is None else column[self.places]
 
         return Tokens(
-            response=model(torch.arange(len(keys)).repeat_interleave(torch.tensor(self.lengths))),
+            response=model(torch.from_numpy(np.repeat(np.arange(len(keys), dtype=np.int32), self.lengths))),
             position=model(torch.cat([place[:n] for n in self.lengths])),
             advantages=model(self.of_padded(batch["advantages"])),
             logp=(logp := model(self.of_padded(batch["old_log_probs"]))),
@@ -84,15 +84,13 @@ class Packing(NamedTuple):
         spread = values.new_zeros(sum(self.lengths)) if others is None else self.of_padded(others)
         return spread.index_copy_(0, places, values)
 
-    def padded(self, values: Tensor) -> Tensor:
-        """One value per token of the responses as a padded column, 0 behind each response."""
-        shape = len(self.lengths), max(self.lengths)
-        # Zeros of the system's, not of torch's: pages that nothing is written to cost nothing.
-        column = torch.from_numpy(np.zeros(shape[0] * shape[1] * values.element_size(), np.uint8))
-        column = column.view(values.dtype).view(shape)
-        for row, part in zip(column, values.split(self.lengths), strict=True):
+    def padded(self, values: Tensor, memory: Tensor) -> Tensor:
+        """One value per token of the responses as a padded column, in the memory of another one."""
+        if memory.dtype != values.dtype:
+            memory = torch.zeros_like(memory, dtype=values.dtype)
+        for row, part in zip(memory, values.split(self.lengths), strict=True):
             row[: len(part)] = part
-        return column
+        return memory
 
     def nested(self, values: Tensor) -> Tensor:
         """One value per token of the responses as a nested column."""
