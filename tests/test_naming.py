@@ -29,7 +29,7 @@ CONTROLLER_LINE = (
 
 def driven(settings: dict) -> list[float]:
     """λ of every rollout while the entropy falls, as a method with these settings has it."""
-    from test_transforms import rollout
+    from cases import rollout
 
     transform, lambdas = make_transform("papo", settings), []
     state = transform.init()

@@ -99,10 +99,16 @@ class Tokens:
         tensor([0, 2, 0])
         """
         if advantages.dim() == 1:
-            advantages = advantages[:, None].expand(mask.shape)
+            advantages = advantages[:, None].expand(-1, mask.shape[1])
         response, position = mask.nonzero().unbind(1)
-        packed: dict[str, Any] = {"advantages": advantages[mask]}
-        for name, column in columns.items():
+        packed: dict[str, Any] = {}
+        for name, column in {"advantages": advantages, **columns}.items():
+            expected = mask.shape[:1] if name in _PER_RESPONSE else mask.shape
+            if column is not None and column.shape != expected:
+                raise ValueError(
+                    f"Tokens.pack: {name} has shape {tuple(column.shape)}, the mask has {tuple(mask.shape)}; expected "
+                    f"{tuple(expected)}"
+                )
             packed[name] = column if column is None or name in _PER_RESPONSE else column[mask]
         return cls(response, position, **packed)
 
