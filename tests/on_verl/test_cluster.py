@@ -1,5 +1,6 @@
 """The whole way of a batch on a real cluster: Ray, two workers, TransferQueue, verl's own trainer methods."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from omegaconf import OmegaConf
 from on_verl.batches import config, golden_rows, lengths, nested, padded, tensordict
 from on_verl.workers import TEMPERATURE, VOCABULARY, Actor, logits_of
 
+import entropy_polarity
 from entropy_polarity.kernels.reference import reference_token_stats
 from entropy_polarity.methods import METHODS, make_transform
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.trainers.verl.config import prepare
 from entropy_polarity.trainers.verl.driver import Reweighting
+from entropy_polarity.transforms import Monitor
 
 PROMPT = 3
 
@@ -29,7 +32,8 @@ PROMPT = 3
 def workers():
     from verl.single_controller.ray.base import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
-    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}}
+    source = Path(entropy_polarity.__file__).parents[1]  # the workers' package is the one that is tested
+    here = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(source), str(Path(__file__).parents[1])])}}
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, runtime_env=here)
     storage = {
         "storage_backend": "SimpleStorage",
@@ -73,7 +77,7 @@ def trainer(group, **papo):
 
 
 def put(partition: str, ids_up_to: int = VOCABULARY - 1, outputs: int = 1) -> tuple[tq.KVBatchMeta, Tokens]:
-    """A batch in TransferQueue as the rollouts leave it, `outputs` a session, and its facts, computed here."""
+    """A batch in TransferQueue as the rollouts leave it, `outputs` a session, and its tokens, computed here."""
     rows = golden_rows()
     mask = rows["mask"].bool()
     mask[2, 1] = False  # an environment's token
@@ -97,18 +101,23 @@ def put(partition: str, ids_up_to: int = VOCABULARY - 1, outputs: int = 1) -> tu
         fields=tensordict(columns),
         tags=[{"response_len": n, "seq_len": PROMPT + n} for n in long],
     )
-    facts = {name: torch.zeros(mask.shape) for name in ("logp", "entropy", "sensitivity")}
+    statistics = {name: torch.zeros(mask.shape) for name in ("logp", "entropy", "sensitivity")}
     for row, (x, n) in enumerate(zip(ids, long, strict=True)):
         stats = reference_token_stats(logits_of(x).double()[:-1] / TEMPERATURE, x[1:])
-        for name, column in facts.items():
+        for name, column in statistics.items():
             column[row, :n] = getattr(stats, name)[-n:].float()
     reward = rows["reward"].flatten()
     grouped = reward.view(-1, 4)
     advantage = ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-6)).flatten()
-    return meta, Tokens(
-        mask=mask, advantages=advantage[:, None] * mask, old_logp=facts["logp"], reward=reward,
-        group=torch.arange(16) // 4, sample_id=torch.arange(16), **facts,
+    return meta, Tokens.pack(
+        mask, advantage, old_logp=statistics["logp"], reward=reward, group=torch.arange(16) // 4,
+        sample_id=torch.arange(16), **statistics,
     )  # fmt: skip
+
+
+def in_rows(tokens: Tokens, name: str = "advantages") -> torch.Tensor:
+    """A column as the padded batch has it."""
+    return tokens.unpack(tokens.require(name), tuple(golden_rows()["mask"].shape))
 
 
 def stepped(it, meta) -> tuple[dict[str, torch.Tensor], dict]:
@@ -141,7 +150,7 @@ def group(workers):
 def test_without_settings_verl_is_untouched(group):
     meta, tokens = put("plain")
     seen, metrics = stepped(trainer(group), meta)
-    torch.testing.assert_close(seen["advantages"], tokens.advantages, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen["advantages"], in_rows(tokens), rtol=1e-5, atol=1e-6)
     assert not any(name.startswith("polarity") for name in metrics)
     stored = tq.kv_batch_get(keys=meta.keys, partition_id="plain")
     assert not any(name.startswith("polarity") for name in stored.keys())  # noqa: SIM118
@@ -155,13 +164,14 @@ def test_every_method_trains_on_the_advantages_that_it_makes_elsewhere(group):
             meta, tokens = put(f"{name}-{partition}")
             if partition == "first":
                 it, transform = trainer(group, method=name, **settings), make_transform(name, settings)
-                state = transform.init()
+                state, monitor = transform.init(), Monitor()
             seen, metrics = stepped(it, meta)
-            after, state, expected = transform.update(tokens, state)
-            kept = after.mask
+            after, state, decided = transform.update(tokens, state)
+            expected = monitor.measure(tokens, after) | decided
+            kept = in_rows(replace(after, advantages=torch.ones_like(after.advantages))).bool()
             assert torch.equal(seen["response_mask"].bool(), kept), name
             assert torch.equal(seen["loss_mask"].bool(), kept), name
-            torch.testing.assert_close(seen["advantages"][kept], after.advantages[kept], rtol=2e-3, atol=1e-5, msg=name)
+            torch.testing.assert_close(seen["advantages"][kept], after.advantages, rtol=2e-3, atol=1e-5, msg=name)
             for key, value in expected.items():
                 assert metrics[key] == pytest.approx(value, rel=1e-3, abs=1e-5), (name, key)
             assert torch.equal(seen["returns"], plain["returns"]), name
@@ -171,7 +181,7 @@ def test_every_method_trains_on_the_advantages_that_it_makes_elsewhere(group):
                 wanted = getattr(after, term)
                 assert (wanted is None) == (f"polarity_{term}" not in seen), name
                 if wanted is not None:
-                    torch.testing.assert_close(seen[f"polarity_{term}"][kept], wanted[kept])
+                    torch.testing.assert_close(seen[f"polarity_{term}"][kept], wanted)
 
 
 CORRECTION = {"rollout_is": "token", "rollout_rs": "token_k1", "rollout_rs_threshold": "0.6_1.5"}
@@ -190,22 +200,28 @@ def test_a_method_goes_on_from_what_verl_makes(group, algorithm, outputs):
         it = trainer(group, **settings)
         it.config.merge_with({"algorithm": algorithm})
         meta, tokens = put(f"{name}-{outputs}-{'-'.join(map(str, algorithm.values()))}", outputs=outputs)
-        noise = 0.3 * torch.randn(tokens.mask.shape, generator=torch.Generator().manual_seed(5))
-        rows = {"values": noise, "rollout_log_probs": tokens.require("logp") + noise}
+        logp = in_rows(tokens, "logp")
+        noise = 0.3 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(5))
+        rows = {"values": noise, "rollout_log_probs": logp + noise}
         long = [tag["response_len"] for tag in meta.tags]
         more = {name: nested([row[:n] for row, n in zip(column, long, strict=True)]) for name, column in rows.items()}
         tq.kv_batch_put(keys=meta.keys, partition_id=meta.partition_id, fields=tensordict(more))
         meta = it._compute_advantage(it._compute_old_log_prob(meta, {}), {})
         stored = tq.kv_batch_get(keys=meta.keys, partition_id=meta.partition_id, select_fields=[*kept])
-        seen[name] = {name: padded(column, tokens.mask.shape[1]) for name, column in stored.items()}
+        seen[name] = {name: padded(column, logp.shape[1]) for name, column in stored.items()}
     plain, papo = seen["plain"], seen["papo"]
     mask = plain["response_mask"].bool()
-    assert ("rollout_is_weights" in plain) == ("rollout_correction" in algorithm) == bool((mask != tokens.mask).any())
-    before = replace(tokens, mask=mask, advantages=plain["advantages"], importance=plain.get("rollout_is_weights"))
+    fewer = int(mask.sum()) < len(tokens.response)
+    assert ("rollout_is_weights" in plain) == ("rollout_correction" in algorithm) == fewer
+    statistics = {name: in_rows(tokens, name) for name in ("logp", "old_logp", "entropy", "sensitivity")}
+    responses = {name: tokens.require(name) for name in ("reward", "group", "sample_id")}
+    before = Tokens.pack(
+        mask, plain["advantages"], importance=plain.get("rollout_is_weights"), **statistics, **responses
+    )
     transform = make_transform("papo", {"controller": "balance"})
     after, _, _ = transform.update(before, transform.init())
-    assert not torch.equal(after.advantages[mask], before.advantages[mask])
-    torch.testing.assert_close(papo["advantages"][mask], after.advantages[mask], rtol=2e-3, atol=1e-5)
+    assert not torch.equal(after.advantages, before.advantages)
+    torch.testing.assert_close(papo["advantages"][mask], after.advantages, rtol=2e-3, atol=1e-5)
     for name in plain.keys() - {"advantages"}:
         assert torch.equal(papo[name], plain[name]), name
 
@@ -234,12 +250,14 @@ def test_while_only_the_critic_is_trained_a_method_waits(group):
     metrics: dict = {}
     meta = it._compute_advantage(it._compute_old_log_prob(meta, metrics), metrics)
     stored = tq.kv_batch_get(keys=meta.keys, partition_id="warming", select_fields=["advantages"])
-    torch.testing.assert_close(padded(stored["advantages"], tokens.mask.shape[1]), tokens.advantages)
-    assert it._polarity.state == it._polarity.transform.init()
+    expected = in_rows(tokens)
+    torch.testing.assert_close(padded(stored["advantages"], expected.shape[1]), expected)
+    untouched = {"entropy": None, "inner": it._polarity.transform.init()}
+    assert it._polarity.state == untouched
     assert "polarity_sensitivity" not in tq.kv_batch_get(keys=meta.keys, partition_id="warming"), "nothing is made"
     it.global_steps = 2
     stepped(it, put("warm")[0])
-    assert it._polarity.state != it._polarity.transform.init()
+    assert it._polarity.state != untouched
 
 
 def test_workers_without_the_package_are_said_so(group):

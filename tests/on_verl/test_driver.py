@@ -14,7 +14,8 @@ from entropy_polarity.methods import METHODS, make_transform
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.trainers.verl.config import prepare
 from entropy_polarity.trainers.verl.driver import Reweighting
-from entropy_polarity.trainers.verl.packing import tokens_of
+from entropy_polarity.trainers.verl.packing import Packing
+from entropy_polarity.transforms import Monitor
 
 
 def reweighting(name: str, settings: dict) -> Reweighting:
@@ -37,7 +38,8 @@ def rewritten(method: Reweighting, keys: list[str], columns: dict) -> tuple[dict
 
 def tokens_in(keys: list[str], columns: dict) -> Tokens:
     batch, sent, tags = of_driver(columns)
-    return tokens_of(batch, sent, keys, [tag["response_len"] for tag in tags])
+    packing = Packing.of(batch["response_mask"], [tag["response_len"] for tag in tags])
+    return packing.tokens(batch, sent, keys)
 
 
 def test_the_golden_batch_has_every_method():
@@ -49,9 +51,9 @@ def test_nested_columns_become_the_same_tokens():
     keys, columns = of_verl(rows)
     tokens = tokens_in(keys, columns)
     mask = rows["mask"].bool()
-    assert torch.equal(tokens.mask, mask)
+    assert torch.equal(torch.stack([tokens.response, tokens.position], 1), mask.nonzero())
     for name in ("advantages", "logp", "entropy", "sensitivity"):
-        assert torch.equal(tokens.require(name)[mask], rows[name][mask]), name
+        assert torch.equal(tokens.require(name), rows[name][mask]), name
     assert torch.equal(tokens.require("reward"), rows["reward"].flatten())
     assert tokens.require("group").tolist() == [row // 4 for row in range(16)]
     assert tokens.require("sample_id").tolist() == list(range(16))
@@ -135,7 +137,7 @@ def test_a_rollout_engines_correction_is_part_of_the_polarity():
     columns["rollout_is_weights"] = columns["advantages"] * 0 + 0.5
     assert plain.importance is None
     corrected = tokens_in(keys, columns)
-    assert (corrected.require("importance")[corrected.mask] == 0.5).all()
+    assert (corrected.require("importance") == 0.5).all()
 
 
 def test_missing_statistics_are_said_so():
@@ -150,16 +152,15 @@ def test_the_state_moves_as_by_the_transform_alone():
     keys, columns = of_verl(rows)
     method = reweighting("papo", {"controller": "trend"})
     transform = make_transform("papo", {"controller": "trend"})
-    state = transform.init()
-    tokens = tokens_in(keys, columns)
+    state, monitor = transform.init(), Monitor()
     for factor in (1.0, 0.7, 0.5):
         columns["polarity_entropy"] = columns["polarity_entropy"] * factor
         _, metrics = rewritten(method, keys, columns)
-        scaled = Tokens(**{**vars(tokens), "entropy": tokens_in(keys, columns).entropy})
-        _, state, expected = transform.update(scaled, state)
-        assert metrics == expected
-    assert method.state == state
-    assert method.state != transform.init()
+        before = tokens_in(keys, columns)
+        after, state, expected = transform.update(before, state)
+        assert metrics == monitor.measure(before, after) | expected
+    assert method.state == {"entropy": monitor.entropy, "inner": state}
+    assert state != transform.init()
 
 
 class Saving:

@@ -19,9 +19,8 @@ from on_verl.batches import config
 from verl.workers.config import ActorConfig
 
 from entropy_polarity.methods import METHODS
-from entropy_polarity.trainers.verl import plugin
+from entropy_polarity.trainers.verl import hooks, plugin
 from entropy_polarity.trainers.verl.config import DEFAULTS, TOKEN_LOSSES, prepare
-from entropy_polarity.trainers.verl.driver import refused
 
 RECIPES = Path(__file__).parents[2] / "examples/cluster"
 LOOK = """
@@ -65,12 +64,12 @@ def looked(first: str = "", **environment: str) -> list[str]:
     ids=["entry point", "external module", "before verl", "after verl"],
 )
 def test_every_hook_is_in_place_once(first, environment):
-    loaded, *hooks = looked(first, **environment)
+    loaded, *lines = looked(first, **environment)
     assert loaded == "True"
-    assert len(hooks) == len(plugin.HOOKS)
-    for line in hooks:
+    assert len(lines) == len(hooks.HOOKS)
+    for line in lines:
         assert line.endswith((" 1", "not installed")), line
-    assert sum(line.endswith("not installed") for line in hooks) <= sum(hook.optional for hook in plugin.HOOKS)
+    assert sum(line.endswith("not installed") for line in lines) <= sum(hook.optional for hook in hooks.HOOKS)
 
 
 def test_without_plugins_verl_is_verls_own():
@@ -92,37 +91,37 @@ def test_without_plugins_verl_is_verls_own():
 def test_another_version_is_left_alone_says_so_and_refuses_the_settings(version, monkeypatch, caplog):
     put = []
     import_module("verl.trainer.ppo.v1.trainer_base")  # what is not imported yet is hooked later
-    monkeypatch.setattr(plugin, "version", lambda _: version)
+    monkeypatch.setattr(hooks, "version", lambda _: version)
     monkeypatch.setattr(plugin, "put", lambda *hook: put.append(hook))
     with caplog.at_level(logging.ERROR):
         plugin.activate()
     assert f"verl 0.9, but verl {version} is installed" in caplog.text
-    assert {hook.wrap for hook, _ in put} == {refused}
+    assert {hook.replacement for hook, _ in put} == {hooks.refuse_run}
     trainers = [
-        refused(lambda self, config: None),
-        lambda self, config: refused(lambda self: None)(SimpleNamespace(config=config)),
+        lambda asked: hooks.refuse_run(lambda self, config: None, None, asked),
+        lambda asked: hooks.refuse_run(lambda self: None, SimpleNamespace(config=asked)),
     ]
     for start in trainers:
-        start(None, config())
+        start(config())
         with pytest.raises(ValueError, match=f"papo: .* verl {version} is installed"):
-            start(None, config(method="papo"))
+            start(config(method="papo"))
 
 
 def test_the_version_of_a_checkout_is_that_of_its_module(monkeypatch):
     def missing(_):
         raise PackageNotFoundError
 
-    monkeypatch.setattr(plugin, "version", missing)
+    monkeypatch.setattr(hooks, "version", missing)
     monkeypatch.setitem(sys.modules, "verl", SimpleNamespace(__version__="0.9.3.dev"))
-    assert plugin.installed_version() == "0.9.3.dev"
-    assert plugin.untested_version() is None
+    assert hooks.installed_version() == "0.9.3.dev"
+    assert hooks.untested_version() is None
 
 
 def test_a_run_is_refused_where_a_hook_is_missing(monkeypatch):
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-    assert plugin.missing_hook("fsdp") is None
+    assert hooks.missing_hook("fsdp") is None
     monkeypatch.setattr(PPOTrainer, "_compute_advantage", PPOTrainer._compute_advantage.__wrapped__)
     with pytest.raises(RuntimeError, match=r"papo: .*PPOTrainer\._compute_advantage is not hooked"):
         PPOTrainerSync(config(method="papo"))
@@ -139,10 +138,10 @@ def test_what_does_not_look_as_tested_is_left_alone_and_said_so(caplog):
             return data
 
     module.PPOTrainer = PPOTrainer  # type: ignore[attr-defined]
-    hook = plugin.HOOKS[2]._replace(module="changed")
+    hook = hooks.HOOKS[2]._replace(module="changed")
     with caplog.at_level(logging.ERROR):
-        plugin.put(hook, module)
-        plugin.put(hook._replace(target="PPOTrainer.gone"), module)
+        hooks.put(hook, module)
+        hooks.put(hook._replace(target="PPOTrainer.gone"), module)
     assert not hasattr(PPOTrainer._compute_advantage, "of_entropy_polarity")
     assert "changed.PPOTrainer._compute_advantage has no parameter batch, metrics" in caplog.text
     assert "verl has no changed.PPOTrainer.gone" in caplog.text
@@ -308,6 +307,6 @@ def test_the_doctor_sees_every_hook():
     found = {finding.part: finding.status for finding in _verl(["verl"])}
     assert found.pop("verl's plug-in") == "ok"
     assert found.pop("how verl loads it") == "ok"
-    assert found.keys() == {hook.target for hook in plugin.HOOKS}
-    optional = {hook.target for hook in plugin.HOOKS if hook.optional}
+    assert found.keys() == {hook.target for hook in hooks.HOOKS}
+    optional = {hook.target for hook in hooks.HOOKS if hook.optional}
     assert {target for target, status in found.items() if status != "ok"} <= optional

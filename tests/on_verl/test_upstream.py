@@ -89,18 +89,17 @@ def test_verls_own_covariance_losses_depend_on_the_micro_batch(loss_mode):
 def test_ours_choose_once_from_the_whole_rollout(name):
     """The driver has all rows at once; whatever verl makes of micro-batches afterwards, the choice is made."""
     rows = rollout()
-    tokens = Tokens(
-        mask=rows["response_mask"], advantages=rows["advantages"], logp=rows["log_prob"], old_logp=rows["log_prob"],
-        sample_id=torch.arange(8),
-    )  # fmt: skip
+    logp = rows["log_prob"]
+    tokens = Tokens.pack(rows["response_mask"], rows["advantages"], logp=logp, old_logp=logp, sample_id=torch.arange(8))
     transform = make_transform(name, {"fraction": 0.1})
     whole, _, _ = transform.update(tokens, transform.init())
     shuffled = torch.randperm(8, generator=torch.Generator().manual_seed(1))
-    again, _, _ = transform.update(tokens.rows(shuffled), transform.init())
-    for one, other in ((whole.advantages, again.advantages), (whole.ratio_penalty, again.ratio_penalty)):
+    again, _, _ = transform.update(tokens.of_responses(shuffled), transform.init())
+    expected = whole.of_responses(shuffled)
+    for one, other in ((expected.advantages, again.advantages), (expected.ratio_penalty, again.ratio_penalty)):
         assert (one is None) == (other is None)
         if one is not None and other is not None:
-            assert torch.equal(one[shuffled], other)
+            assert torch.equal(one, other)
     chosen = whole.ratio_penalty if name == "kl_cov" else whole.advantages != tokens.advantages
     assert chosen is not None
     assert (chosen != 0).any()

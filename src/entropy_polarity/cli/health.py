@@ -156,7 +156,7 @@ def _trl(frameworks: list[str]) -> Iterator[Finding]:
 def _verl(frameworks: list[str]) -> Iterator[Finding]:
     if "verl" not in frameworks:
         return
-    from entropy_polarity.trainers.verl import HOOKS, fault_of, untested_version
+    from entropy_polarity.trainers.verl.hooks import HOOKS, fault_of, untested_version
 
     reason = untested_version()
     yield Finding("verl's plug-in", "problem" if reason else "ok", reason or "this verl is one of those tested")

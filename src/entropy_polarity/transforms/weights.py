@@ -9,8 +9,15 @@ from torch import Tensor
 
 from entropy_polarity.controllers import Controller, Metrics, Observation, State
 from entropy_polarity.maths import branch_flows, polarity
-from entropy_polarity.tokens import Tokens, finite, mean
-from entropy_polarity.transforms.batch import largest, mean_entropy, precise, token_keys
+from entropy_polarity.tokens import Tokens, finite
+from entropy_polarity.transforms.batch import (
+    largest,
+    mean_entropy,
+    precise,
+    rewritten_in_parts,
+    token_keys,
+    totals,
+)
 from entropy_polarity.transforms.core import Transform, reweighted, rewriting, token_by_token
 
 
@@ -36,16 +43,17 @@ def observe(tokens: Tokens, soft_sign: float = 0.0, conserve: bool = False) -> O
     Without `conserve` λ changes the total pressure, and nothing takes it back: the tilt is 0. Tokens whose entropy is
     not finite are left out; with none left the entropy is NaN, not 0.
     """
-    p = finite(token_polarity(tokens))
-    s = _sign(p, soft_sign)
-    positive, negative = branch_flows(p)
-    tilt = 0.0
-    if conserve:
-        size = finite(tokens.advantages).abs()
-        pressure = mean(size)
-        tilt = (mean(size * s) / pressure).item() if pressure > 0 else 0.0
+
+    def measure(part: Tokens) -> tuple[Tensor, ...]:
+        p, size = finite(token_polarity(part)), finite(part.advantages).abs()
+        s = _sign(p, soft_sign)
+        return p.clamp(min=0).sum(), -p.clamp(max=0).sum(), (p * s).sum(), size.sum(), (size * s).sum()
+
+    count = max(1, len(tokens.response))
+    positive, negative, gain, pressure, moved = (total / count for total in totals(measure, tokens))
+    tilt = moved / pressure if conserve and pressure > 0 else 0.0
     entropy, error = mean_entropy(tokens)
-    return Observation(entropy, positive.item(), negative.item(), mean(p * s).item(), tilt, error)
+    return Observation(entropy, positive, negative, gain, tilt, error)
 
 
 def polarity_weights(controller: Controller, soft_sign: float = 0.0, conserve: bool = False) -> Transform:
@@ -59,11 +67,15 @@ def polarity_weights(controller: Controller, soft_sign: float = 0.0, conserve: b
         raise ValueError(f"soft_sign is {soft_sign}; expected a width >= 0 in nats (0 for the hard sign)")
 
     def reweigh(tokens: Tokens, lam: float) -> Tokens:
-        weight = 1 + lam * polarity_sign(tokens, soft_sign)
-        if conserve:
-            before, after = mean(tokens.advantages.abs()), mean((tokens.advantages * weight).abs())
-            weight = weight * torch.where(after > 0, before / after, 1.0)
-        return reweighted(tokens, weight)
+        def weight(part: Tokens) -> Tensor:
+            return 1 + lam * polarity_sign(part, soft_sign)
+
+        def pressures(part: Tokens) -> tuple[Tensor, ...]:
+            return part.advantages.abs().sum(), (part.advantages * weight(part)).abs().sum()
+
+        before, after = totals(pressures, tokens) if conserve else (1.0, 1.0)
+        scale = before / after if after > 0 else 1.0
+        return rewritten_in_parts(lambda part: reweighted(part, scale * weight(part)), tokens)
 
     needs = ("sensitivity", "entropy")
 

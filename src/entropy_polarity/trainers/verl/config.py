@@ -1,13 +1,15 @@
 """The settings of a run in verl's configuration: which method, what it fixes of verl's loss, what cannot go with it."""
 
 import logging
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf, open_dict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from entropy_polarity.methods import make_transform
 from entropy_polarity.trainers.loss_settings import to_set
 from entropy_polarity.transforms import LossOverrides, Transform
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 logger = logging.getLogger("entropy_polarity")
 
@@ -21,18 +23,20 @@ NO_DUAL_CLIP = 1e30
 DEFAULTS = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0, "loss_agg_mode": "token-mean"}
 
 
-def method_of(config: DictConfig) -> tuple[str, dict[str, Any]] | None:
+def method_of(config: "DictConfig") -> tuple[str, dict[str, Any]] | None:
     """The method that a run asks for and its settings, or None. Raises ValueError for what is no method."""
     asked = config.get(KEY)
     if asked is None:
         return None
-    if not isinstance(asked, DictConfig):
+    if not isinstance(asked, Mapping):
         raise ValueError(f"{KEY}={asked!r}; expected settings: +{KEY}.method=papo, +{KEY}.controller=thermostat, ...")
+    from omegaconf import OmegaConf
+
     settings: dict[str, Any] = OmegaConf.to_container(asked, resolve=True)  # type: ignore[assignment]
     return settings.pop("method", "papo"), settings
 
 
-def prepare(config: DictConfig) -> tuple[str, dict[str, Any], Transform] | None:
+def prepare(config: "DictConfig") -> tuple[str, dict[str, Any], Transform] | None:
     """Check a run's configuration, put in what its method fixes of the loss, and build the method; None if not asked.
 
     Raises ValueError, with one line, before anything of the run was started.
@@ -45,19 +49,18 @@ def prepare(config: DictConfig) -> tuple[str, dict[str, Any], Transform] | None:
     _refuse_what_cannot_work(config, name, transform)
     actor = config.actor_rollout_ref.actor
     _fix_loss(actor, name, transform.loss)
-    if "reuse" in transform.needs and _updates(config) <= 1:
+    if transform.several_updates and _updates(config) <= 1:
         logger.warning(
             "entropy-polarity: method %r does nothing with a single update on each rollout, where the importance ratio "
             "is 1: use a smaller actor.ppo_mini_batch_size or more actor.ppo_epochs",
             name,
         )
-    if "entropy_grad" in transform.needs:
-        with open_dict(actor):
-            actor.calculate_entropy = True
+    if transform.entropy_gradient:
+        _set(actor, {"calculate_entropy": True})
     return name, settings, transform
 
 
-def _refuse_what_cannot_work(config: DictConfig, method: str, transform: Transform) -> None:
+def _refuse_what_cannot_work(config: "DictConfig", method: str, transform: Transform) -> None:
     """Raise ValueError for settings of verl's that a method would not survive, or that it would silently undo."""
     actor, algorithm, loss = config.actor_rollout_ref.actor, config.algorithm, _loss_mode(config)
     bypass = (algorithm.get("rollout_correction") or {}).get("bypass_mode", False)
@@ -103,17 +106,17 @@ def _refuse_what_cannot_work(config: DictConfig, method: str, transform: Transfo
             raise ValueError(f"{KEY}: {reason}")
 
 
-def _loss_mode(config: DictConfig) -> str:
+def _loss_mode(config: "DictConfig") -> str:
     return (config.actor_rollout_ref.actor.get("policy_loss") or {}).get("loss_mode", "vanilla")
 
 
-def _updates(config: DictConfig) -> float:
+def _updates(config: "DictConfig") -> float:
     """On each rollout, where the configuration says."""
     actor = config.actor_rollout_ref.actor
     return (actor.get("ppo_epochs") or 1) * config.data.train_batch_size / actor.ppo_mini_batch_size
 
 
-def _fix_loss(actor: DictConfig, method: str, fixed: LossOverrides) -> None:
+def _fix_loss(actor: "DictConfig", method: str, fixed: LossOverrides) -> None:
     wanted: dict[str, Any] = {
         "clip_ratio_low": fixed.clip_low,
         "clip_ratio_high": fixed.clip_high,
@@ -121,5 +124,12 @@ def _fix_loss(actor: DictConfig, method: str, fixed: LossOverrides) -> None:
         "clip_ratio_c": NO_DUAL_CLIP if fixed.clip_low is not None and fixed.clip_low >= 1 else None,
         "loss_agg_mode": "token-mean" if fixed.average == "token" else None,
     }
+    _set(actor, to_set(method, wanted, actor, DEFAULTS))
+
+
+def _set(actor: "DictConfig", settings: Mapping[str, Any]) -> None:
+    """Also those that a structured configuration does not name."""
+    from omegaconf import open_dict
+
     with open_dict(actor):
-        actor.update(to_set(method, wanted, actor, DEFAULTS))
+        actor.update(settings)

@@ -1,4 +1,4 @@
-"""The workers' part in verl: two numbers a token from the pass for old log-probs, and loss terms beside verl's own.
+"""The workers' part in verl: two statistics per token from the pass for old log-probs, and a method's loss terms.
 
     polarity_entropy      H in nats, after temperature, accumulated in float32 whatever the logits are
     polarity_sensitivity  T, as in TokenStats
@@ -7,8 +7,6 @@ verl's own entropy comes from 16-bit logits; T from it would lose its sign where
 the driver as verl's log-probs do. They are made only where the driver asked for them.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +15,11 @@ from torch import Tensor
 from entropy_polarity.kernels import token_stats
 from entropy_polarity.kernels.sharded import sharded_token_stats
 from entropy_polarity.tokens import Tokens, TokenStats
+from entropy_polarity.trainers.loss_terms import BONUS, PENALTY
 from entropy_polarity.transforms import loss_terms
 
 ASKED, DECIDED = "polarity_statistics", "polarity_decided"
 ENTROPY, SENSITIVITY = "polarity_entropy", "polarity_sensitivity"
-BONUS, PENALTY = "polarity_entropy_bonus", "polarity_ratio_penalty"
 
 
 def one_temperature(batch: Any) -> float:
@@ -37,23 +35,18 @@ def _columns(stats: TokenStats) -> dict[str, Tensor]:
     return {ENTROPY: stats.entropy, SENSITIVITY: stats.sensitivity}
 
 
-def fsdp_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`prepare_model_outputs` of the FSDP engines, with the two columns, nested (B, j) like the log-probs."""
+def add_fsdp_statistics(original, self, output, output_args, micro_batch, logits_processor_func):
+    """The outputs of the FSDP engines, with the two columns, nested (B, j) like the log-probs."""
+    from verl.utils import tensordict_utils as tu
 
-    @functools.wraps(original)
-    def prepare_model_outputs(self, output, output_args, micro_batch, logits_processor_func):
-        from verl.utils import tensordict_utils as tu
-
-        if not tu.get_non_tensor_data(micro_batch, ASKED, default=False):
-            return original(self, output, output_args, micro_batch, logits_processor_func)
-        # Before verl's own work, which may overwrite the logits.
-        packed = tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True)
-        made = (_packed if packed else _padded)(self, output, output_args, micro_batch)
-        offsets = micro_batch["input_ids"].offsets()
-        columns = {name: torch.nested.nested_tensor_from_jagged(column, offsets) for name, column in made.items()}
-        return original(self, output, output_args, micro_batch, logits_processor_func) | columns
-
-    return prepare_model_outputs
+    if not tu.get_non_tensor_data(micro_batch, ASKED, default=False):
+        return original(self, output, output_args, micro_batch, logits_processor_func)
+    # Before verl's own work, which may overwrite the logits.
+    packed = tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True)
+    made = (_packed if packed else _padded)(self, output, output_args, micro_batch)
+    offsets = micro_batch["input_ids"].offsets()
+    columns = {name: torch.nested.nested_tensor_from_jagged(column, offsets) for name, column in made.items()}
+    return original(self, output, output_args, micro_batch, logits_processor_func) | columns
 
 
 @torch.no_grad()
@@ -83,59 +76,52 @@ def _of(logits: Tensor, tokens: Tensor, temperature: float, mask: Tensor | None 
     return token_stats(logits, tokens, temperature=temperature, mask=mask, check=False)
 
 
-def megatron_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`_lm_head_logits_processor` of the Megatron engine, whose vocabulary is spread over the tensor-parallel group."""
+def add_megatron_statistics(original, self, logits, label, temperature, *, batch, **arguments):
+    """The outputs of the Megatron engine, whose vocabulary is spread over the tensor-parallel group."""
+    from megatron.core import parallel_state
+    from verl.utils import tensordict_utils as tu
 
-    @functools.wraps(original)
-    def logits_processor(self, logits, label, temperature, *, batch, **arguments):
-        from megatron.core import parallel_state
-        from verl.utils import tensordict_utils as tu
-
-        columns = {}
-        if tu.get_non_tensor_data(batch, ASKED, default=False):  # before verl overwrites the logits
-            group = parallel_state.get_tensor_model_parallel_group()
-            stats = sharded_token_stats(logits, label, group, temperature=one_temperature(batch))
-            columns = _columns(stats)
-        return original(self, logits, label, temperature, batch=batch, **arguments) | columns
-
-    return logits_processor
+    columns = {}
+    if tu.get_non_tensor_data(batch, ASKED, default=False):  # before verl overwrites the logits
+        group = parallel_state.get_tensor_model_parallel_group()
+        stats = sharded_token_stats(logits, label, group, temperature=one_temperature(batch))
+        columns = _columns(stats)
+    return original(self, logits, label, temperature, batch=batch, **arguments) | columns
 
 
-def policy_loss(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`ppo_loss` plus a method's loss terms, averaged as verl averages its own loss."""
+def add_loss_terms(original, config, model_output, data, dp_group=None):
+    """verl's loss plus a method's loss terms, averaged as verl averages its own."""
+    from verl.utils import tensordict_utils as tu
 
-    @functools.wraps(original)
-    def ppo_loss(config, model_output, data, dp_group=None):
-        from verl.utils import tensordict_utils as tu
+    decided = tu.get_non_tensor_data(data, DECIDED, default=False)
+    if decided and tu.get_non_tensor_data(data, "batch_num_tokens", default=None) == 0:
+        tu.assign_non_tensor(data, batch_num_tokens=1)  # a method dropped all of it: the loss is 0, not 0 / 0
+    loss, metrics = original(config=config, model_output=model_output, data=data, dp_group=dp_group)
+    given = [name for name in (BONUS, PENALTY) if name in data]
+    if not given:
+        return loss, metrics
+    from verl.trainer.ppo.core_algos import agg_loss
+    from verl.utils.metric import AggregationType, Metric
+    from verl.workers.utils.padding import no_padding_2_padding
 
-        decided = tu.get_non_tensor_data(data, DECIDED, default=False)
-        if decided and tu.get_non_tensor_data(data, "batch_num_tokens", default=None) == 0:
-            tu.assign_non_tensor(data, batch_num_tokens=1)  # a method dropped all of it: the loss is 0, not 0 / 0
-        loss, metrics = original(config=config, model_output=model_output, data=data, dp_group=dp_group)
-        given = [name for name in (BONUS, PENALTY) if name in data]
-        if not given:
-            return loss, metrics
-        from verl.trainer.ppo.core_algos import agg_loss
-        from verl.utils.metric import AggregationType, Metric
-        from verl.workers.utils.padding import no_padding_2_padding
-
-        padded = data.select("response_mask", "old_log_probs", "advantages", *given).to_padded_tensor()
-        entropy = model_output.get("entropy")
-        tokens = Tokens(
-            mask=padded["response_mask"].bool(),
-            advantages=padded["advantages"],
-            logp=no_padding_2_padding(model_output["log_probs"], data),
-            old_logp=padded["old_log_probs"],
-            entropy=None if entropy is None else no_padding_2_padding(entropy, data),
-            entropy_bonus=padded.get(BONUS),
-            ratio_penalty=padded.get(PENALTY),
-        )
-        terms = loss_terms(tokens)
-        assert terms is not None
-        added = agg_loss(
-            loss_mat=terms, loss_mask=tokens.mask, loss_agg_mode=config.loss_agg_mode, **config.global_batch_info
-        )
-        metrics["actor/polarity_loss_terms"] = Metric(value=added, aggregation=AggregationType.SUM)
-        return loss + added, metrics
-
-    return ppo_loss
+    padded = data.select("response_mask", "old_log_probs", "advantages", *given).to_padded_tensor()
+    entropy, mask = model_output.get("entropy"), padded["response_mask"].bool()
+    tokens = Tokens.pack(
+        mask,
+        padded["advantages"],
+        logp=no_padding_2_padding(model_output["log_probs"], data),
+        old_logp=padded["old_log_probs"],
+        entropy=None if entropy is None else no_padding_2_padding(entropy, data),
+        entropy_bonus=padded.get(BONUS),
+        ratio_penalty=padded.get(PENALTY),
+    )
+    terms = loss_terms(tokens)
+    assert terms is not None
+    added = agg_loss(
+        loss_mat=tokens.unpack(terms, mask.shape),
+        loss_mask=mask,
+        loss_agg_mode=config.loss_agg_mode,
+        **config.global_batch_info,
+    )
+    metrics["actor/polarity_loss_terms"] = Metric(value=added, aggregation=AggregationType.SUM)
+    return loss + added, metrics
