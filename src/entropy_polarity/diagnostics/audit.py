@@ -203,18 +203,13 @@ def _without_momentum(optimizer: Any, model: nn.Module) -> Parameters | None:
 
 
 def _sgd(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
-    return -group["lr"] * _gradient(parameter)
+    return group["lr"] * _descent(parameter)
 
 
 def _adam(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
     second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
     scale = (second / (1 - group["betas"][1] ** float(state["step"]))).sqrt() + group["eps"]
-    return -group["lr"] * _gradient(parameter) / scale
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
+    return group["lr"] * _descent(parameter) / scale
 
 
 _METRICS: dict[type, Callable[[nn.Parameter, dict[str, Any], dict[str, Any]], Tensor]] = {

@@ -37,14 +37,9 @@ def check_bytes(who: str, name: str, value: int | None) -> None:
 
 
 def check_factors(
-    who: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    vocab_size: int | None,
-    tokens: Tensor,
+    who: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int | None, tokens: Tensor,
     mask: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     """Hidden states and an output head that fit each other, and one id for each state that the mask keeps."""
     for name, x in {"hidden": hidden, "weight": weight, "bias": bias}.items():
         if x is not None and x.dtype not in DTYPES:

@@ -187,15 +187,9 @@ def _gradient_of(tile: Tile, plan: Plan, maximum: Tensor, coefficients: Tensor) 
 
 
 def _recompute(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tokens: Tensor,
-    maximum: Tensor,
-    coefficients: Tensor,
-    plan: Plan,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, maximum: Tensor, coefficients: Tensor,
+    plan: Plan, needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients from tiles that are made again.
 
     Vocabulary slices are the outer loop, so that the float32 sum of one slice is all that dW needs.

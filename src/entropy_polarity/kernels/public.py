@@ -102,9 +102,7 @@ def linear_token_stats(
     who = "linear_token_stats"
     head = Head(temperature, softcap, logit_scale)
     check_bytes(who, "tile_bytes", tile_bytes)
-    if check:
-        check_factors(who, hidden, weight, bias, vocab_size, tokens, mask)
-    weight, bias = _limited(weight, bias, vocab_size)
+    weight, bias = _checked_head(who, hidden, weight, bias, vocab_size, tokens, mask, check)
     plan = _plan(who, hidden, head, logits_dtype, tile_bytes, implementation)
     needs_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     frozen = torch.is_grad_enabled() and hidden.requires_grad and not needs_head and not entropy_grad
@@ -152,9 +150,7 @@ def linear_token_loss(
     who = "linear_token_loss"
     head = Head(temperature, softcap, logit_scale)
     check_bytes(who, "chunk_bytes", chunk_bytes)
-    if check:
-        check_factors(who, hidden, weight, bias, vocab_size, tokens, None)
-    weight, bias = _limited(weight, bias, vocab_size)
+    weight, bias = _checked_head(who, hidden, weight, bias, vocab_size, tokens, None, check)
     if _product_dtype(hidden) == torch.float16:
         raise ValueError(
             f"{who}: a product of float16, whose small gradients would be lost before a loss scale reaches them; "
@@ -197,7 +193,13 @@ def _plan(
     return Plan(engine_for(hidden.device, logits, implementation), head, product, logits, tile_bytes)
 
 
-def _limited(weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> tuple[Tensor, Tensor | None]:
+def _checked_head(
+    who: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int | None, tokens: Tensor,
+    mask: Tensor | None, check: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Weights and bias of the first `vocab_size` tokens, if they fit the rest."""
+    if check:
+        check_factors(who, hidden, weight, bias, vocab_size, tokens, mask)
     if vocab_size is None or vocab_size == len(weight):
         return weight, bias
     return weight[:vocab_size], None if bias is None else bias[:vocab_size]
