@@ -20,7 +20,7 @@ def episode(game, seed, lane=0):
         paid += answer.reward
         if answer.done:
             break
-    return heard, paid, answer.reason, env.facts()
+    return heard, paid, answer.reason, env.counts()
 
 
 @pytest.mark.slow
@@ -32,8 +32,8 @@ def test_a_seed_is_a_game(challenge, tmp_path, monkeypatch):
     played = [episode(game, seed) for seed in (0, 1)]
     assert played[1] == episode(game, 1, lane=1), "and the same in another process"
     assert played[0][0][0] != played[1][0][0]
-    for heard, paid, reason, facts in played:
-        assert facts == {"score": paid, "useless": 0.0}
+    for heard, paid, reason, counts in played:
+        assert counts == {"score": paid, "useless": 0.0}
         assert (reason == "won") == (paid == 1)
         assert not any("$$" in text or "\n>" in text or "\n\n" in text for text in heard), "words of the game alone"
     game.close()
@@ -60,7 +60,7 @@ def test_a_game_by_hand():
     )
     for command in ("", "  ", "save", "QUIT now", "xyzzy", "ü", "look\nlook", *hostile):
         assert not env.step(command).done
-    assert env.facts() == {"score": 0.0, "useless": 1.0}
+    assert env.counts() == {"score": 0.0, "useless": 1.0}
     assert "carrying nothing" in env.step(" inventory ").observation
     game.close()
     assert "carrying nothing" in env.step("inventory").observation, "made and played again"

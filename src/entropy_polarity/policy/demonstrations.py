@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from entropy_polarity.support.errors import unknown_name
-from entropy_polarity.tasks import Problem
+from entropy_polarity.tasks import Game, Problem
 from entropy_polarity.tasks.countdown import Countdown
-from entropy_polarity.tasks.games import Game, Guess, GuessEnv, KeyDoor, KeyDoorEnv
+from entropy_polarity.tasks.games import Guess, GuessEnv, KeyDoor, KeyDoorEnv
 from entropy_polarity.tasks.gym import GymTask
 
 FRESH = 10_000  # problems of one seed of a data set
@@ -55,7 +55,7 @@ def answered(task: GymTask) -> Source:
 
     def parts(seed: int, index: int) -> list[Part]:
         shown = problem(seed, index % READ_AGAIN)
-        return [Part(shown.prompt, False), Part(shown.facts["answer"], True)]
+        return [Part(shown.prompt, False), Part(shown.metadata["answer"], True)]
 
     return Source(parts, 128, 700)
 
@@ -65,14 +65,14 @@ def episodes(game: Game, player: Callable[[Any, random.Random], str], batch_size
 
     def parts(seed: int, index: int) -> list[Part]:
         rng, env = random.Random(f"demonstration:{game.name}:{seed}:{index}"), game.env()
-        said = [Part(env.reset(game.problem(seed, index, "train").facts["seed"]), False)]
+        said = [Part(env.reset(game.problem(seed, index, "train").metadata["seed"]), False)]
         for turn in range(game.max_turns):
             action = player(env, rng)
             said.append(Part(action, True))
-            answer = env.step(action)
-            if answer.done or turn == game.max_turns - 1:
+            result = env.step(action)
+            if result.done or turn == game.max_turns - 1:
                 break
-            said.append(Part(answer.observation, False))
+            said.append(Part(result.observation, False))
         return said
 
     return Source(parts, batch_size, steps)

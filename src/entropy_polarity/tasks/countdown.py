@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from entropy_polarity.tasks import Problem, Score, Split
+from entropy_polarity.tasks.protocol import OneTurn, Problem, Score, Split
 
 OPERATORS = "+-*"
 # No honest answer is near this long; everything longer is refused before it is parsed.
@@ -47,7 +47,7 @@ class Expression:
 
 
 @dataclass(frozen=True)
-class Countdown:
+class Countdown(OneTurn):
     """Countdown with `numbers` operands (one size, or several drawn evenly), digits 1-9, targets 1-`max_target`.
 
     >>> task = Countdown(numbers=(3,))
@@ -102,9 +102,9 @@ class Countdown:
         if parsed is None:
             return Score(0.0, "not an expression")
         _, value, used = parsed
-        if sorted(used) != sorted(problem.facts["numbers"]):
+        if sorted(used) != sorted(problem.metadata["numbers"]):
             return Score(0.0, "wrong numbers")
-        return Score(1.0, "correct") if value == problem.facts["target"] else Score(0.0, "wrong value")
+        return Score(1.0, "correct") if value == problem.metadata["target"] else Score(0.0, "wrong value")
 
     def final_answers(self, answers: Sequence[tuple[Problem, str]]) -> list[str | None]:
         """The expression, whatever the order of its sums and products.

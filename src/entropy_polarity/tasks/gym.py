@@ -18,8 +18,8 @@ from typing import Any
 from entropy_polarity.support.errors import unknown_name
 from entropy_polarity.support.success import degree
 from entropy_polarity.support.text import valid_parts
-from entropy_polarity.tasks import Problem, Score, Split
 from entropy_polarity.tasks.answers import tagged
+from entropy_polarity.tasks.protocol import OneTurn, Problem, Score, Split
 from entropy_polarity.tasks.workers import DIED, OUT_OF_MEMORY, TIMED_OUT, Outcome, Workers
 
 SIZE = 20_000  # items of a data set, of which a stream draws
@@ -31,7 +31,7 @@ MAX_ANSWER_CHARACTERS = 20_000
 
 
 @dataclass(frozen=True)
-class GymTask:
+class GymTask(OneTurn):
     """A reasoning-gym data set: `dataset` by its name there, `config` as its own configuration names the settings.
 
     `composite` mixes several: config = {"datasets": [{"name": ..., "weight": ..., "config": {...}}, ...]}. What is
@@ -101,7 +101,7 @@ class GymTask:
                 found.append(Score(0.0, "too long"))
             else:
                 found.append(None)
-                calls.append((self._spec, problem.facts["seed"], problem.facts["position"], answer))
+                calls.append((self._spec, problem.metadata["seed"], problem.metadata["position"], answer))
         judged = iter(_workers("judged", self.seconds).map_distinct(calls))
         return [_score(next(judged)) if score is None else score for score in found]
 

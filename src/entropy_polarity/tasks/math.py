@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from entropy_polarity.support.errors import unknown_name
-from entropy_polarity.tasks import Problem, Score, Split, grading
+from entropy_polarity.tasks import grading
 from entropy_polarity.tasks.grading import COMPARE, CORRECT, FIND, GRADE, NOT_PARSED, WRONG
+from entropy_polarity.tasks.protocol import OneTurn, Problem, Score, Split
 from entropy_polarity.tasks.tables import FILES, is_one_table, read_problems
 from entropy_polarity.tasks.tools import known_tools
 from entropy_polarity.tasks.voting import merged
@@ -54,7 +55,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class MathTask:
+class MathTask(OneTurn):
     """Problems with one final answer.
 
     preset          a name of PRESETS; whatever else is given wins over it
@@ -122,7 +123,7 @@ class MathTask:
 
     def scores(self, answers: Sequence[tuple[Problem, str]]) -> list[Score]:
         calls = [
-            (GRADE, problem.facts["answers"], completion[-MAX_ANSWER_CHARACTERS:]) for problem, completion in answers
+            (GRADE, problem.metadata["answers"], completion[-MAX_ANSWER_CHARACTERS:]) for problem, completion in answers
         ]
         outcomes = _workers(self.seconds).map_distinct(calls)
         verdicts = [outcome.value or outcome.failure for outcome in outcomes]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from entropy_polarity.tasks import Messages, Problem
+from entropy_polarity.tasks.protocol import Messages, Problem
 
 
 def for_tokenizer(problem: Problem, tokenizer: Any) -> str | Messages:

@@ -8,8 +8,8 @@ from typing import Any
 
 from entropy_polarity.support.hub import why_not_asked
 from entropy_polarity.support.text import valid_parts
-from entropy_polarity.tasks import Messages, Problem
 from entropy_polarity.tasks.answers import boxed
+from entropy_polarity.tasks.protocol import Messages, Problem
 
 PROMPT_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "solution")

@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from entropy_polarity.tasks.environments import Made, SubprocessGame
-from entropy_polarity.tasks.games import StepResult
+from entropy_polarity.tasks.environments import EnvironmentClass, SubprocessGame
+from entropy_polarity.tasks.protocol import StepResult
 
 GAMES = ("2048", "Bandit", "Blackjack", "FrozenLake", "GuessTheNumber", "LightsOut", "Mastermind", "Minesweeper",
          "Secretary", "Sokoban")  # fmt: skip
@@ -25,7 +25,7 @@ SHARES = ("Blackjack", "LightsOut", "Minesweeper", "Sokoban")
 class TextArena(SubprocessGame):
     """The game `game` as TextArena names it, as "GuessTheNumber" or "Minesweeper-v0-small".
 
-    The reward is what `paid` says at the end, and none after an illegal move. 1 is a success. Facts: `score`, as
+    The reward is what `paid` says at the end, and none after an illegal move. 1 is a success. Counts: `score`, as
     TextArena gave it, and `illegal`, the share of moves that the game refused; one refusal in a row is forgiven.
     Raises ImportError without textarena, ValueError for a game that is neither of `GAMES` nor a variant.
     """
@@ -46,8 +46,8 @@ class TextArena(SubprocessGame):
     def name(self) -> str:
         return f"textarena:{self.game}"
 
-    def made(self) -> Made:
-        return Made(f"{__name__}:ArenaEnv", {"game": self.game}, library="textarena")
+    def environment_class(self) -> EnvironmentClass:
+        return EnvironmentClass(f"{__name__}:ArenaEnv", {"game": self.game}, library="textarena")
 
 
 class ArenaEnv:
@@ -97,7 +97,7 @@ class ArenaEnv:
         _, messages = self.env.get_observation()
         return "\n".join(text for _, text, kind in messages if kind != ObservationType.PLAYER_ACTION)
 
-    def facts(self) -> dict[str, float]:
+    def counts(self) -> dict[str, float]:
         return {"illegal": self.refused / max(1, self.moves), **self.score}
 
 
