@@ -119,7 +119,8 @@ def evaluate(
     `say` is told of a policy that cannot do the task at all. The random state of the caller and the mode of the model
     are left as they were.
     """
-    check_counts(problems, samples)
+    if problems < 1 or samples < 1:
+        raise ValueError(f"evaluate: problems={problems} and samples={samples}; expected at least 1 of each")
     chosen = distinct_problems(task, seed, "test", problems)
     generator = TransformersGenerator(model, tokenizer)
     warn_before(generator, task, chosen, say)
@@ -138,12 +139,6 @@ def evaluate(
         made.greedy_right,
         {name: Estimate.of(values[~np.isnan(values)]) for name, values in made.counts().items()},
     )
-
-
-def check_counts(problems: int, samples: int) -> None:
-    """Raise ValueError where there would be nothing to evaluate."""
-    if problems < 1 or samples < 1:
-        raise ValueError(f"evaluate: problems={problems} and samples={samples}; expected at least 1 of each")
 
 
 def attempt(

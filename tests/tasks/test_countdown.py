@@ -346,14 +346,14 @@ class StillSearchingError(Exception):
 
 def test_a_task_with_an_empty_split_says_so_instead_of_searching_for_ever(monkeypatch):
     # Two numbers and target 1: 1*1 and n+1 - n. None of these nine problems hashes into the test split.
-    draws, is_test = iter(range(5_000)), countdown._is_test
+    draws, is_test = iter(range(5_000)), countdown.is_held_out
 
     def counted(*arguments) -> bool:
         if next(draws, None) is None:
             raise StillSearchingError
         return is_test(*arguments)
 
-    monkeypatch.setattr(countdown, "_is_test", counted)
+    monkeypatch.setattr(countdown, "is_held_out", counted)
     with pytest.raises(ValueError, match="test"):
         Countdown(numbers=(2,), max_target=1).problem(0, 0, "test")
 

@@ -57,7 +57,7 @@ def test_a_composite_mixes_by_weight():
         ("gym:chain_sums", {}, "unknown reasoning-gym data set 'chain_sums': did you mean 'chain_sum'"),
         ("gym:chain_sum", {"config": {"min_termz": 2}}, "min_termz"),
         ("gym:chain_sum", {"config": {"min_terms": -1}}, "AssertionError: min_terms must be positive"),
-        ("gym:chain_sum", {"seconds": -1.0}, "expected positive numbers"),
+        ("gym:chain_sum", {"seconds": -1.0}, "seconds is -1.0; expected a positive number"),
         ("gym:composite", {}, "KeyError: 'datasets'"),
         ("gym", {}, "say which data set"),
         ("gin:chain_sum", {}, "unknown task 'gin:chain_sum'"),

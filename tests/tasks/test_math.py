@@ -258,7 +258,7 @@ def test_without_a_network_one_line_names_the_local_path(monkeypatch):
         ({"data": "{odd}", "prompt_column": "q", "answer_column": "nan"}, "row 0 of .* has no problem or no answer"),
         ({"data": "{file}", "prompt_column": "a", "answer_column": "b"}, "row 0 of .* has no problem or no answer"),
         ({"data": "{cut}"}, "row 0 of .* has no problem or no answer"),
-        ({"data": "{file}", "seconds": 0.0}, "expected positive numbers"),
+        ({"data": "{file}", "seconds": 0.0}, "seconds is 0.0; expected a positive number"),
     ],
 )
 def test_bad_data_is_one_clear_line(settings, message, tmp_path):

@@ -28,9 +28,9 @@ from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.report.audit import render_audit
 from entropy_polarity.runs.recipe import Recipe
 from entropy_polarity.support.files import DRAFT, LOCK, locked, refuse_links, replacing, write_text
-from entropy_polarity.tasks import VerifiedTask, distinct_problems
+from entropy_polarity.tasks import distinct_problems
 from entropy_polarity.tasks.prompts import encoded, for_tokenizer
-from entropy_polarity.tasks.protocol import expect_one_turn
+from entropy_polarity.tasks.protocol import VerifiedTask, expect_one_turn
 from entropy_polarity.trainers.trl.auditing import UpdateAuditor
 
 AUDIT, PAGE = "audit.json", "audit.html"

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 from entropy_polarity.generation import GREEDY, Generator, Progress, Sampling
 from entropy_polarity.generation.episodes import Episode, play
 from entropy_polarity.generation.sampling import TransformersGenerator
 from entropy_polarity.support.success import SUCCESS
 from entropy_polarity.support.text import valid, valid_parts
-from entropy_polarity.tasks.prompts import encoded, for_tokenizer, plain, unreadable
+from entropy_polarity.tasks.prompts import encoded, for_tokenizer, plain, why_unreadable
 from entropy_polarity.tasks.protocol import Game, Problem, Score, Task, VerifiedTask
 from entropy_polarity.tasks.tools import tools_of
 
@@ -47,43 +47,31 @@ class Attempt:
         return {"completion": self.text, "answer": self.answer, **judged, **heard}
 
 
-@runtime_checkable
-class Attempting(Protocol):
-    """How a policy attempts the problems of a task of one kind."""
+class _Said(NamedTuple):
+    """What a policy said to a problem; with tools also what was counted, and all that was said and heard."""
 
-    voted: bool  # whether completions have final answers, over which a majority can be counted
-
-    def why_unreadable(self, problems: Sequence[Problem]) -> str | None:
-        """Why the policy cannot read the problems, in a line; None where it can, or where that shows in playing."""
-        ...
-
-    def attempts(
-        self, problems: list[Problem], samples: int, seed: int, sampling: Sampling, vote: bool, progress: Progress
-    ) -> list[list[Attempt]]:
-        """`samples` attempts at each problem from the random state of `seed`, with final answers to `vote` over."""
-        ...
+    text: str
+    counts: dict[str, float]
+    messages: list[dict[str, Any]] | None
 
 
-def attempting(generator: Generator, task: Task) -> Attempting:
-    """How the policy of `generator` attempts the problems of `task`."""
-    return task.by_kind(verified=partial(_Answering, generator), played=partial(_Playing, generator))
+class Answering:
+    """Attempts at a task of one turn: the policy answers, with tools where the task has them, and the task judges."""
 
-
-class _Answering:
-    """A policy answers in one turn, on the way to an answer perhaps with tools, and the task judges its completions."""
-
-    voted = True
+    voted = True  # completions have final answers, over which a majority can be counted
 
     def __init__(self, generator: Generator, task: VerifiedTask) -> None:
         self.generator, self.task = generator, task
 
     def why_unreadable(self, problems: Sequence[Problem]) -> str | None:
+        """Why the policy cannot read the problems, in one line, or None where it can."""
         prompts, tokenizer = self._prompts(problems), self.generator.tokenizer
-        return unreadable(prompts, tokenizer, self.task.max_completion_tokens, self.generator.context)
+        return why_unreadable(prompts, tokenizer, self.task.max_completion_tokens, self.generator.context)
 
     def attempts(
         self, problems: list[Problem], samples: int, seed: int, sampling: Sampling, vote: bool, progress: Progress
     ) -> list[list[Attempt]]:
+        """`samples` attempts at each problem from the random state of `seed`; with final answers, to `vote` over."""
         _watch(self.generator, sampling, progress)
         said = (self._with_tools if tools_of(self.task) else self._alone)(problems, samples, seed, sampling)
         asked = [(problem, one.text) for problem, row in zip(problems, said, strict=True) for one in row]
@@ -98,13 +86,13 @@ class _Answering:
         tokenizer = self.generator.tokenizer
         return [encoded(for_tokenizer(problem, tokenizer), tokenizer) for problem in problems]
 
-    def _alone(self, problems: list[Problem], samples: int, seed: int, sampling: Sampling) -> "list[list[_Said]]":
+    def _alone(self, problems: list[Problem], samples: int, seed: int, sampling: Sampling) -> list[list[_Said]]:
         longest = self.task.max_completion_tokens
         made = self.generator.complete(self._prompts(problems), samples, longest, sampling, seed)
         texts = [self.generator.tokenizer.batch_decode(row, skip_special_tokens=True) for row in made]
         return [[_Said(valid(text), {}, None) for text in row] for row in texts]
 
-    def _with_tools(self, problems: list[Problem], samples: int, seed: int, sampling: Sampling) -> "list[list[_Said]]":
+    def _with_tools(self, problems: list[Problem], samples: int, seed: int, sampling: Sampling) -> list[list[_Said]]:
         from entropy_polarity.generation.tools import Conversation, converse  # needs TRL
 
         def said(conversation: Conversation) -> _Said:
@@ -117,16 +105,8 @@ class _Answering:
         return [[said(conversation) for conversation in row] for row in made]
 
 
-class _Said(NamedTuple):
-    """What a policy said to a problem; with tools also what was counted, and all that was said and heard."""
-
-    text: str
-    counts: dict[str, float]
-    messages: list[dict[str, Any]] | None
-
-
-class _Playing:
-    """A policy plays episodes of a game, whose environment gives the reward."""
+class Playing:
+    """Attempts at a game: the policy plays episodes, and their environments give the rewards."""
 
     voted = False
 
@@ -134,7 +114,7 @@ class _Playing:
         self.generator, self.game = generator, game
 
     def why_unreadable(self, problems: Sequence[Problem]) -> str | None:
-        return None
+        return None  # that shows when it plays
 
     def attempts(
         self, problems: list[Problem], samples: int, seed: int, sampling: Sampling, vote: bool, progress: Progress
@@ -151,8 +131,7 @@ class _Playing:
         model, tokenizer = generator.model, generator.tokenizer
 
         def played(batch: Sequence[Problem], tick: Callable[[float], None]) -> list[Episode]:
-            settings = sampling._asdict() | {"batch_size": len(batch), "tick": tick}
-            return play(model, tokenizer, game, batch, **settings)
+            return play(model, tokenizer, game, batch, **sampling._asdict(), batch_size=len(batch), tick=tick)
 
         # As if every observation were as long as the first.
         said = max(len(problem.prompt) for problem in problems)
@@ -171,3 +150,8 @@ def _in_parts(judge: Callable[[list[Any]], list[Any]], answers: list[Any], what:
         judged += judge(answers[len(judged) : len(judged) + JUDGED_AT_A_TIME])
         progress(what, float(len(judged)), len(answers))
     return judged
+
+
+def attempting(generator: Generator, task: Task) -> Answering | Playing:
+    """How the policy of `generator` attempts the problems of `task`."""
+    return task.by_kind(verified=lambda task: Answering(generator, task), played=lambda game: Playing(generator, game))

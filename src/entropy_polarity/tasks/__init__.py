@@ -3,20 +3,9 @@
 from typing import Any
 
 from entropy_polarity.support.errors import check_settings, unknown_name
-from entropy_polarity.tasks.protocol import Game, Messages, Problem, Score, Split, Task, VerifiedTask
+from entropy_polarity.tasks.protocol import Messages, Problem, Score, Split, Task
 
-__all__ = [
-    "Game",
-    "Messages",
-    "Problem",
-    "Score",
-    "Split",
-    "Task",
-    "VerifiedTask",
-    "check_task",
-    "distinct_problems",
-    "make_task",
-]
+__all__ = ["Messages", "Problem", "Score", "Split", "Task", "check_task", "distinct_problems", "make_task"]
 
 
 def distinct_problems(task: Task, seed: int, split: Split, count: int, or_all: bool = False) -> list[Problem]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from entropy_polarity.support.success import SUCCESS
+from entropy_polarity.tasks.checks import check_positive
 from entropy_polarity.tasks.games import OUT_OF_TURNS, RAISED, TOO_LONG, WON
 from entropy_polarity.tasks.protocol import EpisodeOverError, Episodic, Problem, Split, StepResult, TextEnv
 from entropy_polarity.tasks.workers import DIED, OUT_OF_MEMORY, TIMED_OUT, NoWorkerError, Outcome, Workers
@@ -64,11 +65,8 @@ class SubprocessGame(Episodic):
         raise NotImplementedError
 
     def __post_init__(self) -> None:
-        limits = ("max_turns", "max_action_tokens", "max_observation_characters", "seconds", "memory_gib", "processes")
-        for limit in limits:
-            value = getattr(self, limit)
-            if value is not None and not value > 0:
-                raise ValueError(f"task {self.name}: {limit} is {value}; expected a positive number")
+        check_positive(self, "max_turns", "max_action_tokens", "max_observation_characters")
+        check_positive(self, "seconds", "memory_gib", "processes")
         count = self.processes or min(os.cpu_count() or 1, MAX_PROCESSES)
         object.__setattr__(self, "_processes", [EnvironmentProcess(self) for _ in range(count)])
         object.__setattr__(self, "reasons", tuple(dict.fromkeys([*REASONS, *self._own_reasons()])))

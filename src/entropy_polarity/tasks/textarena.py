@@ -5,11 +5,11 @@ worst 0, and nothing but a win has 1 (`paid`). In 0.7.4 Bandit's score is the hi
 can have 1, LightsOut goes below 0, and others pay for what was lost or ended with an illegal move.
 """
 
-import importlib.util
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from entropy_polarity.tasks.checks import check_installed
 from entropy_polarity.tasks.environments import EnvironmentClass, SubprocessGame
 from entropy_polarity.tasks.protocol import StepResult
 
@@ -34,8 +34,7 @@ class TextArena(SubprocessGame):
     max_turns: int = 32
 
     def __post_init__(self) -> None:
-        if importlib.util.find_spec("textarena") is None:
-            raise ImportError(f"task {self.name} needs textarena: pip install 'entropy-polarity[games]'")
+        check_installed(self, "textarena", "games")
         if self.game.partition("-")[0] not in GAMES:
             raise ValueError(
                 f"task {self.name}: not a game that works offline and from a seed, as these do: {', '.join(GAMES)}"

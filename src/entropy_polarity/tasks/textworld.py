@@ -5,7 +5,6 @@ TextWorld (MIT) plays its games with Jericho, which is under GPL-2: both come wi
 
 import argparse
 import functools
-import importlib.util
 import re
 import tempfile
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from entropy_polarity.support.errors import unknown_name
+from entropy_polarity.tasks.checks import check_installed
 from entropy_polarity.tasks.environments import LOST, EnvironmentClass, SubprocessGame
 from entropy_polarity.tasks.games import WON
 from entropy_polarity.tasks.protocol import StepResult
@@ -50,8 +50,7 @@ class TextWorld(SubprocessGame):
     seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        if importlib.util.find_spec("textworld") is None:
-            raise ImportError(f"task {self.name} needs textworld: pip install 'entropy-polarity[games]'")
+        check_installed(self, "textworld", "games")
         if self.challenge not in DEFAULTS:
             raise unknown_name("TextWorld challenge", self.challenge, DEFAULTS)
         super().__post_init__()

@@ -6,8 +6,8 @@ from typing import Any
 
 from entropy_polarity.generation.episodes import Episode, mean_counts, play
 from entropy_polarity.support.text import valid
-from entropy_polarity.tasks import Game, Messages, Problem, Task, VerifiedTask
 from entropy_polarity.tasks.prompts import for_tokenizer, plain
+from entropy_polarity.tasks.protocol import Game, Messages, Problem, Task, VerifiedTask
 from entropy_polarity.tasks.tools import tools_of
 from entropy_polarity.trainers.trl.recording import Judged
 
