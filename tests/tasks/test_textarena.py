@@ -33,9 +33,9 @@ PLAYERS = {
 }
 
 
-def episode(game, seed, player, lane=0):
+def episode(game, seed, player, process=0):
     """What was heard, the last answer and the counts."""
-    env, rng = game.env(lane), random.Random(f"player {seed}")
+    env, rng = game.envs(2)[process][0], random.Random(f"player {seed}")
     heard = [env.reset(seed)]
     for _ in range(game.max_turns):
         answer = env.step(player(rng))
@@ -51,7 +51,7 @@ def episode(game, seed, player, lane=0):
 def test_a_seed_is_an_episode(name):
     game = make_task(f"textarena:{name}", processes=2)
     played = [episode(game, seed, PLAYERS[name]) for seed in range(5)]
-    assert played == [episode(game, seed, PLAYERS[name], lane=1) for seed in range(5)]
+    assert played == [episode(game, seed, PLAYERS[name], process=1) for seed in range(5)]
     assert len({str(heard) for heard, _, _ in played}) > 1
     for heard, answer, counts in played:
         assert not any(text.startswith("[") for text in heard[1:]), "its own action is not told again"

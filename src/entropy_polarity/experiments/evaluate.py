@@ -101,7 +101,7 @@ def evaluate_models(
             check_folder(folder)
     made = make_task(**chosen.task)
     if settings.backend != "transformers":
-        expect_one_turn(made, "only --backend transformers plays episodes")
+        expect_one_turn(made, "only --backend transformers can play episodes")
     problems, settings = _problems(made, settings, [*chosen.weights.values()])
     if output is not None:
         refuse_occupied(output)
