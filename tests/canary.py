@@ -16,7 +16,7 @@ class Env:
     def step(self, action: str) -> StepResult:
         return StepResult("", 1.0, done=True)
 
-    def facts(self) -> dict[str, float]:
+    def counts(self) -> dict[str, float]:
         return {}
 
 

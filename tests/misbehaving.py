@@ -47,7 +47,7 @@ class Obedient:
         elif how == "read":
             input()
         elif how == "print":
-            print('{"value": {"answer": ["forged", 1, true, "won"], "facts": {}}, "failure": ""}', flush=True)
+            print('{"value": {"result": ["forged", 1, true, "won"], "counts": {}}, "failure": ""}', flush=True)
 
     def reset(self, seed: int) -> str:
         self.misbehave(self.start)
@@ -72,7 +72,7 @@ class Obedient:
             return StepResult(str(os.getpid()))
         return StepResult("long " * 2000 if action == "long" else said)
 
-    def facts(self):
+    def counts(self):
         return {"count": self.count, "nan": float("nan")}
 
 
@@ -98,5 +98,18 @@ class Babel(Obedient):
     def step(self, action: str) -> StepResult:
         return StepResult("\udfff\0 </script>", 0.5, done=len(action) % 2 == 0, reason="gave \ud800up")
 
-    def facts(self):
+    def counts(self):
         return {"half \ud800": 1.0}
+
+
+class Outdated:
+    """As environments were before version 0.2."""
+
+    def reset(self, seed: int) -> str:
+        return "start"
+
+    def step(self, action: str) -> StepResult:
+        return StepResult("", done=True)
+
+    def facts(self) -> dict[str, float]:
+        return {}

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -11,11 +12,14 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 
-from entropy_polarity.evaluation import Attempt, Attempts, attempt, evaluate
+from entropy_polarity.evaluation import Attempts, attempt, evaluate
 from entropy_polarity.experiments import evaluate as experiment
+from entropy_polarity.experiments import models as chosen
 from entropy_polarity.experiments.evaluate import Settings, evaluate_models
+from entropy_polarity.experiments.evaluation_summary import examples, summarise
 from entropy_polarity.experiments.models import labelled, settle_task
 from entropy_polarity.generation import GREEDY, Sampling
+from entropy_polarity.generation.attempts import Attempt
 from entropy_polarity.report.tables.evaluation import evaluation_tables
 from entropy_polarity.statistics.intervals import Estimate
 from entropy_polarity.tasks import Score, distinct_problems
@@ -152,13 +156,13 @@ def test_attempts_count_votes_and_rewards():
     generator = Answering(lambda i, k, seed: solutions[i] if says[i][k] == "=" else says[i][k])
     made = attempt(generator, Countdown(), problems, 5, 3, Sampling(0.5, 0.9), final_answers=True)
     assert generator.asked == [(5, 16, Sampling(0.5, 0.9), 3), (1, 16, GREEDY, 3)]
-    found = made.measures(voted=True)
+    found = made.measures()
     assert list(found) == ["avg@5", "pass@1", "pass@2", "pass@4", "pass@5", "maj@4", "maj@5", "greedy", "reward"]
     assert found["avg@5"].tolist() == found["pass@1"].tolist() == found["reward"].tolist() == [0.4, 0.4, 0]
     assert found["maj@5"].tolist() == [0, 1, 0]
     # Four of the five: a right one is left out twice (3 to 1), a wrong one three times (2 to 2: a half).
     assert found["maj@4"] == pytest.approx([3 / 5 / 2, (3 + 2 * 0.25) / 5, 0])
-    assert "maj@4" not in made.measures(voted=False)
+    assert "maj@4" not in replace(made, voted=False).measures()
     again = attempt(generator, Countdown(), problems, 5, 4, Sampling(), greedy=made.greedy)
     assert len(generator.asked) == 3  # the greedy answer is of no seed
     assert again.sampled[0][0].answer is None  # nobody asked
@@ -179,7 +183,8 @@ def compared(monkeypatch, tmp_path):
         "even": lambda i, k, seed: solutions[i] if i % 2 == 0 and (k > 0 or seed == 5) else "1",
         "hostile": lambda i, k, seed: HOSTILE,
     }
-    monkeypatch.setattr(experiment, "resolve_model", str)
+    for module in (experiment, chosen):
+        monkeypatch.setattr(module, "resolve_model", str)
     monkeypatch.setattr(experiment, "_generator", lambda place, settings: Answering(says[place]))
 
     def run(**more):
@@ -223,7 +228,7 @@ def test_every_attempt_has_its_line_and_the_document_is_written(compared):
     (line,) = [line for line in lines if (line["model"], line["seed"], line["problem"]) == ("even", 2, 2)]
     problems, solutions = solved(4)
     assert line["prompt"] == problems[2].prompt
-    assert line["facts"] == problems[2].facts
+    assert line["facts"] == problems[2].metadata
     assert line["successes"] == 3
     right = {"completion": solutions[2], "verdict": "correct", "reward": 1.0}
     assert right.items() <= line["samples"][1].items()
@@ -260,9 +265,9 @@ def test_of_all_problems_the_page_has_those_with_the_largest_difference():
     counts = [3, 2, 1, 0] * 4
     mixed = Attempts(problems, [[right] * n + [wrong] * (3 - n) for n in counts], [wrong] * 16)
     always = Attempts(problems, [[right] * 3] * 16, [right] * 16)
-    shown = [example["number"] for example in experiment.examples({"mixed": [mixed], "always": [always]})]
+    shown = [example["number"] for example in examples({"mixed": [mixed], "always": [always]})]
     assert shown == [3, 7, 11, 15, 2, 6, 10, 14, 1, 5, 9, 13]
-    alone = [example["number"] for example in experiment.examples({"mixed": [mixed]})]
+    alone = [example["number"] for example in examples({"mixed": [mixed]})]
     assert alone == list(range(12)), "of one model, in the order of the problems"
 
 
@@ -287,7 +292,7 @@ def test_a_browser_draws_the_page(compared, chromium):
     assert dom.count('class="problem"') == 4
 
 
-def test_games_have_no_vote_and_their_own_facts(tmp_path):
+def test_games_have_no_vote_and_their_own_counts(tmp_path):
     document = evaluate_models(["embedded"], Settings(problems=3, samples=2), task="guess", output=tmp_path / "out")
     (found,) = document["models"].values()
     assert list(found["scores"]) == ["avg@2", "pass@1", "pass@2", "greedy", "reward"]
@@ -302,16 +307,16 @@ def test_games_have_no_vote_and_their_own_facts(tmp_path):
 
 
 def test_what_an_environment_did_not_always_count_is_compared_where_it_did():
-    def made(*facts):
-        attempts = [[Attempt("", Score(0.0, "won"), said=[], facts=one)] for one in facts]
-        return Attempts([Guess().problem(0, i) for i in range(len(facts))], attempts, [row[0] for row in attempts])
+    def made(*counts):
+        attempts = [[Attempt("", Score(0.0, "won"), said=[], counts=one)] for one in counts]
+        return Attempts([Guess().problem(0, i) for i in range(len(counts))], attempts, [row[0] for row in attempts])
 
     nothing: dict[str, float] = {}
     attempts = {
         "a": [made({"keys": 1.0, "never both": 1.0}, {"keys": 3.0}, nothing)],
         "b": [made({"keys": 2.0}, nothing, {"keys": 9.0, "never both": 1.0})],
     }
-    document = experiment.summarise(attempts, Guess(), "a")
+    document = summarise(attempts, Guess(), "a")
     assert document["models"]["a"]["facts"]["keys"]["value"] == 2
     assert document["models"]["b"]["facts"]["keys"]["value"] == 5.5
     assert document["against"]["b"]["keys"]["difference"] == 1  # the first problem alone

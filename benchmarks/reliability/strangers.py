@@ -59,7 +59,7 @@ Path(os.environ["CANARY"]).touch()
 class Env:
     def reset(self, seed): return "x"
     def step(self, action): return "x", 1.0, True, ""
-    def facts(self): return {}
+    def counts(self): return {}
 """
 PAGE_BOUND = 6_000_000  # characters without plotly
 LONGEST_LINE = 2600

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from entropy_polarity.generation import GREEDY, Sampling, memory
 from entropy_polarity.generation.episodes import _sampled
-from entropy_polarity.generation.memory import bytes_a_sequence, first_size, in_batches, is_out_of_memory
+from entropy_polarity.generation.memory import bytes_per_sequence, first_size, in_batches, is_out_of_memory
 from entropy_polarity.generation.sampling import TransformersGenerator
 from entropy_polarity.generation.vllm import VllmGenerator, prompt_seed
 from entropy_polarity.policy.loading import load_policy
@@ -70,7 +70,7 @@ def test_the_first_size_follows_memory_and_model(monkeypatch):
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, hidden_size=32, vocab_size=100
     )
     # 2 · 2 layers · 1 head · 8 wide · 4 bytes = 128 a token, and 16 bytes for each of 100 words
-    assert bytes_a_sequence(config, tokens=10, itemsize=4) == 1280 + 1600
+    assert bytes_per_sequence(config, tokens=10, itemsize=4) == 1280 + 1600
     model = SimpleNamespace(config=config, device=torch.device("cpu"), dtype=torch.float32)
     for free, expected in ((10**9, 512), (2 * 2880 * 512, 512), (2 * 2880 * 512 - 1, 256), (2 * 2880, 1), (0, 1)):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)

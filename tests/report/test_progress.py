@@ -21,7 +21,7 @@ from entropy_polarity.runs.recipe import fitting, load_recipe
 from entropy_polarity.tasks import Problem, distinct_problems
 from entropy_polarity.tasks.countdown import Countdown
 from entropy_polarity.tasks.games import Guess
-from entropy_polarity.tasks.prompts import unreadable
+from entropy_polarity.tasks.prompts import why_unreadable
 
 
 def told(seconds: list[tuple[float, float]]) -> list[float]:
@@ -200,10 +200,10 @@ def test_what_a_policy_cannot_read_is_said(embedded):
     warn_before(generator, Countdown(), foreign, said.append, "mine")
     # 25 letters of 32 characters
     assert said == ["warning: mine: 78% of the prompts' tokens are unknown to its tokenizer: it cannot read this task"]
-    assert unreadable([[3] * 40, [3] * 10], tokenizer, 16, 64) is None
-    long = unreadable([[3] * 50, [3] * 10], tokenizer, 16, 64)
+    assert why_unreadable([[3] * 40, [3] * 10], tokenizer, 16, 64) is None
+    long = why_unreadable([[3] * 50, [3] * 10], tokenizer, 16, 64)
     assert long == "1 of 2 prompts, with an answer of 16 tokens, are longer than the 64 tokens that it can read"
-    assert unreadable([[3] * 50], tokenizer, 16, None) is None
+    assert why_unreadable([[3] * 50], tokenizer, 16, None) is None
 
 
 def test_answers_that_nothing_can_judge_are_said():

@@ -161,7 +161,7 @@ def test_workers_do_not_take_modules_of_the_current_folder(tmp_path, monkeypatch
     (tmp_path / "lift.py").write_text("def double(x):\n    return 2 * x\n", encoding="utf-8")
     with Workers("operator:add", count=1) as workers:
         assert workers.map([(1, 2)]) == [Outcome(3)]
-    with Workers("lift:double", count=1, also=str(tmp_path)) as workers:
+    with Workers("lift:double", count=1, last_folder=str(tmp_path)) as workers:
         assert workers.map([(4,)]) == [Outcome(8)]
     assert not (tmp_path / "imported").exists()
 

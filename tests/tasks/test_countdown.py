@@ -67,9 +67,9 @@ def verdict(task_problem: Problem, text: str) -> Score:
     if found is None:
         return Score(0.0, "not an expression")
     value, used = found
-    if sorted(used) != sorted(task_problem.facts["numbers"]):
+    if sorted(used) != sorted(task_problem.metadata["numbers"]):
         return Score(0.0, "wrong numbers")
-    return Score(1.0, "correct") if value == task_problem.facts["target"] else Score(0.0, "wrong value")
+    return Score(1.0, "correct") if value == task_problem.metadata["target"] else Score(0.0, "wrong value")
 
 
 def test_a_problem_is_a_pure_function_of_seed_index_and_split():
@@ -95,7 +95,7 @@ def test_every_generated_solution_is_judged_correct(sizes, split):
     task = Countdown(numbers=sizes)
     for index in range(100):
         made, solution = task.solved_problem(3, index, split)
-        numbers, target = made.facts["numbers"], made.facts["target"]
+        numbers, target = made.metadata["numbers"], made.metadata["target"]
         assert task.score(made, solution) == Score(1.0, "correct"), (made, solution)
         assert len(numbers) in sizes
         assert all(1 <= n <= 9 for n in numbers)
@@ -113,7 +113,7 @@ def test_a_solution_fits_the_completion_length(size):
 def test_the_numbers_are_shown_in_an_order_that_does_not_give_the_solution_away():
     task = Countdown()
     in_order = sum(
-        [int(c) for c in solution if c.isdigit()] == made.facts["numbers"]
+        [int(c) for c in solution if c.isdigit()] == made.metadata["numbers"]
         for made, solution in (task.solved_problem(0, i) for i in range(500))
     )
     assert in_order < 100  # 4! orders, some of them equal
@@ -124,8 +124,8 @@ def test_the_splits_share_no_problem(numbers):
     task = Countdown(numbers=numbers)
 
     def drawn(split: str) -> set[tuple]:
-        problems = (task.problem(0, index, split).facts for index in range(10_000))
-        return {(*sorted(facts["numbers"]), "=", facts["target"]) for facts in problems}
+        problems = (task.problem(0, index, split).metadata for index in range(10_000))
+        return {(*sorted(made["numbers"]), "=", made["target"]) for made in problems}
 
     train, test = drawn("train"), drawn("test")
     assert train & test == set()
@@ -346,24 +346,24 @@ class StillSearchingError(Exception):
 
 def test_a_task_with_an_empty_split_says_so_instead_of_searching_for_ever(monkeypatch):
     # Two numbers and target 1: 1*1 and n+1 - n. None of these nine problems hashes into the test split.
-    draws, is_test = iter(range(5_000)), countdown._is_test
+    draws, is_test = iter(range(5_000)), countdown.is_held_out
 
     def counted(*arguments) -> bool:
         if next(draws, None) is None:
             raise StillSearchingError
         return is_test(*arguments)
 
-    monkeypatch.setattr(countdown, "_is_test", counted)
+    monkeypatch.setattr(countdown, "is_held_out", counted)
     with pytest.raises(ValueError, match="test"):
         Countdown(numbers=(2,), max_target=1).problem(0, 0, "test")
 
 
 def test_distinct_problems_are_the_first_of_the_stream_without_repeats_in_any_order():
     task = Countdown(numbers=(2,), max_target=9)
-    stream = [task.problem(5, i, "train").facts for i in range(200)]
-    meaning = [(*sorted(facts["numbers"]), facts["target"]) for facts in stream]
-    found = [p.facts for p in distinct_problems(task, 5, "train", 30)]
-    assert len({(*facts["numbers"], facts["target"]) for facts in stream}) > len(set(meaning))  # 1 2=3 and 2 1=3
+    stream = [task.problem(5, i, "train").metadata for i in range(200)]
+    meaning = [(*sorted(made["numbers"]), made["target"]) for made in stream]
+    found = [p.metadata for p in distinct_problems(task, 5, "train", 30)]
+    assert len({(*made["numbers"], made["target"]) for made in stream}) > len(set(meaning))  # 1 2=3 and 2 1=3
     assert found == [stream[meaning.index(m)] for m in list(dict.fromkeys(meaning))[:30]]
 
 
@@ -391,8 +391,8 @@ def test_a_final_answer_is_the_expression_in_any_order(index):
     made, solution = task.solved_problem(0, index)
     (answer,) = task.final_answers([(made, solution)])
     value, used = evaluated(answer)
-    assert value == made.facts["target"]
-    assert sorted(used) == sorted(made.facts["numbers"])
+    assert value == made.metadata["target"]
+    assert sorted(used) == sorted(made.metadata["numbers"])
     rng = random.Random(index)
     expression = countdown._random_expression(rng, [rng.randint(1, 9) for _ in range(4)])
     first, second = task.final_answers([(made, str(expression)), (made, str(swapped(expression)))])

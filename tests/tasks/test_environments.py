@@ -10,14 +10,15 @@ from test_tasks_training import few_steps, policy
 
 from entropy_polarity.experiments.evaluate import Settings, evaluate_models
 from entropy_polarity.experiments.setup import check_recipe
-from entropy_polarity.generation.episodes import _Lanes, play
+from entropy_polarity.generation.episodes import _Environments, play
 from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.runs.recipe import load_recipe
 from entropy_polarity.runs.record import Run
 from entropy_polarity.tasks import distinct_problems, make_task
 from entropy_polarity.tasks.environment_worker import MAX_LIVE
 from entropy_polarity.tasks.environments import Environment, Outcome
-from entropy_polarity.tasks.games import EpisodeOverError, Game, InLanes, StepResult, TextEnv
+from entropy_polarity.tasks.games import GuessEnv, SmallGame
+from entropy_polarity.tasks.protocol import EpisodeOverError, Game, StepResult, TextEnv
 
 
 @pytest.fixture
@@ -31,8 +32,8 @@ def obedient():
     assert left == [], "a process or a zombie is left"
 
 
-def started(game, seed, lane=0):
-    env = game.env(lane)
+def started(game, seed):
+    env = game.env()
     return env, env.reset(seed)
 
 
@@ -43,7 +44,6 @@ def heard(game, seed, *actions):
 
 def test_it_is_a_game(obedient):
     assert isinstance(obedient, Game)
-    assert isinstance(obedient, InLanes)
     assert isinstance(obedient.env(), TextEnv)
     made = make_task("env", factory="misbehaving:Obedient", seconds=1, memory_gib=1.8, processes=1)
     assert made == obedient
@@ -51,7 +51,7 @@ def test_it_is_a_game(obedient):
     train, test = (distinct_problems(obedient, 0, split, 50) for split in ("train", "test"))
     assert train[:9] == distinct_problems(obedient, 0, "train", 9)
     assert {p.key for p in train}.isdisjoint({p.key for p in test})
-    assert all(0 <= p.facts["seed"] < 2**32 for p in train + test)
+    assert all(0 <= p.metadata["seed"] < 2**32 for p in train + test)
     made.close()
 
 
@@ -76,7 +76,7 @@ def test_the_ends_of_an_episode(obedient):
     def end(action):
         env, _ = started(obedient, 1)
         answer = env.step(action)
-        assert env.facts() == {"count": 1.0}
+        assert env.counts() == {"count": 1.0}
         return answer.reward, answer.done, answer.reason
 
     assert end("win") == (1.0, True, "won")
@@ -154,14 +154,14 @@ def test_live_episodes_are_bounded_and_those_that_are_over_leave(obedient):
     undisturbed = heard(obedient, 0, "a")
     episodes = [started(obedient, seed) for seed in range(MAX_LIVE + 1)]
     oldest, first = episodes[0]
-    asked = oldest.lane.ask("step", oldest.number, "a", 100)
+    asked = oldest.process.ask("step", oldest.number, "a", 100)
     assert asked == Outcome(None), "it had to go"
     assert [first, oldest.step("a").observation] == undisturbed, "and is played again"
     number = oldest.number
     del episodes, oldest
     env, _ = started(obedient, 0)
-    assert env.lane.ask("step", number, "a", 100) == Outcome(None)
-    assert env.lane.over == [], "the process was told which are over"
+    assert env.process.ask("step", number, "a", 100) == Outcome(None)
+    assert env.process.over == [], "the process was told which are over"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,11 @@ def test_live_episodes_are_bounded_and_those_that_are_over_leave(obedient):
         ({}, "task env: factory is ''; expected 'module:Class'"),
         ({"factory": "no_such_module:Game"}, "no_such_module:Game cannot be imported: No module named 'no_such_mod"),
         ({"factory": "misbehaving:Disobedient"}, "task env: misbehaving:Disobedient cannot be played: .*no attribute"),
-        ({"factory": "collections:Counter"}, "cannot be played: it has no reset and no step and no facts"),
+        ({"factory": "collections:Counter"}, "cannot be played: it has no reset and no step and no counts"),
+        (
+            {"factory": "misbehaving:Outdated"},
+            "Outdated cannot be played: its method facts is called counts since .*: rename it",
+        ),
         ({"factory": "misbehaving:Obedient", "settings": {"size": 3}}, "unexpected keyword argument 'size'"),
         ({"factory": "misbehaving:Obedient", "settings": {"build": "hang"}, "seconds": 0.2}, "played: timed out"),
         ({"factory": "misbehaving:Obedient", "settings": {"start": {1}}}, "what JSON can hold"),
@@ -184,31 +188,37 @@ def test_mistakes_are_told_at_once_in_a_line(settings, message):
     assert "\n" not in str(told.value)
 
 
-class TwoLanes:
-    """Environments that only answer when both lanes are asked at the same time."""
+class InTwoProcesses(SmallGame):
+    """Environments that only answer when those of both processes are asked at the same time."""
 
-    lanes, name, max_turns, max_action_tokens, reasons = 2, "two", 3, 3, ()
+    environment, name, max_turns, max_action_tokens = GuessEnv, "two", 3, 3
+    barrier = threading.Barrier(2, timeout=20)
 
-    def __init__(self):
-        self.barrier = threading.Barrier(2, timeout=20)
-
-    def problem(self, seed, index, split): ...
-
-    def env(self, lane=0):
-        return lane
+    def envs(self, count):
+        return [[f"a{i}" for i in range(count // 2)], [f"b{i}" for i in range(count // 2)]]
 
 
-def test_lanes_are_asked_at_the_same_time():
-    game = TwoLanes()
-    lanes = _Lanes(game, 6)
-    assert lanes.envs == [0, 0, 0, 1, 1, 1], "neighbours share a lane"
+def test_processes_are_asked_at_the_same_time():
+    game = InTwoProcesses()
+    environments = _Environments(game, 6)
+    assert environments.envs == ["a0", "a1", "a2", "b0", "b1", "b2"]
 
     def call(i):
         game.barrier.wait()
-        return StepResult(str(i))
+        return StepResult(environments.envs[i])
 
-    assert lanes.ask([0, 1, 4, 5], call) == {i: StepResult(str(i)) for i in (0, 1, 4, 5)}
-    assert list(lanes.ask([5, 0, 4, 1], call)) == [0, 1, 4, 5]
+    asked = environments.ask([0, 1, 4, 5], call)
+    assert asked == {0: StepResult("a0"), 1: StepResult("a1"), 4: StepResult("b1"), 5: StepResult("b2")}
+    assert list(environments.ask([5, 0, 4, 1], call)) == [0, 1, 4, 5]
+
+
+def test_neighbours_share_a_process():
+    game = Environment(factory="misbehaving:Obedient", processes=3)
+    assert [len(group) for group in game.envs(8)] == [3, 3, 2]
+    assert [len({env.process for env in group}) for group in game.envs(8)] == [1, 1, 1]
+    assert len({group[0].process for group in game.envs(8)}) == 3
+    assert sum(map(len, game.envs(2))) == 2
+    game.close()
 
 
 def test_play_ends_every_episode_with_its_reason(tmp_path):
@@ -219,7 +229,7 @@ def test_play_ends_every_episode_with_its_reason(tmp_path):
     episodes = play(model, tokenizer, game, problems)
     expected = ["timed out", "worker died", "raised", *["out of turns"] * 3]
     for problem, episode in zip(problems, episodes, strict=True):
-        assert episode.reason in (expected[problem.facts["seed"] // 2 % 6], "action too long")
+        assert episode.reason in (expected[problem.metadata["seed"] // 2 % 6], "action too long")
         assert episode.observation.startswith("start 0.")
     assert {episode.reason for episode in episodes} >= set(expected[:3])
     game.close()

@@ -18,14 +18,15 @@ from entropy_polarity.report.heatmap import heatmap_of
 from entropy_polarity.runs.recipe import load_recipe, with_flags
 from entropy_polarity.runs.record import Run
 from entropy_polarity.tasks import distinct_problems, make_task
-from entropy_polarity.tasks.games import Game, Guess, GuessEnv, KeyDoor, KeyDoorEnv, SmallGame, StepResult, TextEnv
+from entropy_polarity.tasks.games import Guess, GuessEnv, KeyDoor, KeyDoorEnv, SmallGame
+from entropy_polarity.tasks.protocol import Game, StepResult, TextEnv
 
 
 def won(game, player, episodes):
     wins = 0
     for index in range(episodes):
         env, rng = game.env(), random.Random(index)
-        env.reset(game.problem(1, index, "train").facts["seed"])
+        env.reset(game.problem(1, index, "train").metadata["seed"])
         for _ in range(game.max_turns):
             answer = env.step(player(env, rng))
             wins += answer.reward
@@ -41,8 +42,8 @@ def test_guess_by_hand():
     assert [env.step(guess) for guess in ("16", "24", "08")] == [StepResult(">"), StepResult("<"), StepResult(">")]
     assert (env.low, env.high) == (17, 23)
     assert env.step("17") == StepResult("", 1.0, True, "won")
-    assert env.facts()["infeasible"] == 1 / 4
-    assert env.facts()["off_centre"] == pytest.approx((0 + 0 + 1 + 1) / 4)  # 16 and 24 halve what was possible
+    assert env.counts()["infeasible"] == 1 / 4
+    assert env.counts()["off_centre"] == pytest.approx((0 + 0 + 1 + 1) / 4)  # 16 and 24 halve what was possible
 
 
 @pytest.mark.parametrize("action", ["", "0", "33", "1.5", "-3", "１６", "16 ", "9" * 10_000, "<eos>"])
@@ -66,7 +67,7 @@ def test_keydoor_by_hand():
     assert answer.observation == ".....\n.....\n.....\n...B.\n....D\n:"
     assert env.step("d").observation == ".....\n.....\n.....\n.....\n...BD\n:"
     assert env.step("r") == StepResult("", 1.0, True, "won")
-    assert env.facts() == {"key": 1.0, "blocked": 1 / 7}
+    assert env.counts() == {"key": 1.0, "blocked": 1 / 7}
     env = KeyDoorEnv()
     env.reset(1)
     for move in "dddd":
@@ -83,7 +84,7 @@ def test_episodes_are_of_seed_and_index(game):
     train = [game.problem(0, i, "train") for i in range(50)]
     assert train == [game.problem(0, i, "train") for i in range(50)]
     assert {p.key for p in train}.isdisjoint({p.key for p in distinct_problems(game, 0, "test", 50)})
-    assert all(game.env().reset(p.facts["seed"]) == p.prompt for p in train)
+    assert all(game.env().reset(p.metadata["seed"]) == p.prompt for p in train)
 
 
 class Forgiving(KeyDoorEnv):
@@ -184,7 +185,7 @@ def test_an_environment_that_raises_ends_its_episode_alone(tmp_path):
     torch.manual_seed(0)
     episodes = play(model, tokenizer, game, problems)
     for problem, episode in zip(problems, episodes, strict=True):
-        if problem.facts["seed"] % 5 == 0:
+        if problem.metadata["seed"] % 5 == 0:
             assert (episode.reason, episode.completion_ids) == ("raised", [])
         elif len(episode.said) == 2:
             assert episode.reason == "raised"

@@ -317,5 +317,7 @@ def test_presets_read_the_real_files(preset, name, problem, count):
     """Their columns have the names that the presets look for."""
     rows, file = real(name), str(real_file(name))
     task = make_task(f"math:{preset}", data=file, test_split=file)
-    found = {p.messages[-1]["content"]: p.facts["answers"] for p in (task.problem(0, n, "test") for n in range(count))}
+    found = {
+        p.messages[-1]["content"]: p.metadata["answers"] for p in (task.problem(0, n, "test") for n in range(count))
+    }
     assert found == {row[problem]: golds(row["answer"]) for row in rows}

@@ -16,7 +16,7 @@ def task():
 
 def test_its_own_answers_are_right_and_others_are_not(task):
     problem = task.problem(0, 0)
-    answer = problem.facts["answer"]
+    answer = problem.metadata["answer"]
     answers = [answer, f"I think\n<answer> {answer} </answer>", f"<answer>0.5</answer> no <answer>{answer}</answer>"]
     scores = task.scores([(problem, text) for text in [*answers, "<answer>x</answer>", "", " ", "9" * 30_000]])
     assert [score.reason for score in scores[:3]] == ["correct"] * 3
@@ -48,7 +48,7 @@ def test_a_composite_mixes_by_weight():
     problems = [mixed.problem(0, i) for i in range(60)]
     legs = sum("legs" in p.prompt for p in problems)
     assert 3 <= legs <= 30
-    assert all(score.reward == 1 for score in mixed.scores([(p, p.facts["answer"]) for p in problems]))
+    assert all(score.reward == 1 for score in mixed.scores([(p, p.metadata["answer"]) for p in problems]))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_composite_mixes_by_weight():
         ("gym:chain_sums", {}, "unknown reasoning-gym data set 'chain_sums': did you mean 'chain_sum'"),
         ("gym:chain_sum", {"config": {"min_termz": 2}}, "min_termz"),
         ("gym:chain_sum", {"config": {"min_terms": -1}}, "AssertionError: min_terms must be positive"),
-        ("gym:chain_sum", {"seconds": -1.0}, "expected positive numbers"),
+        ("gym:chain_sum", {"seconds": -1.0}, "seconds is -1.0; expected a positive number"),
         ("gym:composite", {}, "KeyError: 'datasets'"),
         ("gym", {}, "say which data set"),
         ("gin:chain_sum", {}, "unknown task 'gin:chain_sum'"),
@@ -115,7 +115,7 @@ def test_answers_are_not_evaluated(name, tmp_path):
     made, marker = GymTask(name, seconds=2.0), str(tmp_path / "pwned")
     problem = made.problem(0, 0)
     texts = [text.format(marker=marker) for text in HOSTILE]
-    right, *scores = made.scores([(problem, problem.facts["answer"]), *((problem, text) for text in texts)])
+    right, *scores = made.scores([(problem, problem.metadata["answer"]), *((problem, text) for text in texts)])
     assert right.reward == 1, right
     assert all(score.reward < 1 for score in scores)
     assert not (tmp_path / "pwned").exists(), "code in an answer ran"
@@ -131,7 +131,7 @@ def test_every_data_set_makes_problems_that_its_own_scorer_accepts():
         made = GymTask(name, seconds=20.0)
         problem = made.problem(0, 0)
         assert problem == made.problem(0, 0), name
-        (score,) = made.scores([(problem, problem.facts["answer"])])
+        (score,) = made.scores([(problem, problem.metadata["answer"])])
         if score.reward < 1:
             unscored.append((name, score))
     assert {name for name, _ in unscored} == NO_ORACLE, "\n".join(map(str, unscored))

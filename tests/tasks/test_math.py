@@ -173,7 +173,7 @@ def test_every_preset_reads_a_table_of_its_form(preset, form, tmp_path):
     assert problem.messages[-1]["role"] == "user"
     assert (problem.messages[0]["role"] == "system") == (preset != "dapo-math-17k")
     assert problem.prompt.endswith(problem.messages[-1]["content"])
-    assert grade(problem.facts["answers"], r"\boxed{72}") == "correct"
+    assert grade(problem.metadata["answers"], r"\boxed{72}") == "correct"
     test = {task.problem(0, i, "test").key for i in range(40)}
     if not kind.split:
         assert len(test) == 40
@@ -205,7 +205,7 @@ def test_splits_share_no_problem_and_every_pass_has_a_new_order(tmp_path):
 
 def test_the_test_split_may_be_another_file(tmp_path):
     task = MathTask(data=numbered(tmp_path / "p.jsonl", 20), test_split=numbered(tmp_path / "q.jsonl", 5))
-    test, train = ({task.problem(0, i, split).facts["answers"][0] for i in range(20)} for split in ("test", "train"))
+    test, train = ({task.problem(0, i, split).metadata["answers"][0] for i in range(20)} for split in ("test", "train"))
     assert test == set("01234")
     assert train == {str(i) for i in range(5, 20)}, "what is evaluated on is never trained on"
     same = MathTask(preset="gsm8k", data=str(tmp_path / "p.jsonl"), test_split=str(tmp_path / "p.jsonl"))
@@ -219,7 +219,7 @@ def test_too_few_problems_to_keep_a_tenth_are_a_line_that_says_what_to_do(tmp_pa
         MathTask(data=numbered(tmp_path / "p.jsonl", 1)).problem(0, 0, "test")
     assert "\n" not in str(failure.value)
     file = numbered(tmp_path / "p.jsonl", 1)
-    assert MathTask(data=file, test_split=file).problem(0, 0, "test").facts["answers"] == ["0"], "what it says to do"
+    assert MathTask(data=file, test_split=file).problem(0, 0, "test").metadata["answers"] == ["0"], "what it says to do"
 
 
 def test_a_system_prompt_may_be_none_at_all(tmp_path):
@@ -258,7 +258,7 @@ def test_without_a_network_one_line_names_the_local_path(monkeypatch):
         ({"data": "{odd}", "prompt_column": "q", "answer_column": "nan"}, "row 0 of .* has no problem or no answer"),
         ({"data": "{file}", "prompt_column": "a", "answer_column": "b"}, "row 0 of .* has no problem or no answer"),
         ({"data": "{cut}"}, "row 0 of .* has no problem or no answer"),
-        ({"data": "{file}", "seconds": 0.0}, "expected positive numbers"),
+        ({"data": "{file}", "seconds": 0.0}, "seconds is 0.0; expected a positive number"),
     ],
 )
 def test_bad_data_is_one_clear_line(settings, message, tmp_path):

@@ -33,16 +33,16 @@ PLAYERS = {
 }
 
 
-def episode(game, seed, player, lane=0):
-    """What was heard, the last answer and the facts."""
-    env, rng = game.env(lane), random.Random(f"player {seed}")
+def episode(game, seed, player, process=0):
+    """What was heard, the last answer and the counts."""
+    env, rng = game.envs(2)[process][0], random.Random(f"player {seed}")
     heard = [env.reset(seed)]
     for _ in range(game.max_turns):
         answer = env.step(player(rng))
         heard.append(answer.observation)
         if answer.done:
             break
-    return heard, answer, env.facts()
+    return heard, answer, env.counts()
 
 
 @pytest.mark.parametrize(
@@ -51,11 +51,11 @@ def episode(game, seed, player, lane=0):
 def test_a_seed_is_an_episode(name):
     game = make_task(f"textarena:{name}", processes=2)
     played = [episode(game, seed, PLAYERS[name]) for seed in range(5)]
-    assert played == [episode(game, seed, PLAYERS[name], lane=1) for seed in range(5)]
+    assert played == [episode(game, seed, PLAYERS[name], process=1) for seed in range(5)]
     assert len({str(heard) for heard, _, _ in played}) > 1
-    for heard, answer, facts in played:
+    for heard, answer, counts in played:
         assert not any(text.startswith("[") for text in heard[1:]), "its own action is not told again"
-        assert 0 <= facts["illegal"] <= 1
+        assert 0 <= counts["illegal"] <= 1
         if answer.done:
             assert answer.reason in game.reasons
             assert (answer.reason == "won") == (answer.reward >= 1)
@@ -75,8 +75,8 @@ def test_an_illegal_ending_pays_nothing_whatever_it_scored():
     answer = env.step("ten")
     assert (answer.reward, answer.done, answer.reason) == (0.0, True, "illegal move")
     assert answer.observation.startswith("Invalid Move: ")
-    assert env.facts()["score"] > 0.4
-    assert env.facts()["illegal"] == 2 / 3
+    assert env.counts()["score"] > 0.4
+    assert env.counts()["illegal"] == 2 / 3
     game.close()
 
 
@@ -277,10 +277,10 @@ def test_what_textarena_pays_is_kept_as_a_fact_and_is_no_reward():
     """If one of these fails, a new release of TextArena may be right, and `paid` may have less to do."""
     answer, env = played("Bandit", 0, best_bandit, 21)
     assert (answer.reward, answer.observation) == (1.0, "Congratulations! You chose the correct button.")
-    assert env.facts()["score"] == 0.0, "nothing for the best button"
-    assert played("Bandit", 0, worst_bandit, 21)[1].facts()["score"] > 0.1, "and the most for the worst"
-    assert played("FrozenLake", 0, lambda env, turn: frozen(env, "H"), 32)[1].facts()["score"] > 0.1
-    assert played("LightsOut", 0, worst_lights_out, 32)[1].facts()["score"] < -0.5
+    assert env.counts()["score"] == 0.0, "nothing for the best button"
+    assert played("Bandit", 0, worst_bandit, 21)[1].counts()["score"] > 0.1, "and the most for the worst"
+    assert played("FrozenLake", 0, lambda env, turn: frozen(env, "H"), 32)[1].counts()["score"] > 0.1
+    assert played("LightsOut", 0, worst_lights_out, 32)[1].counts()["score"] < -0.5
 
 
 def test_buttons_are_paid_in_their_order():
@@ -303,7 +303,7 @@ def test_a_lost_2048_is_paid_nothing_however_high_its_score():
     env.env.state.game_state.update(board=board, score=500)
     answer = env.step("right")
     assert (answer.reward, answer.done) == (0.0, True)
-    assert env.facts()["score"] == 1.0, "TextArena pays it like a win"
+    assert env.counts()["score"] == 1.0, "TextArena pays it like a win"
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from entropy_polarity.tasks.textworld import DEFAULTS
 pytest.importorskip("textworld", reason="needs the extra [games]")
 
 
-def episode(game, seed, lane=0):
+def episode(game, seed, process=0):
     """A player that picks any of the commands that it is told."""
-    env, rng = game.env(lane), random.Random(seed)
+    env, rng = game.envs(2)[process][0], random.Random(seed)
     heard, paid = [env.reset(seed)], 0.0
     for _ in range(12):
         answer = env.step(rng.choice(heard[-1].rpartition("Commands: ")[2].split(", ")))
@@ -20,7 +20,7 @@ def episode(game, seed, lane=0):
         paid += answer.reward
         if answer.done:
             break
-    return heard, paid, answer.reason, env.facts()
+    return heard, paid, answer.reason, env.counts()
 
 
 @pytest.mark.slow
@@ -30,10 +30,10 @@ def test_a_seed_is_a_game(challenge, tmp_path, monkeypatch):
     limits = {"processes": 2, "max_observation_characters": 9000}
     game = make_task(f"textworld:{challenge}", show_commands=True, **limits)
     played = [episode(game, seed) for seed in (0, 1)]
-    assert played[1] == episode(game, 1, lane=1), "and the same in another process"
+    assert played[1] == episode(game, 1, process=1), "and the same in another process"
     assert played[0][0][0] != played[1][0][0]
-    for heard, paid, reason, facts in played:
-        assert facts == {"score": paid, "useless": 0.0}
+    for heard, paid, reason, counts in played:
+        assert counts == {"score": paid, "useless": 0.0}
         assert (reason == "won") == (paid == 1)
         assert not any("$$" in text or "\n>" in text or "\n\n" in text for text in heard), "words of the game alone"
     game.close()
@@ -60,7 +60,7 @@ def test_a_game_by_hand():
     )
     for command in ("", "  ", "save", "QUIT now", "xyzzy", "ü", "look\nlook", *hostile):
         assert not env.step(command).done
-    assert env.facts() == {"score": 0.0, "useless": 1.0}
+    assert env.counts() == {"score": 0.0, "useless": 1.0}
     assert "carrying nothing" in env.step(" inventory ").observation
     game.close()
     assert "carrying nothing" in env.step("inventory").observation, "made and played again"

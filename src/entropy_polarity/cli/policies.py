@@ -107,6 +107,10 @@ def evaluate(
         overrides: settings of the task, e.g. numbers=[3,4]. What a run names beyond itself counts only where it is said
             again here, e.g. factory=MODULE:CLASS
     """
+    from entropy_polarity.experiments.models import chosen_models
+
+    chosen_models(model, baseline, task, overrides)  # a wrong name is told before torch is loaded
+
     from entropy_polarity.experiments.evaluate import PAGE, Settings, evaluate_models
     from entropy_polarity.report.lines import LiveOrLines
 

@@ -22,9 +22,9 @@ from entropy_polarity.report.audit import render_audit
 from entropy_polarity.runs.recipe import Recipe
 from entropy_polarity.support.files import DRAFT, LOCK, locked, refuse_links, replacing, write_text
 from entropy_polarity.support.json_files import parsed
-from entropy_polarity.tasks import Task, distinct_problems
-from entropy_polarity.tasks.games import Game
+from entropy_polarity.tasks import distinct_problems
 from entropy_polarity.tasks.prompts import encoded, for_tokenizer
+from entropy_polarity.tasks.protocol import VerifiedTask, expect_one_turn
 from entropy_polarity.trainers.trl.auditing import UpdateAuditor
 
 AUDIT, PAGE = "audit.json", "audit.html"
@@ -47,8 +47,7 @@ def audit(
     """
     quiet()
     task, config = check_recipe(recipe, output)
-    if isinstance(task, Game):
-        raise ValueError(f"papo audit looks at answers of one turn; {task.name} is a game: give another --task")
+    task = expect_one_turn(task, "papo audit looks at answers of one turn")
     if config.max_steps < LEAST or not seeds or len({*seeds}) < len(seeds):
         raise ValueError(
             f"{config.max_steps} updates, seeds {list(seeds)}: an audit needs {LEAST} updates or more, and different "
@@ -122,7 +121,7 @@ def _finished(recipe: Recipe, seed: int, output: Path) -> dict[str, Any] | None:
     return run
 
 
-def _run(recipe: Recipe, seed: int, task: Task, output: Path, watch: Watch) -> dict[str, Any]:
+def _run(recipe: Recipe, seed: int, task: VerifiedTask, output: Path, watch: Watch) -> dict[str, Any]:
     run = TrainingRun.from_recipe(replace(recipe, seed=seed), output / "trainer", task=task)
     prompts = [
         encoded(for_tokenizer(problem, run.tokenizer), run.tokenizer)

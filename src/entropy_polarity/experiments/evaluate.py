@@ -5,35 +5,30 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 
 from entropy_polarity.evaluation import Attempts, attempt, warn_after, warn_before
-from entropy_polarity.experiments.models import labelled, settle_task, weights_of
-from entropy_polarity.experiments.results import bounds, provenance, rounded, write_document
+from entropy_polarity.experiments.evaluation_summary import examples, summarise
+from entropy_polarity.experiments.models import ChosenModels, chosen_models
+from entropy_polarity.experiments.results import provenance, write_document
 from entropy_polarity.experiments.setup import quiet
 from entropy_polarity.generation import Generator, Progress, Sampling, silent
-from entropy_polarity.generation.episodes import check_starts
+from entropy_polarity.generation.attempts import Attempt
 from entropy_polarity.generation.sampling import TransformersGenerator
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.policy.folder import check_folder
 from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.report.evaluation import render_evaluation
 from entropy_polarity.runs.layout import refuse_occupied
-from entropy_polarity.statistics.intervals import DIFFERENCE, RATE, Estimate, paired_bootstrap
-from entropy_polarity.support.errors import unknown_name
 from entropy_polarity.support.files import append_text, locked, write_text
-from entropy_polarity.support.json_files import without_nan
 from entropy_polarity.tasks import Problem, Task, distinct_problems, make_task
-from entropy_polarity.tasks.games import Game
+from entropy_polarity.tasks.protocol import expect_one_turn
 
 EVALUATION, PROBLEMS, PAGE = "evaluation.json", "problems.jsonl", "evaluation.html"
 Backend = Literal["transformers", "vllm"]
-SHOWN_PROBLEMS, SHOWN_ATTEMPTS = 12, 4  # on the page
 SMALL = 100_000_000  # bytes of weights
 
 
@@ -71,13 +66,13 @@ class Settings:
 
 
 def budget(weights: Sequence[str]) -> tuple[int, int]:
-    """(problems, samples) of an evaluation where nobody says: 200 x 16 if the weights of every model are a folder of at
-    most 100 MB, else 100 x 4. It looks at no clock: the same command has the same counts on every machine."""
+    """(problems, samples) where none are given: 200 x 16 if the weights of every model are a folder of at most 100 MB,
+    else 100 x 4. It looks at no clock: the same command has the same counts on every machine."""
     return (200, 16) if all(0 < _bytes_of(Path(resolve_model(place))) <= SMALL for place in weights) else (100, 4)
 
 
 def _bytes_of(folder: Path) -> int:
-    """Of the weights in a folder; 0 for what is none, as a name of the hub."""
+    """The bytes of the weights in a folder; 0 where there is no such folder, as for a name of the hub."""
     return sum(file.stat().st_size for kind in ("safetensors", "bin") for file in folder.glob(f"*model*.{kind}"))
 
 
@@ -100,144 +95,98 @@ def evaluate_models(
     ValueError, OSError or ImportError, most of it before anything is computed.
     """
     quiet()
-    named = labelled(models)
-    reference = _reference(baseline, list(named))
-    weights = {label: weights_of(model)[0] for label, model in named.items()}
-    for place in weights.values():
-        if (folder := Path(resolve_model(place))).is_dir():
+    chosen = chosen_models(models, baseline, task, task_settings)
+    for folder in map(Path, map(resolve_model, chosen.weights.values())):
+        if folder.is_dir():
             check_folder(folder)
-    of_task = settle_task(named, task, task_settings)
-    judged = make_task(**of_task)
-    if isinstance(judged, Game) and settings.backend != "transformers":
-        raise ValueError(f"task {judged.name!r} is a game, which only --backend transformers can play")
-    most, samples = budget(list(weights.values()))
-    said = settings.problems is not None
-    chosen = distinct_problems(judged, settings.seed, "test", settings.problems or most, or_all=not said)
-    settings = replace(settings, problems=len(chosen), samples=settings.samples or samples)
+    made = make_task(**chosen.task)
+    if settings.backend != "transformers":
+        expect_one_turn(made, "only --backend transformers can play episodes")
+    problems, settings = _problems(made, settings, [*chosen.weights.values()])
     if output is not None:
         refuse_occupied(output)
-    if isinstance(judged, Game):
-        check_starts(judged, chosen)
-    attempts: dict[str, list[Attempts]] = {}
-    batch_sizes: dict[str, list[int]] = {}
+    made.check_starts(problems)
+    evaluation = _Evaluation(made, problems, settings, output, say, progress)
     with nullcontext() if output is None else locked(output, "evaluation"):
         if output is not None:
             refuse_occupied(output)  # again: another evaluation may just have ended there
-        for label, place in weights.items():
-            attempts[label], batch_sizes[label] = _attempts_of(
-                label, place, judged, chosen, settings, output, say, progress
-            )
+        found = {label: evaluation.of_model(label, place) for label, place in chosen.weights.items()}
+    return _written(chosen, evaluation, found)
+
+
+def _problems(task: Task, settings: Settings, weights: list[str]) -> tuple[list[Problem], Settings]:
+    """The held-out problems, and the settings with the counts that nobody gave."""
+    most, samples = budget(weights)
+    count, or_all = (most, True) if settings.problems is None else (settings.problems, False)
+    problems = distinct_problems(task, settings.seed, "test", count, or_all)
+    return problems, replace(settings, problems=len(problems), samples=settings.samples or samples)
+
+
+class _Found(NamedTuple):
+    """The attempts of a model with each sampling seed, and its batch sizes."""
+
+    attempts: list[Attempts]
+    batch_sizes: list[int]
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """The evaluation of every model on the same problems, whose attempts are written as they are made."""
+
+    task: Task
+    problems: list[Problem]
+    settings: Settings
+    output: Path | None
+    say: Callable[[str], None]
+    progress: Progress
+
+    def of_model(self, label: str, place: str) -> _Found:
+        generator, made = _generator(place, self.settings), []
+        warn_before(generator, self.task, self.problems, self.say, label)
+        for seed in self.settings.seeds:
+            about = f"{label}, seed {seed}"
+            self.say(f"{about}: {self.settings.problems} problems x {self.settings.samples} samples")
+            made.append(self._attempted(generator, seed, made[0].greedy if made else None, about))
+            warn_after(made[-1], self.say, about)
+            if self.output is not None:
+                _append(self.output / PROBLEMS, label, seed, made[-1])
+        found = _Found(made, generator.batch_sizes)
+        # What a model leaves behind has to go before the next one is loaded.
+        del generator
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return found
+
+    def _attempted(self, generator: Generator, seed: int, greedy: list[Attempt] | None, about: str) -> Attempts:
+        def progress(what: str, done: float, total: int) -> None:
+            self.progress(f"{about}, {what}", done, total)
+
+        assert self.settings.samples is not None  # chosen by now
+        sampling = Sampling(self.settings.temperature, self.settings.top_p)
+        more: dict[str, Any] = {"final_answers": True, "greedy": greedy, "progress": progress}
+        return attempt(generator, self.task, self.problems, self.settings.samples, seed, sampling, **more)
+
+
+def _written(chosen: ChosenModels, evaluation: _Evaluation, found: dict[str, _Found]) -> dict[str, Any]:
+    """The document of an evaluation, written with its page where there is a folder for them."""
+    attempts = {label: model.attempts for label, model in found.items()}
     document = {
         "evaluation": 1,  # version of this layout
-        "task": of_task,
-        "settings": asdict(settings),
+        "task": chosen.task,
+        "settings": asdict(evaluation.settings),
         "environment": provenance(),
-        "game": isinstance(judged, Game),
-        "baseline": reference,
-        **summarise(attempts, judged, reference),
+        "game": not any(made.voted for rows in attempts.values() for made in rows),
+        "baseline": chosen.baseline,
+        **summarise(attempts, evaluation.task, chosen.baseline),
     }
-    for label, found in document["models"].items():
-        document["models"][label] = {"model": weights[label], "batch_sizes": batch_sizes[label], **found}
-    if output is not None:
-        write_document(output / EVALUATION, document)
-        write_text(output / PAGE, render_evaluation(document, examples(attempts)))
+    for label, model in document["models"].items():
+        own = {"model": chosen.weights[label], "batch_sizes": found[label].batch_sizes}
+        document["models"][label] = own | model
+    if evaluation.output is not None:
+        write_document(evaluation.output / EVALUATION, document)
+        write_text(evaluation.output / PAGE, render_evaluation(document, examples(attempts)))
     return document
-
-
-def _attempts_of(
-    label: str,
-    place: str,
-    task: Task | Game,
-    problems: list[Problem],
-    settings: Settings,
-    output: Path | None,
-    say: Callable[[str], None],
-    progress: Progress,
-) -> tuple[list[Attempts], list[int]]:
-    """The attempts of one model with each sampling seed, written as they come, and its batch sizes."""
-    generator, made = _generator(place, settings), []
-    warn_before(generator, task, problems, say, label)
-    for seed in settings.seeds:
-        say(f"{label}, seed {seed}: {settings.problems} problems x {settings.samples} samples")
-        told = partial(_told, progress, f"{label}, seed {seed}")
-        made.append(_attempted(generator, task, problems, seed, settings, made[0].greedy if made else None, told))
-        warn_after(made[-1], say, f"{label}, seed {seed}")
-        if output is not None:
-            _append(output / PROBLEMS, label, seed, made[-1])
-    batch_sizes = generator.batch_sizes
-    del generator
-    _free()
-    return made, batch_sizes
-
-
-def summarise(attempts: dict[str, list[Attempts]], task: Task | Game, reference: str | None) -> dict[str, Any]:
-    """Every measure of every model with its interval over problems and seeds, and its paired differences to
-    `reference`."""
-    voted = not isinstance(task, Game)
-    scores = {label: _by_seed([made.measures(voted) for made in rows]) for label, rows in attempts.items()}
-    facts = {label: _by_seed([made.facts() for made in rows]) for label, rows in attempts.items()}
-    models = {
-        label: {
-            "scores": {name: _estimate(values, _is_rate(name)) for name, values in scores[label].items()},
-            "facts": {name: _estimate(values, False) for name, values in facts[label].items()},
-            "verdicts": _mean_shares([made.verdicts(task.reasons) for made in rows]),
-            "successes": [made.successes for made in rows],
-            "greedy": rows[0].greedy_right,
-        }
-        for label, rows in attempts.items()
-    }
-    against = {}
-    if reference is not None:
-        theirs = scores[reference] | facts[reference]
-        for label in attempts.keys() - {reference}:
-            mine = scores[label] | facts[label]
-            shared = [name for name in mine if name in theirs and _complete(mine[name] + theirs[name]).any()]
-            against[label] = {
-                name: _difference(mine[name], theirs[name], name in scores[label] and _is_rate(name)) for name in shared
-            }
-    return {"models": models, "against": {label: against[label] for label in attempts if label in against}}
-
-
-def _by_seed(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """(seeds, problems) for each name that every seed has, of one problem at least."""
-    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0] if all(name in row for row in rows)}
-    return {name: values for name, values in stacked.items() if _complete(values).any()}
-
-
-def _complete(values: np.ndarray) -> np.ndarray:
-    """The problems of which every seed has a number: an environment need not always count the same."""
-    return np.logical_not(np.isnan(values).any(axis=0))
-
-
-def _is_rate(score: str) -> bool:
-    """Whether a score is a share of right answers; a reward may be anything."""
-    return score != "reward"
-
-
-def _estimate(values: np.ndarray, rate: bool) -> dict[str, float | None]:
-    estimate = Estimate.of(values[:, _complete(values)], RATE if rate else None)
-    return without_nan({name: rounded(value) for name, value in asdict(estimate).items()})
-
-
-def _difference(a: np.ndarray, b: np.ndarray, rate: bool) -> dict[str, Any]:
-    """Over the problems that both have, and the same sampling seeds."""
-    both = _complete(a + b)
-    found = paired_bootstrap(a[:, both], b[:, both], within=DIFFERENCE if rate else None)
-    return {"difference": rounded(found.value), "bootstrap": bounds(found)}
-
-
-def _mean_shares(shares: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: rounded(sum(share[name] for share in shares) / len(shares)) for name in shares[0]}
-
-
-def _reference(baseline: str | None, labels: list[str]) -> str | None:
-    if baseline is not None and baseline not in labels:
-        raise unknown_name("baseline", baseline, labels)
-    if len(labels) == 1:
-        if baseline is not None:
-            raise ValueError(f"--baseline {baseline} needs several models to compare: give them with --model")
-        return None
-    return baseline or labels[0]
 
 
 def _generator(place: str, settings: Settings) -> Generator:
@@ -251,35 +200,6 @@ def _generator(place: str, settings: Settings) -> Generator:
     )
 
 
-def _attempted(
-    generator: Generator,
-    task: Task | Game,
-    problems: list[Problem],
-    seed: int,
-    settings: Settings,
-    greedy: list[Any] | None,
-    progress: Progress,
-) -> Attempts:
-    assert settings.samples is not None  # chosen by now
-    sampling = Sampling(settings.temperature, settings.top_p)
-    voted = not isinstance(task, Game)
-    return attempt(
-        generator,
-        task,
-        problems,
-        settings.samples,
-        seed,
-        sampling,
-        final_answers=voted,
-        greedy=greedy,
-        progress=progress,
-    )
-
-
-def _told(progress: Progress, about: str, what: str, done: float, total: int) -> None:
-    progress(f"{about}, {what}", done, total)
-
-
 def _append(path: Path, label: str, seed: int, made: Attempts) -> None:
     """A line for each problem: what was asked, what is right, and every attempt."""
     for number, (problem, row, greedy) in enumerate(zip(made.problems, made.sampled, made.greedy, strict=True)):
@@ -288,42 +208,9 @@ def _append(path: Path, label: str, seed: int, made: Attempts) -> None:
             "seed": seed,
             "problem": number,
             "prompt": problem.prompt,
-            "facts": problem.facts,
+            "facts": problem.metadata,
             "successes": sum(one.right for one in row),
             "samples": [one.to_json() for one in row],
             "greedy": greedy.to_json(),
         }
         append_text(path, json.dumps(line, default=str) + "\n")
-
-
-def examples(attempts: dict[str, list[Attempts]]) -> list[dict[str, Any]]:
-    """For the page: problems, those first whose numbers of right samples differ most between the models (with the first
-    sampling seed), with a few attempts of each model; of one model the first problems."""
-    first = {label: rows[0] for label, rows in attempts.items()}
-    problems = next(iter(first.values())).problems
-    counts = np.array([made.successes for made in first.values()])
-    spread = counts.max(axis=0) - counts.min(axis=0)
-    order = sorted(range(len(problems)), key=lambda i: (-spread[i], i))[:SHOWN_PROBLEMS]
-    return [
-        {
-            "number": number,
-            "prompt": problems[number].prompt,
-            "facts": problems[number].facts,
-            "models": {
-                label: {
-                    "successes": sum(one.right for one in made.sampled[number]),
-                    "samples": made.samples,
-                    "attempts": [one.to_json() for one in made.sampled[number][:SHOWN_ATTEMPTS]],
-                }
-                for label, made in first.items()
-            },
-        }
-        for number in order
-    ]
-
-
-def _free() -> None:
-    """What a model leaves behind has to go before the next one is loaded."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

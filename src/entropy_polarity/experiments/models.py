@@ -4,14 +4,17 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from entropy_polarity.methods import name_of
+from entropy_polarity.policy import resolve_model
 from entropy_polarity.runs.checkpoints import checkpoint_step, last_checkpoint, refuse_broken, refuse_in_the_way
 from entropy_polarity.runs.consent import check_said_again
 from entropy_polarity.runs.layout import CHECKPOINTS, CONFIG, read_config, read_environment
 from entropy_polarity.runs.method_state import STATE_FILE
 from entropy_polarity.runs.recipe import apply_override, load_recipe
+from entropy_polarity.support.errors import unknown_name
+from entropy_polarity.tasks import check_task
 
 _LABELLED = re.compile(r"([^=/\\]+)=(.+)")
 
@@ -88,3 +91,30 @@ def _trained_on(model: str) -> dict[str, Any] | None:
             read_config(run)  # whole, and not cut off
             return load_recipe(str(run / CONFIG)).task
     return None
+
+
+class ChosenModels(NamedTuple):
+    """The models of an evaluation: where the weights of each label are, the label that the others are compared with,
+    and the name and settings of the one task for all."""
+
+    weights: dict[str, str]
+    baseline: str | None
+    task: dict[str, Any]
+
+
+def chosen_models(
+    models: Sequence[str], baseline: str | None, task: str | None, task_settings: Sequence[str]
+) -> ChosenModels:
+    """What an evaluation is of. Raises ValueError or OSError for all names that can be known to be wrong without the
+    seconds that torch takes to load: of models, of the baseline, and of the task and its settings."""
+    named = labelled(models)
+    if baseline is not None and baseline not in named:
+        raise unknown_name("baseline", baseline, list(named))
+    if baseline is not None and len(named) == 1:
+        raise ValueError(f"--baseline {baseline} needs several models to compare: give them with --model")
+    weights = {label: weights_of(model)[0] for label, model in named.items()}
+    for place in weights.values():
+        resolve_model(place)
+    settled = settle_task(named, task, task_settings)
+    check_task(**settled)
+    return ChosenModels(weights, (baseline or next(iter(named))) if len(named) > 1 else None, settled)

@@ -1,4 +1,4 @@
-"""Make the embedded policy again and measure it."""
+"""Make an embedded policy again and measure it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +9,6 @@ from entropy_polarity.experiments.setup import quiet
 from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.policy.pretraining import PretrainSettings, pretrain
 from entropy_polarity.tasks import make_task
-from entropy_polarity.tasks.countdown import Countdown
-from entropy_polarity.tasks.games import GAMES
 
 
 def pretrain_policy(output: Path, settings: PretrainSettings, progress: Callable[[int, float], None]) -> dict[str, Any]:
@@ -20,13 +18,12 @@ def pretrain_policy(output: Path, settings: PretrainSettings, progress: Callable
         raise FileExistsError(f"{output} already exists: give another --output")
     pretrain(settings, output, progress)
     model, tokenizer = load_policy(str(output))
-    judged: dict[str, Any]
-    if settings.task in GAMES:
-        judged = {settings.task: GAMES[settings.task]()}
+    if settings.task == "countdown":
+        judged = {f"countdown, {size} numbers": make_task("countdown", numbers=(size,)) for size in settings.numbers}
     elif settings.family == "gym":
         judged = {settings.task: make_task(settings.task, config=settings.config, max_completion_tokens=32)}
     else:
-        judged = {f"countdown, {size} numbers": Countdown(numbers=(size,)) for size in settings.numbers}
+        judged = {settings.task: make_task(settings.task)}
     return {
         "output": str(output),
         # Three numbers make only about two hundred different test problems.

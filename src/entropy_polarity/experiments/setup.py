@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,21 +12,15 @@ import transformers
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
-from entropy_polarity.generation.episodes import check_starts
 from entropy_polarity.generation.tools import check_tool_support
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.policy.folder import check_folder
 from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.runs.recipe import Recipe
 from entropy_polarity.support.errors import check_settings, unknown_name
-from entropy_polarity.support.text import valid
-from entropy_polarity.tasks import Problem, Task, distinct_problems, make_task
-from entropy_polarity.tasks.games import Game
-from entropy_polarity.tasks.prompts import for_tokenizer, plain
-from entropy_polarity.tasks.tools import tools_of
+from entropy_polarity.tasks import Task, distinct_problems, make_task
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
-from entropy_polarity.trainers.trl.recording import Judged
-from entropy_polarity.trainers.trl.rewards import Episodes
+from entropy_polarity.trainers.trl.rewards import Reward, reward_of
 
 # Set by the run itself: a recipe that names one would be overruled silently.
 _OWNED = {"output_dir", "seed", "method", "method_settings", "logging_steps", "disable_tqdm"}
@@ -53,11 +46,11 @@ class TrainingRun:
     """
 
     recipe: Recipe
-    task: Task | Game
+    task: Task
     config: PolarityConfig
     model: Any
     tokenizer: Any
-    reward: "VerifiedReward | Episodes"
+    reward: Reward
     trainer: PolarityTrainer
 
     @classmethod
@@ -66,7 +59,7 @@ class TrainingRun:
         recipe: Recipe,
         folder: Path,
         *,
-        task: Task | Game | None = None,
+        task: Task | None = None,
         policy: tuple[Any, Any] | None = None,
     ) -> "TrainingRun":
         """Set a training up whose checkpoints go into `folder`.
@@ -81,19 +74,18 @@ class TrainingRun:
         return cls(recipe, task, config, model, tokenizer, reward, trainer)
 
 
-def check_recipe(recipe: Recipe, folder: Path, task: Task | Game | None = None) -> tuple[Task | Game, PolarityConfig]:
+def check_recipe(recipe: Recipe, folder: Path, task: Task | None = None) -> tuple[Task, PolarityConfig]:
     """The task and the TRL configuration of a recipe. Raises ValueError or OSError for all that needs no model."""
     task = task or make_task(**recipe.task)
     config = trainer_config(recipe, folder, task)
     problems = distinct_problems(task, recipe.evaluation.seed, "test", recipe.evaluation.problems)  # may be too few
-    if isinstance(task, Game):
-        check_starts(task, problems)
+    task.check_starts(problems)
     if (model := Path(resolve_model(recipe.policy.model))).is_dir():
         check_folder(model)
     return task, config
 
 
-def trainer_config(recipe: Recipe, folder: Path, task: Task | Game) -> PolarityConfig:
+def trainer_config(recipe: Recipe, folder: Path, task: Task) -> PolarityConfig:
     """The TRL configuration of a recipe. Raises ValueError for keys that are unknown or set by the run itself, and for
     values that could only fail later."""
     known = {f.name for f in fields(PolarityConfig) if f.init} - _OWNED
@@ -106,7 +98,7 @@ def trainer_config(recipe: Recipe, folder: Path, task: Task | Game) -> PolarityC
     method = dict(recipe.method)
     name = method.pop("name")
     defaults = {"report_to": "none", "shuffle_dataset": False, "bf16": torch.cuda.is_available()}
-    if not isinstance(task, Game):
+    if task.max_completion_tokens is not None:
         defaults["max_completion_length"] = task.max_completion_tokens
     config = PolarityConfig(
         output_dir=str(folder),
@@ -130,29 +122,7 @@ def trainer_config(recipe: Recipe, folder: Path, task: Task | Game) -> PolarityC
     return config
 
 
-class VerifiedReward:
-    """The reward function of a task: its verifier's. `judged` holds the last batch, in order."""
-
-    __name__ = "verified"
-
-    def __init__(self, task: Task, problems: list[Problem]) -> None:
-        self.task, self.problems = task, problems
-        self.judged: list[Judged] = []
-
-    def __call__(self, completions: list[Any], problem: list[int], log_metric: Callable, **_: Any) -> list[float]:
-        answers = [(self.problems[i], valid(plain(text))) for i, text in zip(problem, completions, strict=True)]
-        scores = self.task.scores(answers)
-        verdicts = Counter(score.reason for score in scores)
-        for reason in self.task.reasons:
-            log_metric(f"verdict/{reason.replace(' ', '_')}", verdicts[reason] / len(scores))
-        verdicts_on = zip(answers, scores, strict=True)
-        self.judged = [Judged(asked.prompt, text, score.reason) for (asked, text), score in verdicts_on]
-        return [score.reward for score in scores]
-
-
-def prompts_of(
-    task: Task | Game, tokenizer: Any, config: PolarityConfig, seed: int
-) -> tuple[Dataset, VerifiedReward | Episodes]:
+def prompts_of(task: Task, tokenizer: Any, config: PolarityConfig, seed: int) -> tuple[Dataset, Reward]:
     """The prompts of the whole run in order, and the reward function that judges completions of them."""
     assert config.generation_batch_size is not None
     assert config.steps_per_generation is not None
@@ -161,22 +131,18 @@ def prompts_of(
     rollouts = -(-rollouts // config.num_iterations)
     count = rollouts * config.generation_batch_size // config.num_generations
     problems = [task.problem(seed, index, "train") for index in range(count)]
-    numbers = list(range(count))
-    if isinstance(task, Game):
-        return Dataset.from_dict({"prompt": list(map(str, numbers)), "problem": numbers}), Episodes(task, problems)
-    prompts = [for_tokenizer(problem, tokenizer) for problem in problems]
-    return Dataset.from_dict({"prompt": prompts, "problem": numbers}), VerifiedReward(task, problems)
+    reward = reward_of(task, problems)
+    return Dataset.from_dict({"prompt": reward.prompts(tokenizer), "problem": list(range(count))}), reward
 
 
 def quiet_trainer(
-    model: Any, tokenizer: Any, config: PolarityConfig, dataset: Dataset, reward: VerifiedReward | Episodes
+    model: Any, tokenizer: Any, config: PolarityConfig, dataset: Dataset, reward: Reward
 ) -> PolarityTrainer:
     """The trainer of a run, without the lines that TRL would print.
 
     Raises ValueError where the task has tools and the tokenizer has no way to call them.
     """
-    tools = [] if isinstance(reward, Episodes) else tools_of(reward.task)
-    if tools:
+    if reward.tools:
         check_tool_support(tokenizer)
     trainer = PolarityTrainer(
         model=model,
@@ -184,8 +150,8 @@ def quiet_trainer(
         args=config,
         train_dataset=dataset,
         processing_class=tokenizer,
-        rollout_func=reward.rollout if isinstance(reward, Episodes) else None,
-        tools=tools,
+        rollout_func=reward.rollout,
+        tools=reward.tools,
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

@@ -1,4 +1,4 @@
-"""Completions of prompts: who writes them is a `Generator`, of transformers (sampling.py) or vLLM (vllm.py)."""
+"""Completions of prompts, written by a `Generator`: transformers (sampling.py) or vLLM (vllm.py)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -20,14 +20,17 @@ Progress = Callable[[str, float, int], None]
 
 
 def silent(what: str, done: float, total: int) -> None:
-    """A `Progress` that nobody wants to see."""
+    """A `Progress` that shows nothing."""
 
 
 @runtime_checkable
 class Generator(Protocol):
-    """A policy that completes prompts, from token ids to token ids. `batch_sizes` are those it used so far, in order, a
-    change an entry; `context` how many tokens it can read, where that is known. `watch(done, total)`, where it is set,
-    is told how many completions are made; what tells of its progress in its own way need not call it."""
+    """A policy that completes prompts, from token ids to token ids.
+
+    `batch_sizes` are those that it used so far, in order, an entry for each change; `context` is how many tokens it can
+    read, where that is known. `watch(done, total)`, where it is set, is told how many completions are made; a generator
+    that shows its progress itself need not call it.
+    """
 
     tokenizer: Any
     batch_sizes: list[int]

@@ -18,20 +18,9 @@ from transformers import DynamicCache
 
 from entropy_polarity.support.modes import evaluating
 from entropy_polarity.support.text import valid
-from entropy_polarity.tasks import Messages, Problem
-from entropy_polarity.tasks.games import (
-    OUT_OF_TURNS,
-    RAISED,
-    TOO_LONG,
-    EpisodeOverError,
-    Game,
-    InLanes,
-    StepResult,
-    TextEnv,
-)
+from entropy_polarity.tasks.games import OUT_OF_TURNS, RAISED, TOO_LONG
+from entropy_polarity.tasks.protocol import EpisodeOverError, Game, Messages, Problem, StepResult, TextEnv
 from entropy_polarity.tasks.workers import NoWorkerError
-
-STARTS = 3  # episodes that are tried before a run, until one can be started
 
 
 @dataclass
@@ -39,7 +28,8 @@ class Episode:
     """One episode as tokens, and how it went.
 
     `prompt_ids` is o_0, `completion_ids` the rest; `env_mask` is 1 at tokens of the policy and 0 at tokens of the
-    environment, `turn` counts from 0. `observation` is o_0 as text, `said` holds (action, answer), a turn each.
+    environment, `turn` counts from 0. `observation` is o_0 as text, `said` holds (action, observation) of each turn.
+    `counts` are the number of turns and what the environment counts.
     """
 
     observation: str
@@ -50,7 +40,7 @@ class Episode:
     said: list[tuple[str, str]] = field(default_factory=list)
     reward: float = 0.0
     reason: str = ""
-    facts: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
 
     def add(self, token: int, turn: int, from_policy: bool) -> None:
         self.completion_ids.append(token)
@@ -61,7 +51,7 @@ class Episode:
 @runtime_checkable
 class Counted(Protocol):
     @property
-    def facts(self) -> dict[str, float]: ...
+    def counts(self) -> dict[str, float]: ...
 
 
 @runtime_checkable
@@ -136,18 +126,6 @@ class Format:
         return valid(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def check_starts(game: Game, problems: Sequence[Problem]) -> None:
-    """Raise ValueError where none of the first few episodes can be started: no single problem is to blame."""
-    why = None
-    for problem in problems[:STARTS]:
-        try:
-            game.env().reset(problem.facts["seed"])
-            return
-        except Exception as error:
-            why = error
-    raise ValueError(f"task {game.name}: no episode can be started ({why})")
-
-
 def play(
     model: Any,
     tokenizer: Any,
@@ -185,9 +163,9 @@ def _play_batch(
     context: type[Any],
     tick: Callable[[float], None],
 ) -> list[Episode]:
-    lanes = _Lanes(game, len(problems))
-    envs, seeds = lanes.envs, [problem.facts["seed"] for problem in problems]
-    starts = lanes.ask(range(len(envs)), lambda i: _started(envs[i], seeds[i])).values()
+    environments = _Environments(game, len(problems))
+    envs, seeds = environments.envs, [problem.metadata["seed"] for problem in problems]
+    starts = environments.ask(range(len(envs)), lambda i: _started(envs[i], seeds[i])).values()
     episodes = [Episode(start.observation, form.first(start.observation), reason=start.reason) for start in starts]
     policy, unread = context(model, len(episodes)), [list(episode.prompt_ids) for episode in episodes]
     for turn in range(game.max_turns):
@@ -204,18 +182,18 @@ def _play_batch(
                 # TRL takes what does not end in <eos> for cut off; the policy did not say it, and learns nothing of it.
                 episodes[i].add(form.end, turn, from_policy=False)
         texts = {i: form.text(actions[i]) for i in going if not episodes[i].reason}
-        for i, answer in lanes.ask(texts, lambda i, texts=texts: envs[i].step(texts[i])).items():
+        for i, result in environments.ask(texts, lambda i, texts=texts: envs[i].step(texts[i])).items():
             episode = episodes[i]
-            episode.said.append((texts[i], answer.observation))
-            episode.reward += answer.reward
-            if answer.done or turn == game.max_turns - 1:
-                episode.reason = answer.reason or OUT_OF_TURNS
+            episode.said.append((texts[i], result.observation))
+            episode.reward += result.reward
+            if result.done or turn == game.max_turns - 1:
+                episode.reason = result.reason or OUT_OF_TURNS
             else:
-                for token in (heard := form.next(answer.observation)):
+                for token in (heard := form.next(result.observation)):
                     episode.add(token, turn + 1, from_policy=False)
                 unread[i] = [actions[i][-1], *heard]
     for env, episode in zip(envs, episodes, strict=True):
-        episode.facts = {"turns": float(len(episode.said)), **_facts(env)}
+        episode.counts = {"turns": float(len(episode.said)), **_counts(env)}
     return episodes
 
 
@@ -253,21 +231,19 @@ def _sampled(logits: Float[Tensor, "N V"], temperature: float, top_p: float) -> 
     return torch.multinomial(p, 1).squeeze(-1)
 
 
-class _Lanes:
-    """The environments of a batch. Neighbours, which are often of one seed, share a lane; most games have but one."""
+class _Environments:
+    """The environments of a batch, in the groups of `Game.envs`."""
 
-    def __init__(self, game: Game, batch: int) -> None:
-        if isinstance(game, InLanes):
-            self.lane = [i * game.lanes // batch for i in range(batch)]
-            self.envs = [game.env(lane) for lane in self.lane]
-        else:
-            self.lane, self.envs = [0] * batch, [game.env() for _ in range(batch)]
+    def __init__(self, game: Game, count: int) -> None:
+        groups = game.envs(count)
+        self.envs = [env for group in groups for env in group]
+        self.group = [number for number, group in enumerate(groups) for _ in group]
 
     def ask(self, which: Iterable[int], call: Callable[[int], StepResult]) -> dict[int, StepResult]:
-        """`call` for every environment of `which`: one after the other in a lane, all lanes at the same time."""
+        """`call` for every environment of `which`: one after the other in a group, all groups at the same time."""
         queues: dict[int, list[int]] = {}
         for i in which:
-            queues.setdefault(self.lane[i], []).append(i)
+            queues.setdefault(self.group[i], []).append(i)
 
         def one_by_one(queue: list[int]) -> list[tuple[int, StepResult]]:
             return [(i, _guarded(call, i)) for i in queue]
@@ -288,8 +264,8 @@ def _started(env: TextEnv, seed: int) -> StepResult:
 def _guarded(call: Callable[[int], StepResult], i: int) -> StepResult:
     """Environments are other people's code: what they raise is their episode's end, not the run's."""
     try:
-        answer = call(i)
-        return answer._replace(observation=valid(answer.observation), reason=valid(answer.reason))
+        result = call(i)
+        return result._replace(observation=valid(result.observation), reason=valid(result.reason))
     except NoWorkerError:
         raise  # no episode can be played
     except EpisodeOverError as error:
@@ -298,17 +274,17 @@ def _guarded(call: Callable[[int], StepResult], i: int) -> StepResult:
         return StepResult(valid(f"{type(error).__name__}: {error}"[:200]), done=True, reason=RAISED)
 
 
-def _facts(env: TextEnv) -> dict[str, float]:
+def _counts(env: TextEnv) -> dict[str, float]:
     try:
-        return {valid(name): value for name, value in env.facts().items()}
+        return {valid(name): value for name, value in env.counts().items()}
     except Exception:
         return {}
 
 
-def mean_facts(episodes: Iterable[Counted]) -> dict[str, float]:
+def mean_counts(episodes: Iterable[Counted]) -> dict[str, float]:
     """The mean of every number that environments counted, over the episodes that have it."""
-    counted: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {}
     for episode in episodes:
-        for name, value in episode.facts.items():
-            counted.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in counted.items()}
+        for name, value in episode.counts.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(found) / len(found) for name, found in values.items()}

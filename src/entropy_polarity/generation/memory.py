@@ -32,7 +32,7 @@ def in_batches(
                 raise
             if sizes[-1] == 1:
                 raise ValueError(
-                    "out of memory with a batch of one: a smaller model, fewer tokens a completion or more memory"
+                    "out of memory with a batch of one: a smaller model, fewer tokens per completion or more memory"
                 ) from error
         # Outside the except clause: its traceback holds on to the tensors.
         sizes.append(sizes[-1] // 2)
@@ -52,7 +52,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def first_size(model: Any, tokens: int, largest: int, logit_rows: int = 1) -> int:
     """The power-of-two share of `largest` whose sequences of `tokens` tokens fit in the free memory by estimate.
 
-        bytes a sequence = 2 L K d b · tokens      keys and values: L layers, K heads of d, b bytes a number
+        bytes per sequence = 2 L K d b · tokens      keys and values: L layers, K heads of d, b bytes per number
                          + 16 V · logit_rows       float32 logits over a vocabulary of V, a few copies
 
     It is `largest` where the model does not say its shape, or the system not its memory.
@@ -60,14 +60,14 @@ def first_size(model: Any, tokens: int, largest: int, logit_rows: int = 1) -> in
     free, config = free_bytes(getattr(model, "device", torch.device("cpu"))), getattr(model, "config", None)
     if free is None or config is None:
         return largest
-    needed = bytes_a_sequence(config, tokens, getattr(model, "dtype", torch.float32).itemsize, logit_rows)
+    needed = bytes_per_sequence(config, tokens, getattr(model, "dtype", torch.float32).itemsize, logit_rows)
     size = largest
     while size > 1 and size * needed > SHARE * free:
         size //= 2
     return size
 
 
-def bytes_a_sequence(config: Any, tokens: int, itemsize: int, logit_rows: int = 1) -> int:
+def bytes_per_sequence(config: Any, tokens: int, itemsize: int, logit_rows: int = 1) -> int:
     """The estimate of `first_size`; what a configuration does not say counts nothing."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = getattr(config, "num_attention_heads", None) or 1
@@ -78,7 +78,7 @@ def bytes_a_sequence(config: Any, tokens: int, itemsize: int, logit_rows: int = 
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on a device, freed blocks that PyTorch keeps included; None where nobody says."""
+    """The free memory of a device, with the freed blocks that PyTorch keeps; None where the system does not tell."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept

@@ -58,7 +58,7 @@ def converse(
     seed: int,
 ) -> "list[list[Conversation]]":
     """`samples` conversations about every prompt. One ends when the policy calls no tool, or where what the tool said
-    leaves no room: that is dropped then. Raises ValueError as `check_tool_support`.
+    does not fit: that is dropped then. Raises ValueError as `check_tool_support`.
     """
     check_tool_support(generator.tokenizer)
     form = _Form(generator.tokenizer, {tool.__name__: tool for tool in tools}, _template(generator.tokenizer))
@@ -66,11 +66,11 @@ def converse(
     made = [[Conversation(start) for _ in range(samples)] for start in starts]
     going, turn = [conversation for row in made for conversation in row], 0
     while going:
-        room = [max_new_tokens - len(conversation.written) for conversation in going]
+        left = [max_new_tokens - len(conversation.written) for conversation in going]
         context = [conversation.prompt + conversation.written for conversation in going]
         # A stream of its own for every turn: seeds of users are small.
-        said = generator.complete(context, 1, max(room), sampling, seed + (turn << 32))
-        for conversation, (ids,), longest in zip(going, said, room, strict=True):
+        said = generator.complete(context, 1, max(left), sampling, seed + (turn << 32))
+        for conversation, (ids,), longest in zip(going, said, left, strict=True):
             conversation.say(form, ids[:longest])
         going = [one for one in going if one.hear(form, max_new_tokens, generator.context)]
         turn += 1

@@ -1,4 +1,4 @@
-"""Completions by vLLM, where it is installed: token ids in and token ids out, as everywhere.
+"""Completions by vLLM, where it is installed: token ids in and token ids out.
 
 vLLM batches on its own. Every completion has a seed of its own, so what else is in a batch changes no draw; its kernels
 may round otherwise in another batch, and its draws are not those of transformers.
@@ -35,7 +35,7 @@ class VllmGenerator:
         self.tokenizer = self.engine.get_tokenizer()
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.batch_sizes: list[int] = []  # it has none to tell
+        self.batch_sizes: list[int] = []  # vLLM tells none
         self.watch: Callable[[float, int], None] | None = None  # the engine has a bar of its own
         self.context: int | None = self.engine.llm_engine.model_config.max_model_len
 

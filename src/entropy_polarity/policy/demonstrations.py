@@ -1,6 +1,6 @@
 """What an embedded policy reads before reinforcement: texts in parts, each said by the task or by a player.
 
-The players are good enough that reinforcement finds rewards, and uncertain enough that there is entropy to lose.
+Players are programs, good enough that reinforcement finds rewards, and uncertain enough that there is entropy to lose.
 """
 
 import functools
@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from entropy_polarity.support.errors import unknown_name
-from entropy_polarity.tasks import Problem
 from entropy_polarity.tasks.countdown import Countdown
-from entropy_polarity.tasks.games import Game, Guess, GuessEnv, KeyDoor, KeyDoorEnv
+from entropy_polarity.tasks.games import Guess, GuessEnv, KeyDoor, KeyDoorEnv
 from entropy_polarity.tasks.gym import GymTask
+from entropy_polarity.tasks.protocol import Game, Problem
 
 FRESH = 10_000  # problems of one seed of a data set
 READ_AGAIN = 30_000
@@ -27,7 +27,7 @@ class Part(NamedTuple):
 
 class Source(NamedTuple):
     """The demonstrations of a task: number `index` of the stream `seed`, how many make a batch, and how many batches
-    made the policy that is shipped, or make a fair one."""
+    made the policy that is shipped, or are enough for a fair one."""
 
     parts: Callable[[int, int], list[Part]]
     batch_size: int
@@ -55,7 +55,7 @@ def answered(task: GymTask) -> Source:
 
     def parts(seed: int, index: int) -> list[Part]:
         shown = problem(seed, index % READ_AGAIN)
-        return [Part(shown.prompt, False), Part(shown.facts["answer"], True)]
+        return [Part(shown.prompt, False), Part(shown.metadata["answer"], True)]
 
     return Source(parts, 128, 700)
 
@@ -65,14 +65,14 @@ def episodes(game: Game, player: Callable[[Any, random.Random], str], batch_size
 
     def parts(seed: int, index: int) -> list[Part]:
         rng, env = random.Random(f"demonstration:{game.name}:{seed}:{index}"), game.env()
-        said = [Part(env.reset(game.problem(seed, index, "train").facts["seed"]), False)]
+        said = [Part(env.reset(game.problem(seed, index, "train").metadata["seed"]), False)]
         for turn in range(game.max_turns):
             action = player(env, rng)
             said.append(Part(action, True))
-            answer = env.step(action)
-            if answer.done or turn == game.max_turns - 1:
+            result = env.step(action)
+            if result.done or turn == game.max_turns - 1:
                 break
-            said.append(Part(answer.observation, False))
+            said.append(Part(result.observation, False))
         return said
 
     return Source(parts, batch_size, steps)

@@ -1,4 +1,4 @@
-"""From the name of a model to the model: whole, without code of anybody's, and from the hub only where it must be."""
+"""From the name of a model to the model: whole, without code that comes with it, from the hub only where it must be."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def load_policy(model: str) -> tuple[Any, Any]:
             use_safetensors=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=here_only, trust_remote_code=False)
-    except Exception as error:  # of a dozen kinds, where a file is damaged or the folder is somebody's
+    except Exception as error:  # of a dozen kinds, where a file is damaged or strange
         damage = damaged_file(Path(path)) if local else None
         if damage is not None:
             raise ValueError(f"{damage}: take another model or checkpoint") from None

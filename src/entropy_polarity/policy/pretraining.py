@@ -1,7 +1,7 @@
 """Make an embedded policy again, from a seed: supervised steps on demonstrations, nothing else.
 
-The policy should have room on both sides: good enough that reinforcement finds rewards, uncertain enough that
-there is entropy to lose. A few hundred steps on imperfect demonstrations give exactly that.
+The policy should be good enough that reinforcement finds rewards, and uncertain enough that there is entropy to
+lose. A few hundred steps on imperfect demonstrations give exactly that.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ LOOKED_AT = 500  # demonstrations from which phrases are learned
 class PretrainSettings:
     """What is read, width, depth and length of the supervised run. The defaults made the shipped weights.
 
-    `task` is "countdown"; "guess" or "keydoor", played by somebody; or "gym:DATASET", problems with their answers.
+    `task` is "countdown"; "guess" or "keydoor", played by a program; or "gym:DATASET", problems with their answers.
     `numbers` are countdown's, `config` is the data set's; `steps` by default the task's own.
     """
 

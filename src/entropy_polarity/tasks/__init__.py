@@ -1,77 +1,14 @@
-"""Tasks: where problems come from and how an answer is judged.
+"""Tasks: problems for a policy, and how its answers are judged (protocol.py); here they are made by name."""
 
-A task is a pure function of (seed, index): the same index always gives the same problem, on every machine.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 from entropy_polarity.support.errors import check_settings, unknown_name
+from entropy_polarity.tasks.protocol import Messages, Problem, Score, Split, Task
 
-if TYPE_CHECKING:
-    from entropy_polarity.tasks.games import Game
-
-Split = Literal["train", "test"]
-Messages = list[dict[str, str]]
+__all__ = ["Messages", "Problem", "Score", "Split", "Task", "check_task", "distinct_problems", "make_task"]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One problem: the text the policy continues, the facts that the verifier needs, and what makes it different.
-
-    Two problems with one `key` are the same problem in other words. Where there are `messages`, of roles "system",
-    "user" and "assistant", a tokenizer with a chat template is given those in place of the text.
-    """
-
-    prompt: str
-    facts: dict[str, Any]
-    key: str
-    messages: Messages | None = None
-
-
-class Score(NamedTuple):
-    """A verdict: the reward, and in one or two words why. Reasons are counted and shown, never swallowed.
-
-    A reward of 1 or more is a success, between 0 and 1 it is a part of one: `_success.degree` says so for all.
-    """
-
-    reward: float
-    reason: str
-
-
-@runtime_checkable
-class Task(Protocol):
-    """What a trainer and an evaluation need of a task."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def max_completion_tokens(self) -> int: ...
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """Every verdict that can be given."""
-        ...
-
-    def problem(self, seed: int, index: int, split: Split) -> Problem:
-        """Problem `index` of the stream `seed`; the two splits share no problem."""
-        ...
-
-    def scores(self, answers: Sequence[tuple[Problem, str]]) -> list[Score]:
-        """Judge a completion of each problem, in bounded time and memory, whatever text it is."""
-        ...
-
-    def final_answers(self, answers: Sequence[tuple[Problem, str]]) -> list[str | None]:
-        """What a majority is counted over: the final answer of each completion, in one form for all that are equal.
-
-        None where there is none. As bounded as `scores`, and as blind to what is right.
-        """
-        ...
-
-
-def distinct_problems(task: "Task | Game", seed: int, split: Split, count: int, or_all: bool = False) -> list[Problem]:
+def distinct_problems(task: Task, seed: int, split: Split, count: int, or_all: bool = False) -> list[Problem]:
     """The first `count` different problems of a stream: repeats would make intervals look surer than they are.
 
     Where the task seems to have fewer, the last thousand draws brought nothing new: with `or_all` those it has, else
@@ -94,7 +31,7 @@ def distinct_problems(task: "Task | Game", seed: int, split: Split, count: int, 
     return list(found.values())
 
 
-def make_task(name: str, **settings: Any) -> "Task | Game":
+def make_task(name: str, **settings: Any) -> Task:
     """The task called `name`, with its settings.
 
     Names: "countdown", "math", "math:PRESET", "gym:DATASET", a game, "env" for an environment of one's own,

@@ -1,4 +1,4 @@
-"""The operating system's boundary around a process that works on what a stranger wrote. Linux only.
+"""The operating system's boundary around a process that runs or reads what a stranger wrote. Linux only.
 
 A process inside it computes, writes to the descriptors that it was given, and ends. Whatever else it asks of the kernel
 fails with EPERM, in whatever way it came to ask: by a name, through memory that it overwrote, in machine code of its
@@ -11,9 +11,9 @@ Landlock          where the kernel has it: no file, no TCP, no signal to a proce
 another user      where this one is root: nobody, without capabilities
 end with parent   the process is killed when its parent dies
 
-The filter is required, and is enough by itself; the others are taken where they are to be had, should it ever have a
-hole. Nothing here holds against faults of the kernel in the calls that are left, against side channels, or against
-computing itself, whose time and memory have other limits.
+The filter is required, and is enough by itself; the others are taken where they exist, should it ever have a hole.
+Nothing here holds against faults of the kernel in the calls that are left, against side channels, or against computing
+itself, whose time and memory have other limits.
 
 libseccomp compiles the filter, as it does those of containers and of systemd; pyseccomp is a thin binding of its stable
 interface. Landlock's is landlockpy. Nothing else imports them.
@@ -58,7 +58,7 @@ _READING = (
 
 
 class BoundaryError(OSError):
-    """No boundary can be had here; the message says what is lacking."""
+    """There is no boundary here; the message says what is lacking."""
 
 
 class _Bits(NamedTuple):
@@ -175,7 +175,7 @@ def _become_nobody() -> bool:
 
 
 class Examination(NamedTuple):
-    """What a boundary here is made of, and in words why there is none; one of the two is empty."""
+    """The parts of a boundary here, or in words why there is none: one of the two is empty."""
 
     parts: tuple[str, ...]
     lacking: str

@@ -9,19 +9,17 @@ parses with `ast` and walks a whitelist of nodes.
 """
 
 import ast
-import hashlib
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from entropy_polarity.tasks import Problem, Score, Split
+from entropy_polarity.tasks.protocol import OneTurn, Problem, Score, Split, is_held_out
 
 OPERATORS = "+-*"
 # No honest answer is near this long; everything longer is refused before it is parsed.
 MAX_ANSWER_CHARACTERS = 128
 _ANSWER = re.compile(r"[0-9+\-*() ]+")
-_TEST_SHARE = 0.1
 # Far beyond what any usable setting needs to hit its split; a setting without problems must not draw for ever.
 _MAX_DRAWS = 20_000
 
@@ -47,7 +45,7 @@ class Expression:
 
 
 @dataclass(frozen=True)
-class Countdown:
+class Countdown(OneTurn):
     """Countdown with `numbers` operands (one size, or several drawn evenly), digits 1-9, targets 1-`max_target`.
 
     >>> task = Countdown(numbers=(3,))
@@ -84,7 +82,7 @@ class Countdown:
             solution = _random_expression(rng, numbers)
             target = solution.value
             key = f"{sorted(numbers)}={target}"
-            if 1 <= target <= self.max_target and _is_test(key) == (split == "test"):
+            if 1 <= target <= self.max_target and is_held_out(key) == (split == "test"):
                 break
         else:
             raise ValueError(f"{self} has no problem in the {split} split: allow more numbers or larger targets")
@@ -102,9 +100,9 @@ class Countdown:
         if parsed is None:
             return Score(0.0, "not an expression")
         _, value, used = parsed
-        if sorted(used) != sorted(problem.facts["numbers"]):
+        if sorted(used) != sorted(problem.metadata["numbers"]):
             return Score(0.0, "wrong numbers")
-        return Score(1.0, "correct") if value == problem.facts["target"] else Score(0.0, "wrong value")
+        return Score(1.0, "correct") if value == problem.metadata["target"] else Score(0.0, "wrong value")
 
     def final_answers(self, answers: Sequence[tuple[Problem, str]]) -> list[str | None]:
         """The expression, whatever the order of its sums and products.
@@ -132,11 +130,6 @@ def _random_expression(rng: random.Random, numbers: list[int]) -> Expression:
 
 def _apply(operator: str, left: int, right: int) -> int:
     return left + right if operator == "+" else left - right if operator == "-" else left * right
-
-
-def _is_test(key: str) -> bool:
-    """Whether the problem belongs to the test split: a property of the problem, not of how it was drawn."""
-    return hashlib.sha256(key.encode()).digest()[0] < 256 * _TEST_SHARE
 
 
 _NODES = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}

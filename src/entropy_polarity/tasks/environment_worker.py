@@ -1,7 +1,8 @@
-"""In a worker: the environments of the episodes that live there, each with a random state of its own.
+"""What a worker process does for tasks/environments.py: it holds the environments of the episodes that live there.
 
-A request is JSON, and so is what is told: {"answer": [observation, reward, done, reason], "facts": {...}}, or
-{"raised": ...} in a line. The other side is tasks/environments.py.
+A request is JSON, and so is its answer: {"result": [observation, reward, done, reason], "counts": {...}} of a reset or
+a step, {"raised": ...} where the environment raised, in a line, and null for an episode that is not here. Every
+environment has a random state of its own.
 """
 
 import importlib
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from entropy_polarity.tasks.games import StepResult, TextEnv
+from entropy_polarity.tasks.protocol import StepResult, TextEnv
 
 MAX_LIVE = 256  # episodes; one that had to go is played again when it is needed
 MAX_MESSAGE_CHARACTERS = 200
@@ -30,7 +31,7 @@ class _Live:
     def __init__(self, factory: str, settings: dict[str, Any], seed: int) -> None:
         self.seed, self.randomness = seed, None
         with self.own_randomness():
-            self.env: TextEnv = _class(factory)(**settings)
+            self.env: TextEnv = _environment_class(factory)(**settings)
 
     @contextmanager
     def own_randomness(self) -> Iterator[None]:
@@ -45,12 +46,13 @@ class _Live:
         finally:
             self.randomness = random.getstate(), np.random.get_state()
 
-    def told(self, answer: StepResult, limit: int) -> dict[str, Any]:
-        observation, reward, done, reason = StepResult(*answer)
+    def answer(self, result: StepResult, limit: int) -> dict[str, Any]:
+        """A result as JSON, the observation cut to `limit` characters, with what the environment counts."""
+        observation, reward, done, reason = StepResult(*result)
         if not math.isfinite(reward):
             raise ValueError(f"a reward of {reward}")
         cut = str(observation)[:limit]
-        return {"answer": [cut, float(reward), bool(done), str(reason)], "facts": _facts(self.env)}
+        return {"result": [cut, float(reward), bool(done), str(reason)], "counts": _counts(self.env)}
 
 
 # By the number of the episode; the one that waited longest goes first.
@@ -58,7 +60,7 @@ _LIVE: OrderedDict[int, _Live] = OrderedDict()
 
 
 def serve(request: str, *arguments: Any) -> dict[str, Any] | None:
-    """What a lane is asked: "check", "reset" or "step"."""
+    """The answer to a request: "check", "reset" or "step"."""
     return {"check": _check, "reset": _reset, "step": _step}[request](*arguments)
 
 
@@ -84,7 +86,7 @@ def _reset(
         with live.own_randomness():
             return live, StepResult(live.env.reset(seed))
 
-    return _outcome(number, start, limit)
+    return _answer(number, start, limit)
 
 
 def _step(number: int, action: str, limit: int) -> dict[str, Any] | None:
@@ -97,39 +99,42 @@ def _step(number: int, action: str, limit: int) -> dict[str, Any] | None:
         with live.own_randomness():
             return live, live.env.step(action)
 
-    return _outcome(number, go_on, limit)
+    return _answer(number, go_on, limit)
 
 
-def _outcome(number: int, act: Callable[[], tuple[_Live, StepResult]], limit: int) -> dict[str, Any]:
+def _answer(number: int, act: Callable[[], tuple[_Live, StepResult]], limit: int) -> dict[str, Any]:
     try:
-        live, answer = act()
-        told = live.told(answer, limit)
+        live, result = act()
+        answer = live.answer(result, limit)
     except MemoryError:
         raise
     except (Exception, SystemExit) as error:
         return {"raised": _line(error)}
-    if not told["answer"][2]:
+    _, _, done, _ = answer["result"]
+    if not done:
         _LIVE[number] = live
         while len(_LIVE) > MAX_LIVE:
             _LIVE.popitem(last=False)
-    return told
+    return answer
 
 
-def _class(factory: str) -> Callable[..., Any]:
+def _environment_class(factory: str) -> Callable[..., Any]:
     """The class of that name. What is no environment is never called."""
     module, _, name = factory.partition(":")
     found = getattr(importlib.import_module(module), name)
     if not isinstance(found, type):
-        raise _NoEnvironmentError(f"it is a {type(found).__name__}; expected a class with reset, step and facts")
-    missing = [method for method in ("reset", "step", "facts") if not callable(getattr(found, method, None))]
+        raise _NoEnvironmentError(f"it is a {type(found).__name__}; expected a class with reset, step and counts")
+    missing = [method for method in ("reset", "step", "counts") if not callable(getattr(found, method, None))]
+    if missing == ["counts"] and callable(getattr(found, "facts", None)):
+        raise _NoEnvironmentError("its method facts is called counts since version 0.2: rename it")
     if missing:
         raise _NoEnvironmentError(f"it has no {' and no '.join(missing)}")
     return found
 
 
-def _facts(env: TextEnv) -> dict[str, float]:
+def _counts(env: TextEnv) -> dict[str, float]:
     try:
-        counted = {str(name): float(value) for name, value in env.facts().items()}
+        counted = {str(name): float(value) for name, value in env.counts().items()}
     except Exception:
         return {}
     return {name: value for name, value in counted.items() if math.isfinite(value)}

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from entropy_polarity.support.success import SUCCESS
-from entropy_polarity.tasks import Problem, Split
-from entropy_polarity.tasks.games import OUT_OF_TURNS, RAISED, TOO_LONG, WON, EpisodeOverError, StepResult, TextEnv
+from entropy_polarity.tasks.checks import check_positive
+from entropy_polarity.tasks.games import OUT_OF_TURNS, RAISED, TOO_LONG, WON
+from entropy_polarity.tasks.protocol import EpisodeOverError, Episodic, Problem, Split, StepResult, TextEnv
 from entropy_polarity.tasks.workers import DIED, OUT_OF_MEMORY, TIMED_OUT, NoWorkerError, Outcome, Workers
 
 LOST, NOT_REPEATABLE = "lost", "not repeatable"
@@ -26,19 +27,19 @@ MAX_PROCESSES = 8  # unless more are asked for: each holds the libraries of the 
 _NUMBERS = itertools.count()
 
 
-class Made(NamedTuple):
-    """How a worker makes an environment: a class, "module:Class", its keyword arguments, what to import beforehand, and
-    a folder where modules are looked for last."""
+class EnvironmentClass(NamedTuple):
+    """The class of an environment, "module:Class", and its keyword arguments; what a worker imports beforehand, and a
+    folder where it looks for modules last."""
 
     factory: str
     settings: Mapping[str, Any]
     library: str
-    also: str = ""
+    last_folder: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubprocessGame:
-    """A game whose environments live in other processes; `made` says of what class they are.
+class SubprocessGame(Episodic):
+    """A game whose environments live in other processes; `environment_class` says what they are.
 
     A reset or a step may take `seconds`, a process `memory_gib` of address space; what an environment says is cut after
     `max_observation_characters`. `processes` play at the same time, by default one for each core, at most 8. A reward
@@ -54,35 +55,33 @@ class SubprocessGame:
     memory_gib: float = 4.0
     processes: int | None = None
     reasons: tuple[str, ...] = field(init=False, compare=False, repr=False)
-    _lanes: "list[EnvironmentProcess]" = field(init=False, compare=False, repr=False)
+    _processes: "list[EnvironmentProcess]" = field(init=False, compare=False, repr=False)
 
     @property
     def name(self) -> str:
         raise NotImplementedError
 
-    def made(self) -> Made:
+    def environment_class(self) -> EnvironmentClass:
         raise NotImplementedError
 
     def __post_init__(self) -> None:
-        limits = ("max_turns", "max_action_tokens", "max_observation_characters", "seconds", "memory_gib", "processes")
-        for limit in limits:
-            value = getattr(self, limit)
-            if value is not None and not value > 0:
-                raise ValueError(f"task {self.name}: {limit} is {value}; expected a positive number")
-        processes = self.processes or min(os.cpu_count() or 1, MAX_PROCESSES)
-        object.__setattr__(self, "_lanes", [EnvironmentProcess(self) for _ in range(processes)])
-        object.__setattr__(self, "reasons", tuple(dict.fromkeys([*REASONS, *self._checked()])))
+        check_positive(self, "max_turns", "max_action_tokens", "max_observation_characters")
+        check_positive(self, "seconds", "memory_gib", "processes")
+        count = self.processes or min(os.cpu_count() or 1, MAX_PROCESSES)
+        object.__setattr__(self, "_processes", [EnvironmentProcess(self) for _ in range(count)])
+        object.__setattr__(self, "reasons", tuple(dict.fromkeys([*REASONS, *self._own_reasons()])))
 
-    def _checked(self) -> list[str]:
+    def _own_reasons(self) -> list[str]:
         """The reasons that the class lists, if an environment of it can be made."""
+        factory, settings, *_ = self.environment_class()
         try:
-            outcome = self._lanes[0].ask("check", *self.made()[:2])
+            outcome = self._processes[0].ask("check", factory, settings)
         except NoWorkerError as error:
             why = str(error).rpartition(": ")[2]
-            raise ValueError(f"task {self.name}: {self.made().factory} cannot be imported: {why}") from None
+            raise ValueError(f"task {self.name}: {factory} cannot be imported: {why}") from None
         wrong = outcome.failure or outcome.value["wrong"]
         if wrong:
-            raise ValueError(f"task {self.name}: {self.made().factory} cannot be played: {wrong}")
+            raise ValueError(f"task {self.name}: {factory} cannot be played: {wrong}")
         return outcome.value["reasons"]
 
     def problem(self, seed: int, index: int, split: Split = "train") -> Problem:
@@ -91,17 +90,21 @@ class SubprocessGame:
         # What the policy reads first is not here: that would start every episode of a run before the first one.
         return Problem(f"{self.name}, seed {start}", {"seed": start}, str(start))
 
-    @property
-    def lanes(self) -> int:
-        return len(self._lanes)
+    def env(self) -> TextEnv:
+        return _SubprocessEnv(self, self._processes[0])
 
-    def env(self, lane: int = 0) -> TextEnv:
-        return _Played(self, self._lanes[lane])
+    def envs(self, count: int) -> list[list[TextEnv]]:
+        """A group for each process; neighbours, which are often of one seed, share one."""
+        groups: list[list[TextEnv]] = [[] for _ in self._processes]
+        for i in range(count):
+            number = i * len(groups) // count
+            groups[number].append(_SubprocessEnv(self, self._processes[number]))
+        return groups
 
     def close(self) -> None:
         """End the processes. Episodes that go on after that are played again in new ones."""
-        for lane in self._lanes:
-            lane.workers.close()
+        for process in self._processes:
+            process.workers.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,37 +131,39 @@ class Environment(SubprocessGame):
     def name(self) -> str:
         return "env"
 
-    def made(self) -> Made:
-        return Made(self.factory, self.settings, library=self.factory.partition(":")[0], also=os.getcwd())
+    def environment_class(self) -> EnvironmentClass:
+        library = self.factory.partition(":")[0]
+        return EnvironmentClass(self.factory, self.settings, library, last_folder=os.getcwd())
 
 
 class EnvironmentProcess:
-    """One process, and the numbers of the episodes in it that are over."""
+    """A process in which environments live, and the numbers of those of its episodes that are over."""
 
     def __init__(self, game: SubprocessGame) -> None:
         self.over: list[int] = []
+        _, _, library, last_folder = game.environment_class()
         self.workers = Workers(
             "entropy_polarity.tasks.environment_worker:serve",
             seconds=game.seconds,
             memory_bytes=int(game.memory_gib * 2**30),
             count=1,
-            preload=game.made().library,
-            also=game.made().also,
+            preload=library,
+            last_folder=last_folder,
         )
 
     def ask(self, *request: Any) -> Outcome:
         return self.workers.map([request])[0]
 
 
-class _Played:
-    """An episode as its policy sees it: what was done and heard stays here, the environment lives in the lane."""
+class _SubprocessEnv:
+    """An episode whose environment lives in another process. Its actions and their results are kept here."""
 
-    def __init__(self, game: SubprocessGame, lane: EnvironmentProcess) -> None:
-        self.game, self.lane, self.number = game, lane, next(_NUMBERS)
+    def __init__(self, game: SubprocessGame, process: EnvironmentProcess) -> None:
+        self.game, self.process, self.number = game, process, next(_NUMBERS)
         self.actions: list[str | None] = []  # None is the reset
-        self.heard: list[list[Any]] = []
+        self.results: list[list[Any]] = []
         self.reward, self.counted = 0.0, {}
-        weakref.finalize(self, lane.over.append, self.number).atexit = False
+        weakref.finalize(self, process.over.append, self.number).atexit = False
 
     def reset(self, seed: int) -> str:
         self.seed = seed
@@ -167,45 +172,46 @@ class _Played:
     def step(self, action: str) -> StepResult:
         return self._do(action)
 
-    def facts(self) -> dict[str, float]:
+    def counts(self) -> dict[str, float]:
         return self.counted
 
     def _do(self, action: str | None) -> StepResult:
         outcome = self._ask(action)
         if outcome.failure in (OUT_OF_MEMORY, DIED):
             # Perhaps another episode had filled or broken the process: judged is what this one does alone.
-            self.lane.workers.close()
+            self.process.workers.close()
             outcome = self._ask(action)
         if outcome.failure:
             if outcome.failure != NOT_REPEATABLE:
-                self.lane.workers.close()  # nobody knows what an interrupted library left behind
+                self.process.workers.close()  # nobody knows what an interrupted library left behind
             known = outcome.failure in self.game.reasons
             raise EpisodeOverError(outcome.failure if known else RAISED, outcome.failure)
         if "raised" in outcome.value:
             raise EpisodeOverError(RAISED, outcome.value["raised"])
         self.actions.append(action)
-        self.heard.append(outcome.value["answer"])
-        self.counted = outcome.value["facts"]
-        answer = StepResult(*outcome.value["answer"])
-        self.reward += answer.reward
-        if answer.done and answer.reason not in self.game.reasons:
-            answer = answer._replace(reason=WON if self.reward >= SUCCESS else LOST)
-        return answer
+        self.results.append(outcome.value["result"])
+        self.counted = outcome.value["counts"]
+        result = StepResult(*outcome.value["result"])
+        self.reward += result.reward
+        if result.done and result.reason not in self.game.reasons:
+            result = result._replace(reason=WON if self.reward >= SUCCESS else LOST)
+        return result
 
     def _ask(self, action: str | None) -> Outcome:
-        """The outcome of an action; before it, where the process does not know the episode, of those that led here."""
+        """The outcome of an action. Where the process does not know the episode, its earlier actions are done first."""
         outcome = self._send(action)
         if outcome != Outcome(None):
             return outcome
-        for done, heard in zip(self.actions, self.heard, strict=True):
-            outcome = self._send(done)
-            if outcome.failure or outcome.value.get("answer") != heard:
+        for earlier, result in zip(self.actions, self.results, strict=True):
+            outcome = self._send(earlier)
+            if outcome.failure or outcome.value.get("result") != result:
                 return Outcome(None, outcome.failure or NOT_REPEATABLE)
         return self._send(action)
 
     def _send(self, action: str | None) -> Outcome:
         limit = self.game.max_observation_characters
         if action is not None:
-            return self.lane.ask("step", self.number, action, limit)
-        over = [self.lane.over.pop() for _ in range(len(self.lane.over))]
-        return self.lane.ask("reset", self.number, *self.game.made()[:2], self.seed, over, limit)
+            return self.process.ask("step", self.number, action, limit)
+        over = [self.process.over.pop() for _ in range(len(self.process.over))]
+        factory, settings, *_ = self.game.environment_class()
+        return self.process.ask("reset", self.number, factory, settings, self.seed, over, limit)

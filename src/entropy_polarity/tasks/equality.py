@@ -114,7 +114,7 @@ def _said(percentage: Any) -> Any:
 
 
 def _is_rounded(decimal: Any, number: Any) -> bool:
-    """Whether a decimal of enough digits is the rounded value of a number that has no end of decimals."""
+    """Whether a decimal of enough digits is the rounded value of a number whose decimals do not end."""
     if _is_percentage(decimal):
         decimal, number = _said(decimal), 100 * number
     if not isinstance(decimal, Float) or number.free_symbols or number.has(Float) or bits(number) > MAX_BITS:
@@ -129,7 +129,7 @@ def _is_rounded(decimal: Any, number: Any) -> bool:
 
 
 def _ends(denominator: int) -> bool:
-    """Whether fractions of that denominator are decimals."""
+    """Whether the decimals of a reduced fraction with that denominator end."""
     for prime in (2, 5):
         while denominator % prime == 0:
             denominator //= prime

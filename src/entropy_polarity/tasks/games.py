@@ -1,91 +1,21 @@
-"""Games in text: an environment answers every action of the policy, until the episode is over.
+"""Games in text that come with the package, and the ways in which an episode of any game can end.
 
-    guess       a number from 1 to 32 in six guesses; the answers are < and >
-    keydoor     a 5 x 5 grid: fetch the key K, then reach the door D; moves are u, d, l, r
-
-A game is a task whose problem is an episode: the same index always starts the same one.
+guess       a number from 1 to 32 in six guesses; the answers are < and >
+keydoor     a 5 x 5 grid: fetch the key K, then reach the door D; moves are u, d, l, r
 """
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar
 
-from entropy_polarity.tasks import Problem, Split
+from entropy_polarity.tasks.protocol import Episodic, Problem, Split, StepResult, TextEnv
 
 WON, OUT_OF_TURNS, MALFORMED, TOO_LONG, RAISED = "won", "out of turns", "malformed action", "action too long", "raised"
 
 
-class StepResult(NamedTuple):
-    """What an environment says to an action. `reason` is why the episode is over, and empty before that."""
-
-    observation: str
-    reward: float = 0.0
-    done: bool = False
-    reason: str = ""
-
-
-class EpisodeOverError(Exception):
-    """Ends the episode of the environment that raises it, for a reason other than that it raised."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-@runtime_checkable
-class TextEnv(Protocol):
-    """One episode. Single use: `reset` once, then `step` until done."""
-
-    def reset(self, seed: int) -> str:
-        """Start the episode of that seed; what the policy reads first."""
-        ...
-
-    def step(self, action: str) -> StepResult: ...
-
-    def facts(self) -> dict[str, float]:
-        """Numbers of the episode so far, to be averaged over episodes."""
-        ...
-
-
-@runtime_checkable
-class Game(Protocol):
-    """What a multi-turn rollout and an evaluation need."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def max_turns(self) -> int: ...
-
-    @property
-    def max_action_tokens(self) -> int: ...
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """Every way an episode can end."""
-        ...
-
-    def problem(self, seed: int, index: int, split: Split) -> Problem:
-        """Episode `index` of the stream `seed`; `facts["seed"]` is what its environment starts from."""
-        ...
-
-    def env(self) -> TextEnv: ...
-
-
-@runtime_checkable
-class InLanes(Game, Protocol):
-    """A game whose environments take time elsewhere: those of different lanes may be asked at the same time."""
-
-    @property
-    def lanes(self) -> int: ...
-
-    def env(self, lane: int = 0) -> TextEnv: ...
-
-
 @dataclass(frozen=True)
-class SmallGame:
-    """A game of this file. The splits hold different episodes; so few are possible that their starts may be alike."""
+class SmallGame(Episodic):
+    """A game of this file. The splits hold different seeds, but so few starts are possible that some are alike."""
 
     environment: ClassVar[type]
     name: ClassVar[str]
@@ -139,7 +69,7 @@ class GuessEnv:
         # In an interval of even length the two middle numbers are half a step away.
         self.off_centre += 0.0 if distance <= 0.5 else min(1.0, distance / max(half, 0.5))
 
-    def facts(self) -> dict[str, float]:
+    def counts(self) -> dict[str, float]:
         count = max(1, len(self.guesses))
         return {"infeasible": self.infeasible / count, "off_centre": self.off_centre / count}
 
@@ -185,12 +115,14 @@ class KeyDoorEnv:
         rows = ("".join(marks.get((row, column), ".") for column in range(self.size)) for row in range(self.size))
         return "\n".join(rows) + "\n:"
 
-    def facts(self) -> dict[str, float]:
+    def counts(self) -> dict[str, float]:
         return {"key": float(self.has_key), "blocked": self.blocked / max(1, self.steps)}
 
 
 class KeyDoor(SmallGame):
+    """A straight walk to the key and then to the door takes at most 15 steps."""
+
     environment, name, max_turns, max_action_tokens = KeyDoorEnv, "keydoor", 16, 2
 
 
-GAMES: dict[str, Callable[..., Any]] = {"guess": Guess, "keydoor": KeyDoor}
+GAMES: dict[str, type[SmallGame]] = {"guess": Guess, "keydoor": KeyDoor}

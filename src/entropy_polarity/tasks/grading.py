@@ -34,7 +34,7 @@ class Answer(NamedTuple):
 
 
 def work(what: str, *arguments: Any) -> Any:
-    """One pool of processes for all that math-verify is asked."""
+    """`grade`, `find` or `compare`: one function, so that one pool of workers does all three."""
     return {GRADE: grade, FIND: find, COMPARE: compare}[what](*arguments)
 
 
@@ -130,12 +130,13 @@ def _contradicts_itself(answer: Answer) -> bool:
 
 
 def _bare(answer: Answer) -> list[Answer]:
+    """The answer without its unit; none where it names no unit."""
     bare = without_unit(answer.words)
     return [] if bare == answer.words else [read(bare)]
 
 
 def _other(answer: Answer) -> list[Answer]:
-    """The other reading of what may be E-notation."""
+    """The other reading of what may be E-notation; none where nothing may be."""
     spaced = _AMBIGUOUS.sub(r"\1 e \2", answer.words)
     return [] if spaced == answer.words else [read(spaced)]
 

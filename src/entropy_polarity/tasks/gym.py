@@ -7,8 +7,6 @@ some scorers evaluate the answer, which there is interpreted instead (tasks/safe
 
 import copy
 import functools
-import hashlib
-import importlib.util
 import json
 import random
 from collections.abc import Sequence
@@ -18,12 +16,12 @@ from typing import Any
 from entropy_polarity.support.errors import unknown_name
 from entropy_polarity.support.success import degree
 from entropy_polarity.support.text import valid_parts
-from entropy_polarity.tasks import Problem, Score, Split
 from entropy_polarity.tasks.answers import tagged
+from entropy_polarity.tasks.checks import check_installed, check_positive
+from entropy_polarity.tasks.protocol import OneTurn, Problem, Score, Split, is_held_out
 from entropy_polarity.tasks.workers import DIED, OUT_OF_MEMORY, TIMED_OUT, Outcome, Workers
 
 SIZE = 20_000  # items of a data set, of which a stream draws
-TEST_SHARE = 0.1
 DRAWS = 200  # until one is of the split that was asked for
 MAKE_SECONDS = 60.0
 SYSTEM = "Think about the problem step by step, then give the final answer, alone, between <answer> and </answer>."
@@ -31,7 +29,7 @@ MAX_ANSWER_CHARACTERS = 20_000
 
 
 @dataclass(frozen=True)
-class GymTask:
+class GymTask(OneTurn):
     """A reasoning-gym data set: `dataset` by its name there, `config` as its own configuration names the settings.
 
     `composite` mixes several: config = {"datasets": [{"name": ..., "weight": ..., "config": {...}}, ...]}. What is
@@ -49,15 +47,10 @@ class GymTask:
     reasons = ("correct", "partly", "wrong", "no answer", "too long", TIMED_OUT, OUT_OF_MEMORY, DIED, "scorer failed")
 
     def __post_init__(self) -> None:
-        if importlib.util.find_spec("reasoning_gym") is None:
-            raise ImportError(f"task {self.name} needs reasoning-gym: pip install 'entropy-polarity[gym]'")
+        check_installed(self, "reasoning-gym", "gym")
         if not self.dataset:
             raise ValueError("task gym: say which data set, as in gym:chain_sum (or gym:composite, for several)")
-        if not (self.seconds > 0 and self.max_completion_tokens > 0):
-            raise ValueError(
-                f"task {self.name}: seconds={self.seconds}, max_completion_tokens={self.max_completion_tokens}; "
-                "expected positive numbers"
-            )
+        check_positive(self, "seconds", "max_completion_tokens")
         problem = self._made("checked", self._spec)
         if isinstance(problem, list):
             raise unknown_name("reasoning-gym data set", self.dataset, problem)
@@ -81,8 +74,8 @@ class GymTask:
         made = valid_parts(made)
         question = made["question"]
         messages = [{"role": "system", "content": self.system}] if self.system else []
-        facts = {"seed": seed, "position": made["position"], "answer": made["answer"]}
-        return Problem(question, facts, question, [*messages, {"role": "user", "content": question}])
+        metadata = {"seed": seed, "position": made["position"], "answer": made["answer"]}
+        return Problem(question, metadata, question, [*messages, {"role": "user", "content": question}])
 
     def _made(self, function: str, *arguments: Any) -> Any:
         (made,) = _workers(function, MAKE_SECONDS).map([arguments])
@@ -101,7 +94,7 @@ class GymTask:
                 found.append(Score(0.0, "too long"))
             else:
                 found.append(None)
-                calls.append((self._spec, problem.facts["seed"], problem.facts["position"], answer))
+                calls.append((self._spec, problem.metadata["seed"], problem.metadata["position"], answer))
         judged = iter(_workers("judged", self.seconds).map_distinct(calls))
         return [_score(next(judged)) if score is None else score for score in found]
 
@@ -163,7 +156,7 @@ def item(spec: str, seed: int, index: int, split: Split) -> dict[str, Any] | Non
     for _ in range(DRAWS):
         position = rng.randrange(SIZE)
         entry = _entry(spec, seed, position)
-        if _is_test(entry["question"]) == (split == "test"):
+        if is_held_out(entry["question"]) == (split == "test"):
             return {"question": entry["question"], "answer": _text(entry["answer"]), "position": position}
     return None
 
@@ -199,7 +192,3 @@ def _dataset(spec: str, seed: int) -> Any:
 
 def _text(answer: Any) -> str:
     return answer if isinstance(answer, str) else json.dumps(answer, default=str)
-
-
-def _is_test(question: str) -> bool:
-    return hashlib.sha256(question.encode()).digest()[0] < 256 * TEST_SHARE

@@ -8,8 +8,6 @@ evaluated (tasks/safe_evaluation.py). What cannot be parsed, and what does not e
 """
 
 import functools
-import hashlib
-import importlib.util
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,14 +15,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from entropy_polarity.support.errors import unknown_name
-from entropy_polarity.tasks import Problem, Score, Split, grading
+from entropy_polarity.tasks import grading
+from entropy_polarity.tasks.checks import check_installed, check_positive
 from entropy_polarity.tasks.grading import COMPARE, CORRECT, FIND, GRADE, NOT_PARSED, WRONG
+from entropy_polarity.tasks.protocol import OneTurn, Problem, Score, Split, is_held_out
 from entropy_polarity.tasks.tables import FILES, is_one_table, read_problems
 from entropy_polarity.tasks.tools import known_tools
 from entropy_polarity.tasks.voting import merged
 from entropy_polarity.tasks.workers import DIED, OUT_OF_MEMORY, TIMED_OUT, Workers
 
-TEST_SHARE = 0.1
 MAX_ANSWER_CHARACTERS = 4000  # of a completion, from its end: where an answer stands
 SYSTEM = "Reason step by step, and put the final answer within \\boxed{}."
 FAILED = "grading failed"
@@ -54,7 +53,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class MathTask:
+class MathTask(OneTurn):
     """Problems with one final answer.
 
     preset          a name of PRESETS; whatever else is given wins over it
@@ -88,8 +87,7 @@ class MathTask:
     reasons = (CORRECT, WRONG, NOT_PARSED, TIMED_OUT, OUT_OF_MEMORY, DIED, FAILED)
 
     def __post_init__(self) -> None:
-        if importlib.util.find_spec("math_verify") is None:
-            raise ImportError(f"task {self.name} needs math-verify: pip install 'entropy-polarity[math]'")
+        check_installed(self, "math-verify", "math")
         if self.preset and self.preset not in PRESETS:
             raise unknown_name("math preset", self.preset, PRESETS)
         if not (self.preset or self.data):
@@ -97,11 +95,7 @@ class MathTask:
                 "task math needs a preset or data: --task math:gsm8k, or --set task.data=FILE.jsonl "
                 f"(presets: {', '.join(PRESETS)})"
             )
-        if not (self.seconds > 0 and self.max_completion_tokens > 0):
-            raise ValueError(
-                f"task {self.name}: seconds={self.seconds}, max_completion_tokens={self.max_completion_tokens}; "
-                "expected positive numbers"
-            )
+        check_positive(self, "seconds", "max_completion_tokens")
         object.__setattr__(self, "tools", known_tools(self.tools))
 
     @property
@@ -122,7 +116,7 @@ class MathTask:
 
     def scores(self, answers: Sequence[tuple[Problem, str]]) -> list[Score]:
         calls = [
-            (GRADE, problem.facts["answers"], completion[-MAX_ANSWER_CHARACTERS:]) for problem, completion in answers
+            (GRADE, problem.metadata["answers"], completion[-MAX_ANSWER_CHARACTERS:]) for problem, completion in answers
         ]
         outcomes = _workers(self.seconds).map_distinct(calls)
         verdicts = [outcome.value or outcome.failure for outcome in outcomes]
@@ -155,7 +149,7 @@ def _problems(task: MathTask, split: Split) -> list[Problem]:
 
     divided = source.split and is_one_table(source.data) and not own_file
     if divided or not source.test_split:
-        problems = [problem for problem in table(source.split) if _is_test(problem.key) == (split == "test")]
+        problems = [problem for problem in table(source.split) if is_held_out(problem.key) == (split == "test")]
     elif split == "test":
         problems = table(source.test_split)
     else:
@@ -183,10 +177,6 @@ def _none_left(name: str, split: Split, source: Preset, divided: bool) -> str:
 @functools.lru_cache(maxsize=8)
 def _order(count: int, seed: str) -> list[int]:
     return random.Random(seed).sample(range(count), count)
-
-
-def _is_test(key: str) -> bool:
-    return hashlib.sha256(key.encode()).digest()[0] < 256 * TEST_SHARE
 
 
 @functools.cache

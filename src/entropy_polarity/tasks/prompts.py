@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from entropy_polarity.tasks import Messages, Problem
+from entropy_polarity.tasks.protocol import Messages, Problem
 
 
 def for_tokenizer(problem: Problem, tokenizer: Any) -> str | Messages:
@@ -14,14 +14,14 @@ def for_tokenizer(problem: Problem, tokenizer: Any) -> str | Messages:
 
 
 def encoded(prompt: str | Messages, tokenizer: Any) -> list[int]:
-    """The token ids that the policy continues. After messages stands the template's start of an answer."""
+    """The token ids that the policy continues; after messages they end with the template's start of an answer."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
 
 
 def plain(completion: str | Sequence[dict[str, Any]]) -> str:
-    """The text of a completion: of messages, all that the policy said.
+    """The text of a completion: where it is a list of messages, all that the policy said in them.
 
     >>> plain([{"role": "assistant", "content": "4"}]), plain("5")
     ('4', '5')
@@ -31,11 +31,11 @@ def plain(completion: str | Sequence[dict[str, Any]]) -> str:
     return "\n".join(str(message.get("content") or "") for message in completion if message["role"] == "assistant")
 
 
-def unreadable(prompts: Sequence[list[int]], tokenizer: Any, answer: int, context: int | None) -> str | None:
-    """Why a policy cannot read a task, in one line, or None where it can.
+def why_unreadable(prompts: Sequence[list[int]], tokenizer: Any, answer: int, context: int | None) -> str | None:
+    """Why a policy cannot read a task, in one line; None where it can.
 
-    More than one in a hundred tokens of the prompts stand for what its tokenizer does not know; or one prompt in ten,
-    with an answer of up to `answer` tokens, is longer than its `context`.
+    It cannot where more than one in a hundred tokens of the prompts stand for what its tokenizer does not know, or
+    where one prompt in ten, with an answer of up to `answer` tokens, is longer than its `context`.
     """
     unknown, written = getattr(tokenizer, "unk_token_id", None), sum(map(len, prompts))
     strange = 0 if unknown is None else sum(row.count(unknown) for row in prompts)

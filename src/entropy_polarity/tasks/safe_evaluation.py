@@ -122,7 +122,7 @@ def _is_mathematical(thing: Any) -> bool:
 
 
 def shield(package: str) -> None:
-    """Give every loaded module of `package` the careful `eval` and `compile` in place of Python's; its own stay."""
+    """Give every loaded module of `package` `safe_eval` and `safe_compile` in place of Python's; its own stay."""
     for name, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and (name == package or name.startswith(f"{package}.")):
             module.__dict__.setdefault("eval", safe_eval)

@@ -1,4 +1,4 @@
-"""Python code that a policy wrote, run where nothing can be reached: what stands behind the tool `python`.
+"""The sandbox of the tool `python`: code that a policy wrote, run where it can reach nothing.
 
 The layers, from the outside in:
 

@@ -1,4 +1,4 @@
-"""Problems from tables of other people: a data set of the hub, a file, a folder. What does not fit is one line."""
+"""Problems from tables of other people: a data set of the hub, a file or a folder."""
 
 import functools
 import os
@@ -8,8 +8,8 @@ from typing import Any
 
 from entropy_polarity.support.hub import why_not_asked
 from entropy_polarity.support.text import valid_parts
-from entropy_polarity.tasks import Messages, Problem
 from entropy_polarity.tasks.answers import boxed
+from entropy_polarity.tasks.protocol import Messages, Problem
 
 PROMPT_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "reward_model.ground_truth", "solution")
@@ -17,14 +17,14 @@ FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def is_one_table(data: str) -> bool:
-    """A file, or a folder with one table: the names of splits say nothing there."""
+    """Whether it is a file, or a folder with one table, where the names of splits say nothing."""
     path = Path(os.path.expanduser(data))
     return path.is_file() or (path.is_dir() and not (path / "dataset_dict.json").is_file())
 
 
 @functools.lru_cache(maxsize=4)
 def read_problems(data: str, subset: str, split: str, prompt: str, answer: str, system: str) -> list[Problem]:
-    """The different problems of a table, in its order, with their accepted answers in the fact "answers".
+    """The different problems of a table, in its order, with their accepted answers in the metadata "answers".
 
     Columns that are not named are looked for under their usual names. Of a problem that is there twice, the first
     answer counts. Raises ValueError or OSError, in a line, for a table or a row that does not fit.
@@ -56,7 +56,7 @@ def _rows(table: Any, data: str) -> Iterator[dict[str, Any]]:
 
 
 def _messages(asked: Any) -> Messages:
-    """Raises TypeError for what is no text and no messages."""
+    """A problem as messages. Raises TypeError for what is neither text nor messages."""
     asked = "" if asked is None else asked
     messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     fits = isinstance(messages, list) and all(isinstance(m, dict) and m.keys() >= {"role", "content"} for m in messages)
@@ -121,7 +121,7 @@ def load_table(data: str, subset: str = "", split: str = "") -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """In a line: what a library wraps in its own error says more than that does."""
+    """Why, in one line: the error that a library wraps in its own says more than that does."""
     while isinstance(error.__cause__, Exception):
         error = error.__cause__
     said = (str(error).splitlines() or [""])[0].rstrip(".")

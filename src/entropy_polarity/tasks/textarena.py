@@ -5,13 +5,13 @@ worst 0, and nothing but a win has 1 (`paid`). In 0.7.4 Bandit's score is the hi
 can have 1, LightsOut goes below 0, and others pay for what was lost or ended with an illegal move.
 """
 
-import importlib.util
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from entropy_polarity.tasks.environments import Made, SubprocessGame
-from entropy_polarity.tasks.games import StepResult
+from entropy_polarity.tasks.checks import check_installed
+from entropy_polarity.tasks.environments import EnvironmentClass, SubprocessGame
+from entropy_polarity.tasks.protocol import StepResult
 
 GAMES = ("2048", "Bandit", "Blackjack", "FrozenLake", "GuessTheNumber", "LightsOut", "Mastermind", "Minesweeper",
          "Secretary", "Sokoban")  # fmt: skip
@@ -25,7 +25,7 @@ SHARES = ("Blackjack", "LightsOut", "Minesweeper", "Sokoban")
 class TextArena(SubprocessGame):
     """The game `game` as TextArena names it, as "GuessTheNumber" or "Minesweeper-v0-small".
 
-    The reward is what `paid` says at the end, and none after an illegal move. 1 is a success. Facts: `score`, as
+    The reward is what `paid` says at the end, and none after an illegal move. 1 is a success. Counts: `score`, as
     TextArena gave it, and `illegal`, the share of moves that the game refused; one refusal in a row is forgiven.
     Raises ImportError without textarena, ValueError for a game that is neither of `GAMES` nor a variant.
     """
@@ -34,8 +34,7 @@ class TextArena(SubprocessGame):
     max_turns: int = 32
 
     def __post_init__(self) -> None:
-        if importlib.util.find_spec("textarena") is None:
-            raise ImportError(f"task {self.name} needs textarena: pip install 'entropy-polarity[games]'")
+        check_installed(self, "textarena", "games")
         if self.game.partition("-")[0] not in GAMES:
             raise ValueError(
                 f"task {self.name}: not a game that works offline and from a seed, as these do: {', '.join(GAMES)}"
@@ -46,8 +45,8 @@ class TextArena(SubprocessGame):
     def name(self) -> str:
         return f"textarena:{self.game}"
 
-    def made(self) -> Made:
-        return Made(f"{__name__}:ArenaEnv", {"game": self.game}, library="textarena")
+    def environment_class(self) -> EnvironmentClass:
+        return EnvironmentClass(f"{__name__}:ArenaEnv", {"game": self.game}, library="textarena")
 
 
 class ArenaEnv:
@@ -97,7 +96,7 @@ class ArenaEnv:
         _, messages = self.env.get_observation()
         return "\n".join(text for _, text, kind in messages if kind != ObservationType.PLAYER_ACTION)
 
-    def facts(self) -> dict[str, float]:
+    def counts(self) -> dict[str, float]:
         return {"illegal": self.refused / max(1, self.moves), **self.score}
 
 

@@ -5,7 +5,6 @@ TextWorld (MIT) plays its games with Jericho, which is under GPL-2: both come wi
 
 import argparse
 import functools
-import importlib.util
 import re
 import tempfile
 from dataclasses import dataclass, field
@@ -13,8 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from entropy_polarity.support.errors import unknown_name
-from entropy_polarity.tasks.environments import LOST, Made, SubprocessGame
-from entropy_polarity.tasks.games import WON, StepResult
+from entropy_polarity.tasks.checks import check_installed
+from entropy_polarity.tasks.environments import LOST, EnvironmentClass, SubprocessGame
+from entropy_polarity.tasks.games import WON
+from entropy_polarity.tasks.protocol import StepResult
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "coin_collector": {"level": 3},
@@ -35,9 +36,9 @@ class TextWorld(SubprocessGame):
     """The challenge `challenge` of TextWorld; `options` as the command tw-make names them, without the dashes.
 
     The reward is the share of the game's points that a step gained; all of them are a success. With `show_commands` the
-    policy is told which commands make sense. Making a game takes seconds, and is done in the reset. Facts: `score`, the
-    share of the points, and `useless`, the share of commands that made no sense. Raises ImportError without textworld,
-    ValueError for a challenge or an option that it does not have.
+    policy is told which commands make sense. Making a game takes seconds, and is done in the reset. Counts: `score`,
+    the share of the points, and `useless`, the share of commands that made no sense. Raises ImportError without
+    textworld, ValueError for a challenge or an option that it does not have.
     """
 
     challenge: str = ""
@@ -49,8 +50,7 @@ class TextWorld(SubprocessGame):
     seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        if importlib.util.find_spec("textworld") is None:
-            raise ImportError(f"task {self.name} needs textworld: pip install 'entropy-polarity[games]'")
+        check_installed(self, "textworld", "games")
         if self.challenge not in DEFAULTS:
             raise unknown_name("TextWorld challenge", self.challenge, DEFAULTS)
         super().__post_init__()
@@ -59,10 +59,10 @@ class TextWorld(SubprocessGame):
     def name(self) -> str:
         return f"textworld:{self.challenge}"
 
-    def made(self) -> Made:
+    def environment_class(self) -> EnvironmentClass:
         options = DEFAULTS[self.challenge] | self.options
         settings = {"challenge": self.challenge, "options": options, "show_commands": self.show_commands}
-        return Made(f"{__name__}:WorldEnv", settings, library="textworld.challenges")
+        return EnvironmentClass(f"{__name__}:WorldEnv", settings, library="textworld.challenges")
 
 
 class WorldEnv:
@@ -80,7 +80,7 @@ class WorldEnv:
         infos = textworld.EnvInfos(**wanted, admissible_commands=True)
         # The files are needed until the game runs. A killed process must not leave one for every game that it made.
         with tempfile.TemporaryDirectory() as folder:
-            for name, content in _made(self.challenge, self.options, seed):
+            for name, content in _game_files(self.challenge, self.options, seed):
                 Path(folder, name).write_bytes(content)
             self.env: Any = textworld.start(f"{folder}/game.z8", infos)
             self.env.seed(seed % 2**15)
@@ -108,12 +108,12 @@ class WorldEnv:
             text += f"\nCommands: {', '.join(self.state.admissible_commands)}"
         return text
 
-    def facts(self) -> dict[str, float]:
+    def counts(self) -> dict[str, float]:
         return {"score": self.paid, "useless": self.useless / max(1, self.moves)}
 
 
 @functools.lru_cache(maxsize=32)  # the episodes of a group follow one another
-def _made(challenge: str, options: tuple[tuple[str, Any], ...], seed: int) -> list[tuple[str, bytes]]:
+def _game_files(challenge: str, options: tuple[tuple[str, Any], ...], seed: int) -> list[tuple[str, bytes]]:
     """The files of the game of that seed."""
     from textworld.challenges import CHALLENGES
     from textworld.generator import GameOptions, compile_game

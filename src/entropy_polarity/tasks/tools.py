@@ -73,7 +73,7 @@ TOOLS: dict[str, Callable[..., str]] = {"calculator": calculator, "python": pyth
 
 
 def known_tools(names: tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    """The names, each once. Raises ValueError for one that is not known, BoundaryError where `python` cannot be had.
+    """The names, each once. Raises ValueError for one that is not known, BoundaryError where there is no `python` here.
 
     >>> known_tools(["calculater"])
     Traceback (most recent call last):

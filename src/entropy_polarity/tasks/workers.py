@@ -45,7 +45,7 @@ class _Terms(NamedTuple):
     clock: Literal["wall", "processor"]
     preload: str
     isolated: bool
-    also: str
+    last_folder: str
     reads_only: bool
 
 
@@ -69,7 +69,7 @@ class Workers:
     machine is. Failures: "timed out", "out of memory", "worker died", or the name of the exception. Processes start
     at the first call and end with `close`, with the object or with this process, even when it is killed. They
     import the function, and the module `preload`, before the clock of a call runs; what this process can import,
-    they can, and last of all from the folder `also`. `isolated` ones get nothing else of this process's environment,
+    they can, and last of all from `last_folder`. `isolated` ones get nothing else of this process's environment,
     where keys to services may be. Those that `reads_only` call the function inside the operating system's boundary,
     where there is one (tasks/boundary.py): they can read files and compute, and do nothing else. `map` may be called
     from any thread. Raises ValueError for limits that are not positive; the first call raises NoWorkerError, with the
@@ -86,7 +86,7 @@ class Workers:
         clock: Literal["wall", "processor"] = "wall",
         preload: str = "",
         isolated: bool = False,
-        also: str = "",
+        last_folder: str = "",
         reads_only: bool = False,
     ) -> None:
         count = max(1, os.cpu_count() or 1) if count is None else count
@@ -97,7 +97,7 @@ class Workers:
         self.count = count
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for _ in range(count):
-            terms = _Terms(function, seconds, memory_bytes, clock, preload, isolated, also, reads_only)
+            terms = _Terms(function, seconds, memory_bytes, clock, preload, isolated, last_folder, reads_only)
             self._idle.put(_Worker(terms))
 
     def map(self, calls: Sequence[Sequence[Any]]) -> list[Outcome]:
@@ -228,8 +228,8 @@ def _serve(terms: _Terms) -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
-    if terms.also:
-        sys.path.append(terms.also)
+    if terms.last_folder:
+        sys.path.append(terms.last_folder)
     try:
         module, _, attribute = terms.function.partition(":")
         function = getattr(importlib.import_module(module), attribute)
