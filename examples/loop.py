@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from entropy_polarity import Tokens, make_transform, token_stats
+from entropy_polarity import Monitor, Tokens, make_transform, token_stats
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.tasks import make_task
 
@@ -42,16 +42,16 @@ def group_advantages(rewards: torch.Tensor, group: int) -> torch.Tensor:
     return ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)).flatten()
 
 
-def token_facts(model, batch: dict[str, torch.Tensor], advantages: torch.Tensor, old_logp=None) -> Tokens:
+def tokens_of(model, batch: dict[str, torch.Tensor], advantages: torch.Tensor, old_logp=None) -> Tokens:
     """One forward pass: log-probs with gradient, and beside them the statistics of polarity."""
     ids, mask = batch["ids"], batch["mask"]
     attention = torch.cat([batch["prompt_mask"], mask.long()], dim=1)
     logits = model(input_ids=ids, attention_mask=attention).logits[:, -mask.shape[1] - 1 : -1]
     stats = token_stats(logits, ids[:, -mask.shape[1] :])
     logp = stats.logp
-    return Tokens(
-        mask=mask,
-        advantages=advantages[:, None].expand_as(logp),
+    return Tokens.pack(
+        mask,
+        advantages,
         logp=logp,
         old_logp=logp.detach() if old_logp is None else old_logp,
         entropy=stats.entropy,
@@ -64,7 +64,7 @@ def policy_loss(tokens: Tokens, clip: tuple[float, float] = (0.2, 0.2)) -> torch
     ratio = (tokens.require("logp") - tokens.require("old_logp")).exp()
     clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
     surrogate = torch.min(ratio * tokens.advantages, clipped * tokens.advantages)
-    return -(surrogate * tokens.mask).sum() / tokens.mask.sum()
+    return -surrogate.mean()
 
 
 def main() -> None:
@@ -79,14 +79,16 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("embedded"))
     task = make_task("countdown", numbers=[4])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    transform = make_transform("papo")
+    transform, monitor = make_transform("papo"), Monitor()
     state = transform.init()
 
     for step in range(arguments.steps):
         batch = rollout(model, tokenizer, task, step, arguments.prompts, arguments.group)  # 1, 2
         advantages = group_advantages(batch["rewards"], arguments.group)  # 3
-        tokens = token_facts(model, batch, advantages)  # 4
-        weighted, state, metrics = transform.update(tokens.detach(), state)  # 5, 6
+        tokens = tokens_of(model, batch, advantages)  # 4
+        seen = tokens.detach()
+        weighted, state, metrics = transform.update(seen, state)  # 5, 6
+        metrics = monitor.measure(seen, weighted) | metrics
         loss = policy_loss(replace(tokens, advantages=weighted.advantages))  # 7
         optimizer.zero_grad()
         loss.backward()

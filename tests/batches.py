@@ -1,6 +1,7 @@
-"""Rollout batches with every fact a method may ask for: random ones of a real softmax, and literal ones."""
+"""Rollout batches with every column a method may ask for: random ones of a real softmax, and literal ones."""
 
 import json
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import cache
 
@@ -11,9 +12,10 @@ from entropy_polarity.controllers import Metrics, State
 from entropy_polarity.kernels import token_stats
 from entropy_polarity.maths import surviving_ratio
 from entropy_polarity.tokens import Tokens
-from entropy_polarity.transforms import Transform
+from entropy_polarity.transforms import Monitor, Transform
 
-TOKEN_FACTS = ("logp", "old_logp", "entropy", "sum_p2", "sum_p2_logp", "sensitivity", "importance")
+TOKEN_COLUMNS = ("logp", "old_logp", "entropy", "sensitivity", "importance")
+PLACES = ("response", "position", "index")
 OUTPUTS = ("advantages", "entropy_bonus", "ratio_penalty")
 
 
@@ -37,14 +39,12 @@ def sampled_batch(seed: int, scale: float = 2.0, groups: int = 4, size: int = 4,
     reward = right.float()
     advantage = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
     advantages = advantage.flatten()[:, None].repeat(1, width)
-    return Tokens(
-        mask=mask,
-        advantages=advantages,
+    return Tokens.pack(
+        mask,
+        advantages,
         logp=stats.logp,
         old_logp=old_logp,
         entropy=stats.entropy,
-        sum_p2=stats.sum_p2,
-        sum_p2_logp=stats.sum_p2_logp,
         sensitivity=stats.sensitivity,
         importance=surviving_ratio((stats.logp - old_logp).exp(), advantages, (0.2, 0.2)),
         reward=reward.flatten(),
@@ -54,34 +54,55 @@ def sampled_batch(seed: int, scale: float = 2.0, groups: int = 4, size: int = 4,
 
 
 def literal(mask: list[list[int]] | None = None, **columns: list) -> Tokens:
-    """The batch of these numbers, a list of rows for each fact; all are model tokens unless `mask` says otherwise."""
+    """The batch of these numbers, a list of rows for each column; all are model tokens unless `mask` says otherwise."""
     tensors = {name: torch.tensor(column) for name, column in columns.items()}
-    given = torch.tensor(mask).bool() if mask else torch.ones_like(tensors["advantages"], dtype=torch.bool)
-    return Tokens(mask=given, **tensors)
+    advantages = tensors.pop("advantages")
+    given = torch.tensor(mask).bool() if mask else torch.ones_like(advantages, dtype=torch.bool)
+    return Tokens.pack(given, advantages, **tensors)
 
 
 def in_double(tokens: Tokens) -> Tokens:
     return with_columns(tokens, lambda name, column: column.double() if column.is_floating_point() else column)
 
 
-def with_columns(tokens: Tokens, change) -> Tokens:
-    """Every fact that is there replaced by change(name, column)."""
-    columns = {f.name: getattr(tokens, f.name) for f in fields(tokens)}
+def with_columns(tokens: Tokens, change: Callable[[str, Tensor], Tensor]) -> Tokens:
+    """Every column that is there, but for where the tokens stand, replaced by change(name, column)."""
+    columns = {f.name: getattr(tokens, f.name) for f in fields(tokens) if f.name not in PLACES}
     return replace(tokens, **{name: change(name, x) for name, x in columns.items() if x is not None})
 
 
-def run(transform: Transform, *rollouts: Tokens, state: State | None = None) -> tuple[Tokens, State, Metrics]:
-    """What the last of these rollouts becomes; the state is written to JSON and read again after each."""
+def rows(tokens: Tokens, *numbers: int) -> Tokens:
+    """Only these responses."""
+    return tokens.of_responses(torch.tensor(numbers, dtype=torch.long))
+
+
+def split(tokens: Tokens, parts: int) -> list[Tokens]:
+    """Micro-batches of as many responses each."""
+    return [tokens.of_responses(part) for part in torch.arange(tokens.responses).chunk(parts)]
+
+
+def run(
+    transform: Transform, *rollouts: Tokens, state: State | None = None, monitor: Monitor | None = None
+) -> tuple[Tokens, State, Metrics]:
+    """What the last of these rollouts becomes; the state is written to JSON and read again after each. With a monitor
+    the metrics are its own, too."""
     state = transform.init() if state is None else state
     result = None
     for tokens in rollouts:
         result, state, metrics = transform.update(tokens, state)
+        if monitor is not None:
+            metrics = monitor.measure(tokens, result) | metrics
         state = json.loads(json.dumps(state, allow_nan=False))
     assert result is not None
     return result, state, metrics
 
 
 def outputs(tokens: Tokens) -> dict[str, Tensor]:
-    """What a method may write, on model tokens, and the mask."""
-    columns = {name: getattr(tokens, name) for name in OUTPUTS}
-    return {"mask": tokens.mask} | {name: x[tokens.mask] for name, x in columns.items() if x is not None}
+    """What a method may write, and the tokens that it kept."""
+    columns = {name: getattr(tokens, name) for name in (*PLACES[:2], *OUTPUTS)}
+    return {name: x for name, x in columns.items() if x is not None}
+
+
+def by_row(tokens: Tokens, column: Tensor) -> list[list[float]]:
+    """One list of numbers per response."""
+    return [column[tokens.response == row].tolist() for row in range(tokens.responses)]

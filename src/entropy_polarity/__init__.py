@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from entropy_polarity.maths import branch_flows, polarity, predicted_entropy_change
     from entropy_polarity.methods import METHODS, make_transform
     from entropy_polarity.tokens import Tokens, TokenStats
-    from entropy_polarity.transforms import Transform, chain
+    from entropy_polarity.transforms import Monitor, Transform, chain
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "token_stats": "kernels",
@@ -27,6 +27,7 @@ _HOME = {
     "Sequences": "diagnostics.exact",
     "Tokens": "tokens",
     "TokenStats": "tokens",
+    "Monitor": "transforms",
     "Transform": "transforms",
     "chain": "transforms",
     "METHODS": "methods",
@@ -35,6 +36,7 @@ _HOME = {
 
 __all__ = [
     "METHODS",
+    "Monitor",
     "Sequences",
     "TokenStats",
     "Tokens",

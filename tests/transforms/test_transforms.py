@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entropy_polarity import controllers
-from entropy_polarity.methods import describe_methods, make_transform
+from entropy_polarity.methods import make_transform
+from entropy_polarity.methods.description import describe_methods
 from entropy_polarity.tokens import Tokens, concatenate, masked_mean
 from entropy_polarity.transforms import (
     Transform,

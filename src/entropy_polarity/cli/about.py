@@ -13,7 +13,7 @@ from entropy_polarity.support.text import printable
 
 def methods(as_json: Json = False) -> None:
     """List the methods: what each does, when it decides and what that costs, what it needs, its source and settings."""
-    from entropy_polarity.methods import describe_methods
+    from entropy_polarity.methods.description import describe_methods
 
     rows = describe_methods()
     if as_json:

@@ -45,7 +45,7 @@ class LossOverrides(NamedTuple):
         """
         for name, mine, theirs in zip(self._fields, self, other, strict=True):
             if mine is not None and theirs is not None and mine != theirs:
-                raise ValueError(f"of two methods in a chain one sets {name} to {mine!r}, another to {theirs!r}")
+                raise ValueError(f"one sets {name} to {mine!r}, another to {theirs!r}")
         return LossOverrides(*(theirs if mine is None else mine for mine, theirs in zip(self, other, strict=True)))
 
 

@@ -30,20 +30,22 @@ def _sign(p: Tensor, soft_sign: float) -> Tensor:
     return p.sign() if soft_sign == 0 else p / (p.abs() + soft_sign)
 
 
-def observe(tokens: Tokens, soft_sign: float = 0.0) -> Observation:
+def observe(tokens: Tokens, soft_sign: float = 0.0, conserve: bool = False) -> Observation:
     """What a controller sees of a batch: mean entropy, branch flows, and what a unit of λ would do.
 
-    Tokens whose entropy is not finite are left out; with none left the entropy is NaN, not 0.
+    Without `conserve` λ changes the total pressure, and nothing takes it back: the tilt is 0. Tokens whose entropy is
+    not finite are left out; with none left the entropy is NaN, not 0.
     """
     p = finite(token_polarity(tokens))
     s = _sign(p, soft_sign)
     positive, negative = branch_flows(p)
-    gain = mean(p * s)
-    size = finite(tokens.advantages).abs()
-    pressure = mean(size)
-    tilt = mean(size * s) / pressure if pressure > 0 else pressure
+    tilt = 0.0
+    if conserve:
+        size = finite(tokens.advantages).abs()
+        pressure = mean(size)
+        tilt = (mean(size * s) / pressure).item() if pressure > 0 else 0.0
     entropy, error = mean_entropy(tokens)
-    return Observation(entropy, positive.item(), negative.item(), gain.item(), tilt.item(), error)
+    return Observation(entropy, positive.item(), negative.item(), mean(p * s).item(), tilt, error)
 
 
 def polarity_weights(controller: Controller, soft_sign: float = 0.0, conserve: bool = False) -> Transform:
@@ -69,10 +71,7 @@ def polarity_weights(controller: Controller, soft_sign: float = 0.0, conserve: b
         return {"lambda": controller.start, "controller": controller.init()}
 
     def advance(tokens: Tokens, state: State) -> tuple[State, Metrics]:
-        observed = observe(tokens, soft_sign)
-        if not conserve:
-            observed = observed._replace(tilt=0.0)  # λ changes the total pressure, and nothing takes it back
-        following, inner, metrics = controller.update(observed, state["controller"])
+        following, inner, metrics = controller.update(observe(tokens, soft_sign, conserve), state["controller"])
         used = state["lambda"] if controller.causal else following
         return {"lambda": following, "controller": inner}, {"polarity/lambda": used, **metrics}
 
