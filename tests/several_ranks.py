@@ -73,7 +73,7 @@ def main() -> None:
         ]
         results[name] = {
             "way": torch.cat(way),
-            "state": json.dumps(trainer.method_state),
+            "state": json.dumps(trainer.checkpoint_state),
             "metrics": json.dumps([row for row in logged if row]),
             "checkpoint": json.dumps(read_state(folder / "checkpoint-4")["state"]),
         }

@@ -9,14 +9,7 @@ from torch import Tensor
 
 from entropy_polarity.controllers import Metrics, State
 from entropy_polarity.tokens import Tokens, concatenate
-
-
-class Statistics(NamedTuple):
-    """Padded columns of a forward pass, (B, T) each."""
-
-    logp: Tensor
-    entropy: Tensor
-    sensitivity: Tensor | None = None
+from entropy_polarity.trainers.trl.passes import Statistics
 
 
 class Decision(NamedTuple):

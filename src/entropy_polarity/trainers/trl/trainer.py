@@ -33,15 +33,14 @@ try:
     from trl import GRPOTrainer
 except ModuleNotFoundError as error:
     raise ImportError(f"PolarityTrainer needs TRL ({error}): pip install 'entropy-polarity[trl]'") from None
-from trl.trainer import grpo_trainer
 
 from entropy_polarity.methods import make_transform
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.tokens import Tokens
-from entropy_polarity.trainers.trl.checkpoints import CheckpointedTrainer, RolloutBoundaries
+from entropy_polarity.trainers.trl.checkpoints import RolloutBoundaries
 from entropy_polarity.trainers.trl.config import PolarityConfig, polarity_config
 from entropy_polarity.trainers.trl.evaluation import EvaluatedTokens
-from entropy_polarity.trainers.trl.head import Request, StatisticsHead, loading_whole
+from entropy_polarity.trainers.trl.head import StatisticsHead, loading_whole
 from entropy_polarity.trainers.trl.loss import averaged, importance
 from entropy_polarity.trainers.trl.packing import (
     GROUP,
@@ -53,12 +52,12 @@ from entropy_polarity.trainers.trl.packing import (
     packed,
     without_dropped,
 )
+from entropy_polarity.trainers.trl.passes import StatisticsTrainer
 from entropy_polarity.trainers.trl.ranks import gather_columns, gather_tokens, own_part
 from entropy_polarity.trainers.trl.rollout import (
     Decision,
     MicroBatch,
     Rollout,
-    Statistics,
     as_decided,
     in_order,
     made_columns,
@@ -67,7 +66,7 @@ from entropy_polarity.trainers.trl.sequences import exact_sensitivity_of
 from entropy_polarity.transforms import Monitor, loss_terms
 
 
-class PolarityTrainer(CheckpointedTrainer):
+class PolarityTrainer(StatisticsTrainer):
     """GRPOTrainer whose advantages go through a method of `entropy_polarity.methods`.
 
     Takes GRPOTrainer's arguments; `args` is a PolarityConfig, or what `polarity_config` makes one of. With λ = 0 and
@@ -134,31 +133,16 @@ class PolarityTrainer(CheckpointedTrainer):
         if self.transform.decides_from == "rewards":
             rollout.tokens = self._tokens(rollout.inputs)
         else:
-            rollout.tokens = self._tokens(rollout.inputs, *self._statistics_of(rollout))
+            found, rollout.statistics = rollout.statistics, None
+            if found is None or found.logp is not batch.get("old_per_token_logps"):  # TRL made no such pass
+                found = self._statistics_of(batch)
+            rollout.tokens = self._tokens(rollout.inputs, *found)
             if self._wants_exact:
                 exact = exact_sensitivity_of(
                     self.accelerator, self.model, rollout.inputs, rollout.tokens, self.temperature
                 )
                 rollout.tokens = replace(rollout.tokens, exact_sensitivity=exact)
         return self._decided(rollout)
-
-    def _statistics_of(self, rollout: Rollout) -> Statistics:
-        """Those of the policy that sampled: of TRL's pass for old log-probs, if it made one, or of one without gradient
-        before any update on the rollout."""
-        batch = rollout.inputs
-        if rollout.statistics is not None and rollout.statistics.logp is batch.get("old_per_token_logps"):
-            return rollout.statistics
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        accepted = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
-        extra = {name: value for name, value in batch.items() if name in accepted}
-        checkpointing = grpo_trainer.disable_gradient_checkpointing
-        # The fork keeps the pass from moving the random state: dropout afterwards is that of plain GRPO.
-        quiet = checkpointing(self.model, self.args.gradient_checkpointing_kwargs)  # type: ignore[arg-type]
-        with torch.no_grad(), torch.random.fork_rng(), quiet:
-            keep, size = batch["completion_ids"].size(1), self.args.per_device_train_batch_size
-            _, statistics = self._with_statistics(self.model, ids, attention, keep, batch_size=size, **extra)
-        return statistics
 
     @property
     def _wants_exact(self) -> bool:
@@ -262,26 +246,6 @@ class PolarityTrainer(CheckpointedTrainer):
             for name, value in self._evaluated.take(flows=(self.num_generations_eval or 0) > 1).items():
                 self._metrics["eval"][name].append(value)
         super().log(logs, start_time)
-
-    # ---- a forward pass, and its tokens --------------------------------------------------------------------
-
-    def _with_statistics(self, model, *args, sensitivity: bool = True, **kwargs) -> tuple[tuple, Statistics]:
-        """What TRL's function gives of a pass, and without gradient the statistics in it and beside it."""
-        keep, slots = args[2] if len(args) > 2 else kwargs["logits_to_keep"], []
-
-        def watched(**model_inputs):
-            output = model(**model_inputs)
-            slots.append(output.mean_logits)
-            return output
-
-        with StatisticsHead.serving(self._request(sensitivity)):
-            result = super()._get_per_token_logps_and_entropies(watched, *args, compute_entropy=True, **kwargs)
-        beside = torch.cat([slot[:, -keep:] for slot in slots]) if sensitivity else None
-        return result, Statistics(result[0].detach(), result[1].detach(), beside)
-
-    def _request(self, statistics: bool) -> Request:
-        entropy_grad = self._entropy_bonus_enabled or self.transform.entropy_gradient
-        return Request(self.args.statistics_head, statistics, entropy_grad)
 
     def _tokens(self, inputs, logp=None, entropy=None, sensitivity=None) -> Tokens:
         """The model tokens of some rows; without statistics where no pass was made yet."""
