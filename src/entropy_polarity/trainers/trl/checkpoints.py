@@ -164,7 +164,7 @@ class CheckpointedTrainer(GRPOTrainer):
             finish(folder, self.args.method, self.args.settings, self.checkpoint_state, self.at_rollout_boundary)
             best = self.state.best_model_checkpoint
             rotate(folder, self._limit, Path(best) if best else None)
-        self.accelerator.wait_for_everyone()  # whoever reads it next finds it whole
+        self.accelerator.wait_for_everyone()  # every process that reads it from here on finds it whole
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with naming_the_file(checkpoint, "optimizer.pt", "scheduler.pt"):

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from entropy_polarity.tokens import Tokens
+from entropy_polarity.transforms.core import REWARD_COLUMNS
 
-_PER_RESPONSE = ("reward", "group", "sample_id")
+_PER_RESPONSE = sorted(REWARD_COLUMNS)  # in one order on every process
 
 
 def gather_columns(accelerator: Accelerator, columns: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -189,7 +189,7 @@ class PolarityTrainer(StatisticsTrainer):
         asked = self.transform.decides_from == "whole batch" and self.model.training and not rollout.inputs
         if asked and rollout.statistics is None and not compute_entropy:
             result, rollout.statistics = self._with_statistics(model, *args, **kwargs)
-            return result[0], None, result[2]
+            return rollout.statistics.logp, None, result[2]
         # The same head in every pass: old and new log-probs of one policy are equal then, and their ratio 1.
         with StatisticsHead.serving(self._request(statistics=False)):
             return super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **kwargs)
