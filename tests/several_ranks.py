@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "trainers"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from test_trl import make_trainer
