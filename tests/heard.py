@@ -14,13 +14,19 @@ class Watched(NamedTuple):
     gradients: list[Tensor]
 
 
+def written(rollout: Rollout) -> Tensor:
+    """(B, T): the tokens that were packed, the policy's own."""
+    own = torch.ones_like(rollout.tokens.response, dtype=torch.bool)
+    return rollout.tokens.unpack(own, tuple(rollout.inputs["completion_ids"].shape))
+
+
 def train_watched(trainer: PolarityTrainer) -> Watched:
     """Train, with the statistics of what the policy did not write made NaN before any method sees them."""
     watched = Watched([], [], [])
 
     def poisoned(inputs, *statistics, make=trainer._tokens):
-        written = inputs["completion_mask"].bool() & inputs["tool_mask"].bool()
-        return make(inputs, *(torch.where(written, values, torch.nan) for values in statistics))
+        own = inputs["completion_mask"].bool() & inputs["tool_mask"].bool()
+        return make(inputs, *(None if x is None else torch.where(own, x, torch.nan) for x in statistics))
 
     def watch_states(module, inputs, output):
         if output.requires_grad:
@@ -36,9 +42,8 @@ def train_watched(trainer: PolarityTrainer) -> Watched:
 
 def assert_only_the_policy_is_learnt(trainer: PolarityTrainer, watched: Watched) -> None:
     rollout = watched.rollouts[0]
-    written = rollout.inputs["completion_mask"].bool() & rollout.inputs["tool_mask"].bool()
     tokens = rollout.tokens
-    assert torch.equal(torch.stack([tokens.response, tokens.position], dim=1), written.nonzero())
+    assert torch.equal(written(rollout), rollout.inputs["completion_mask"].bool() & rollout.inputs["tool_mask"].bool())
     for values in (rollout.weight, tokens.require("entropy"), tokens.require("sensitivity")):
         assert values.isfinite().all()
     for inputs, gradient in zip(watched.batches, watched.gradients, strict=True):
