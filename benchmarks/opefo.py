@@ -30,7 +30,7 @@ RULES = {"opefo": token_flow, "opefo_polarity": token_polarity}
 
 def balance(tokens: Tokens, rule: str) -> float | None:
     """The λ of one rule on one rollout; None where a branch is empty."""
-    positive, negative = (x.item() for x in branch_flows(RULES[rule](tokens).double(), tokens.mask))
+    positive, negative = (x.item() for x in branch_flows(RULES[rule](tokens).double()))
     return (negative - positive) / (negative + positive) if min(positive, negative) > 0 else None
 
 

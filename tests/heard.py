@@ -1,14 +1,11 @@
 """Training under watch: what an environment or a tool said must be in no statistic and get no gradient."""
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from entropy_polarity.trainers.trl import PolarityTrainer, Rollout
-
-COLUMNS = ("entropy", "sum_p2", "sum_p2_logp", "sensitivity")
 
 
 class Watched(NamedTuple):
@@ -17,14 +14,19 @@ class Watched(NamedTuple):
     gradients: list[Tensor]
 
 
+def written(rollout: Rollout) -> Tensor:
+    """(B, T): the tokens that were packed, the policy's own."""
+    own = torch.ones_like(rollout.tokens.response, dtype=torch.bool)
+    return rollout.tokens.unpack(own, tuple(rollout.inputs["completion_ids"].shape))
+
+
 def train_watched(trainer: PolarityTrainer) -> Watched:
     """Train, with the statistics of what the policy did not write made NaN before any method sees them."""
     watched = Watched([], [], [])
 
-    def poisoned(*args, make=trainer._tokens, **kwargs):
-        tokens = make(*args, **kwargs)
-        known = {name: value for name in COLUMNS if (value := getattr(tokens, name)) is not None}
-        return replace(tokens, **{n: torch.where(tokens.mask, v, torch.nan) for n, v in known.items()})
+    def poisoned(inputs, *statistics, make=trainer._tokens):
+        own = inputs["completion_mask"].bool() & inputs["tool_mask"].bool()
+        return make(inputs, *(None if x is None else torch.where(own, x, torch.nan) for x in statistics))
 
     def watch_states(module, inputs, output):
         if output.requires_grad:
@@ -40,9 +42,10 @@ def train_watched(trainer: PolarityTrainer) -> Watched:
 
 def assert_only_the_policy_is_learnt(trainer: PolarityTrainer, watched: Watched) -> None:
     rollout = watched.rollouts[0]
-    mask = rollout.tokens.mask
-    assert rollout.weight.isfinite().all()
-    assert (rollout.weight[~mask] == 1).all()
+    tokens = rollout.tokens
+    assert torch.equal(written(rollout), rollout.inputs["completion_mask"].bool() & rollout.inputs["tool_mask"].bool())
+    for values in (rollout.weight, tokens.require("entropy"), tokens.require("sensitivity")):
+        assert values.isfinite().all()
     for inputs, gradient in zip(watched.batches, watched.gradients, strict=True):
         # The state before a token is what foretells it; the last prompt token foretells the first.
         first = inputs["prompt_ids"].size(1) - 1

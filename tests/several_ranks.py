@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "trainers"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from test_trl import make_trainer
@@ -73,7 +73,7 @@ def main() -> None:
         ]
         results[name] = {
             "way": torch.cat(way),
-            "state": json.dumps(trainer.method_state),
+            "state": json.dumps(trainer.checkpoint_state),
             "metrics": json.dumps([row for row in logged if row]),
             "checkpoint": json.dumps(read_state(folder / "checkpoint-4")["state"]),
         }

@@ -23,6 +23,7 @@ from entropy_polarity import token_stats
 from entropy_polarity.diagnostics.entropy import Parameters, Sequences, entropy_gradient
 from entropy_polarity.diagnostics.exact import exact_sensitivity
 from entropy_polarity.policy import resolve_model
+from entropy_polarity.tokens import Tokens
 from entropy_polarity.trainers.trl.sequences import exact_sensitivity_of
 
 VOCABULARY = 40
@@ -348,9 +349,8 @@ def test_a_process_without_tokens_adds_zeros_of_the_type_that_the_others_add():
         return value + 1
 
     accelerator = SimpleNamespace(num_processes=2, unwrap_model=lambda model: model, reduce=reduce)
-    trainer = SimpleNamespace(accelerator=accelerator, model=model, temperature=1.0)
-    ids, none = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool)
+    ids, none = torch.zeros(2, 3, dtype=torch.long), Tokens.pack(torch.zeros(2, 3, dtype=torch.bool), torch.ones(2))
     inputs = {f"{part}_{what}": ids for part in ("prompt", "completion") for what in ("ids", "mask")}
-    assert not exact_sensitivity_of(trainer, inputs, none).any()
+    assert exact_sensitivity_of(accelerator, model, inputs, none, temperature=1.0).shape == (0,)
     assert set(added[1:]) == {torch.float32}
     assert len(added) == 1 + len(list(model.parameters()))

@@ -1,24 +1,28 @@
-"""Writes trl.json: what every method makes of one rollout inside TRL's trainer, for verl's environment to compare with.
+"""Writes what every method makes of one rollout inside TRL's trainer, for verl's environment to compare with.
 
-PYTHONPATH=tests:examples python tests/golden/make_trl.py
+    PYTHONPATH=tests:tests/trainers:examples python tests/golden/make_trl.py FILE
+
+The committed trl.json is version 0.1's (commit 01dfe53), whose Tokens were padded; tests/trainers/test_trl_golden.py
+holds the trainer to it. Matrices are (B, T); `mask` is 1 at the model tokens, and in what a method made at those that
+it kept. Elsewhere the numbers mean nothing.
 """
 
 import json
+import sys
 import tempfile
 import warnings
 from pathlib import Path
-from unittest.mock import patch
 
 from several_ranks import fixed
 from test_trl import make_trainer
 from test_trl_methods import EXAMPLES, REUSED, uneven
+from torch import Tensor
 
 from entropy_polarity.tokens import Tokens
-from entropy_polarity.trainers.trl import PolarityTrainer
+from entropy_polarity.trainers.trl import PolarityTrainer, Rollout
 
-HERE = Path(__file__).parent
-COLUMNS = ("mask", "advantages", "logp", "entropy", "sensitivity", "reward")
-MADE = ("mask", "advantages", "entropy_bonus", "ratio_penalty")
+COLUMNS = ("advantages", "logp", "entropy", "sensitivity")
+MADE = ("advantages", "entropy_bonus", "ratio_penalty")
 METHODS = {
     **EXAMPLES,
     "papo": ("papo", {"controller": "constant", "lambda_": 0.4}),
@@ -33,39 +37,39 @@ def some_equal(completions, **_):
     return [1.0 if row < 8 else reward for row, reward in enumerate(uneven(completions))]
 
 
-def written(tokens: Tokens, names: tuple[str, ...]) -> dict[str, list]:
-    columns = {name: getattr(tokens, name) for name in names}
-    return {
-        name: [[float(f"{x:.9g}") for x in row] for row in column.double().view(len(column), -1).tolist()]
-        for name, column in columns.items()
-        if column is not None
-    }
+def padded(tokens: Tokens, names: tuple[str, ...], shape: tuple[int, int]) -> dict[str, Tensor]:
+    """(B, T) of each column that is there, and `mask`."""
+    columns = {name: getattr(tokens, name) for name in names if getattr(tokens, name) is not None}
+    columns["mask"] = tokens.advantages.new_ones(len(tokens.response))
+    return {name: tokens.unpack(column, shape) for name, column in columns.items()}
 
 
-def decision(method) -> tuple[Tokens, Tokens]:
+def decision(method: tuple[str, dict]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(what a method saw, what it made of it) on the first rollout."""
-    seen = []
-
-    run = PolarityTrainer._run_method
-
-    def watched(self, local):
-        decided = run(self, local)
-        seen.append((local, decided.tokens))
-        return decided
-
-    with patch.object(PolarityTrainer, "_run_method", watched):
-        trainer = make_trainer(PolarityTrainer, Path(tempfile.mkdtemp()), method=method, **REUSED)
+    rollouts: list[Rollout] = []
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(PolarityTrainer, Path(folder), method=method, **REUSED | {"max_steps": 1})
         trainer.rollout_func, trainer.reward_funcs = fixed, [some_equal]
+        trainer.on_rollout = rollouts.append
         trainer.train()
-    return seen[0]
+    (rollout,) = rollouts
+    shape = tuple(rollout.inputs["completion_ids"].shape)
+    seen = padded(rollout.tokens, COLUMNS, shape) | {"reward": rollout.rewards[:, None]}
+    return seen, padded(rollout.after, MADE, shape)
+
+
+def written(columns: dict[str, Tensor]) -> dict[str, list[list[float]]]:
+    return {
+        name: [[float(f"{x:.9g}") for x in row] for row in column.double().tolist()] for name, column in columns.items()
+    }
 
 
 def main() -> None:
     warnings.filterwarnings("ignore")
     decisions = {name: decision(method) for name, method in METHODS.items()}
-    batch = written(decisions["papo"][0], COLUMNS)
-    methods = {name: {"method": METHODS[name], "made": written(after, MADE)} for name, (_, after) in decisions.items()}
-    (HERE / "trl.json").write_text(json.dumps({"batch": batch, "methods": methods}) + "\n", encoding="utf-8")
+    methods = {name: {"method": METHODS[name], "made": written(made)} for name, (_, made) in decisions.items()}
+    document = {"batch": written(decisions["papo"][0]), "methods": methods}
+    Path(sys.argv[1]).write_text(json.dumps(document) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from heard import assert_only_the_policy_is_learnt, train_watched
+from heard import assert_only_the_policy_is_learnt, train_watched, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tasks_training import few_steps, policy
@@ -288,7 +288,7 @@ def test_environment_tokens_enter_no_statistic_and_no_gradient(words, method, tm
         patch.setattr(type(reward), "__call__", half_win)
         watched = train_watched(trainer)
 
-    mask = watched.rollouts[0].tokens.mask
+    mask = written(watched.rollouts[0])
     for row, episode in enumerate(episodes):
         assert mask[row].int().tolist() == episode.env_mask + [0] * (mask.size(1) - len(episode.env_mask))
     assert any(not all(episode.env_mask) for episode in episodes)

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from datasets import Dataset
-from heard import assert_only_the_policy_is_learnt, train_watched
+from heard import assert_only_the_policy_is_learnt, train_watched, written
 from test_tasks_training import SHAPE, few_steps, policy, printable_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.chat_template_utils import llama3_chat_template, qwen3_chat_template
@@ -95,7 +95,7 @@ def test_what_a_tool_said_enters_no_statistic_and_no_gradient(method, tmp_path):
     watched = train_watched(trainer)
     assert_only_the_policy_is_learnt(trainer, watched)
 
-    inputs, mask = watched.rollouts[0].inputs, watched.rollouts[0].tokens.mask
+    inputs, mask = watched.rollouts[0].inputs, written(watched.rollouts[0])
     heard = inputs["completion_mask"].bool() & ~inputs["tool_mask"].bool()
     for row, judged in enumerate(reward.judged):
         (a, b) = re.findall(r"What is (\d+)\*7\+(\d+)\?", judged.prompt)[0]
@@ -103,9 +103,9 @@ def test_what_a_tool_said_enters_no_statistic_and_no_gradient(method, tmp_path):
         said = {0: value, 1: value + 1, 2: value, 3: "{'error': 'Tool search not found.'}"}[row % 4]
         expected = f"<|im_start|>user\n<tool_response>\n{said}\n</tool_response>{END}\n<|im_start|>assistant\n"
         assert tokenizer.decode(inputs["completion_ids"][row][heard[row]]).strip("\n") == expected.strip("\n")
-        written = tokenizer.decode(inputs["completion_ids"][row][mask[row]])
-        assert written.count(END) == 2
-        assert written.endswith(f"\\boxed{{{said}}}{END}")
+        text = tokenizer.decode(inputs["completion_ids"][row][mask[row]])
+        assert text.count(END) == 2
+        assert text.endswith(f"\\boxed{{{said}}}{END}")
         assert judged.verdict == ("correct" if row % 2 == 0 else judged.verdict)
         assert judged.completion.strip() == f"\\boxed{{{said}}}", "what a tool said is not judged"
     assert watched.rollouts[0].tokens.reward.tolist() == [1, 0, 1, 0]

@@ -227,7 +227,7 @@ def test_weights_reach_the_update(tmp_path, method):
     for rollout in rollouts:
         p, lam = token_polarity(rollout.tokens), rollout.metrics["polarity/lambda"]
         assert lam != 0
-        moved = rollout.tokens.mask & (p != 0)
+        moved = p != 0
         assert moved.any()
         torch.testing.assert_close(rollout.weight[moved], (1 + lam * p.sign())[moved])
 
@@ -275,7 +275,7 @@ def test_lambda_is_fixed_while_a_rollout_is_reused(tmp_path):
     lambdas = []
     local = trainer.transform.local
     trainer.transform = trainer.transform._replace(
-        local=lambda tokens, state: lambdas.append(state["inner"]["lambda"]) or local(tokens, state)
+        local=lambda tokens, state: lambdas.append(state["lambda"]) or local(tokens, state)
     )
     trainer.train()
     assert trainer.micro_steps_per_rollout == 4
@@ -283,7 +283,7 @@ def test_lambda_is_fixed_while_a_rollout_is_reused(tmp_path):
     assert len(set(lambdas[:4])) == 1
     assert len(set(lambdas[4:])) == 1
     assert lambdas[0] != lambdas[4]
-    assert trainer.method_state["inner"]["controller"]["k"] == 2
+    assert trainer.method_state["controller"]["k"] == 2
 
 
 def tiny_models():
@@ -328,10 +328,10 @@ def test_statistics_are_those_of_the_models_own_logits(tmp_path, model, dtype):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         logits = trainer.model.eval()(input_ids=ids, attention_mask=attention).logits[:, -keep - 1 : -1]
     stats = token_stats(logits.float(), ids[:, -keep:], temperature=0.7)
-    mask = rollout.tokens.mask
+    mask = inputs["completion_mask"].bool()
     tolerance = 1e-5 if dtype == "float32" else 3e-2  # TRL rounds the tile's product to bf16, the model its own way
-    for name in ("logp", "entropy", "sum_p2", "sum_p2_logp", "sensitivity"):
-        ours, direct = getattr(rollout.tokens, name)[mask], getattr(stats, name)[mask]
+    for name in ("logp", "entropy", "sensitivity"):
+        ours, direct = getattr(rollout.tokens, name), getattr(stats, name)[mask]
         torch.testing.assert_close(ours, direct, rtol=tolerance, atol=tolerance, msg=name)
 
 
@@ -351,7 +351,7 @@ def test_lora_trains_with_statistics(tmp_path):
     changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
     assert changed
     assert all("lora" in name for name in changed)
-    assert (rollouts[0].weight[rollouts[0].tokens.mask] != 1).any()
+    assert (rollouts[0].weight != 1).any()
 
 
 def test_gradient_checkpointing_and_autocast_keep_the_statistics_finite(tmp_path):
@@ -397,8 +397,8 @@ def test_the_plain_loop_and_the_trainer_agree(tmp_path):
         "rewards": rollouts[0].tokens.reward,
     }
     advantages = loop.group_advantages(batch["rewards"], group=4)
-    torch.testing.assert_close(advantages, rollouts[0].tokens.advantages[:, 0])
-    tokens = loop.token_facts(model, batch, advantages)
+    torch.testing.assert_close(advantages[rollouts[0].tokens.response], rollouts[0].tokens.advantages)
+    tokens = loop.tokens_of(model, batch, advantages)
     weighted, _, _ = trainer.transform.update(tokens.detach(), trainer.transform.init())
     loss = loop.policy_loss(replace(tokens, advantages=weighted.advantages))
     loss.backward()
@@ -443,19 +443,20 @@ def test_importance_is_the_derivative_of_trls_own_loss(tmp_path, loss_type):
     inputs = dict(rollouts[0].inputs)
     shape = inputs["completion_ids"].shape
     generator = torch.Generator().manual_seed(0)
-    logp = rollouts[0].tokens.logp.double().requires_grad_()
+    of_tokens = rollouts[0].tokens
+    logp = of_tokens.unpack(of_tokens.logp, shape, -1.0).double().requires_grad_()
     inputs["old_per_token_logps"] = logp.detach() + 0.4 * torch.randn(shape, generator=generator)
     inputs["advantages"] = torch.randn(shape[0], generator=generator).double()
     mask = inputs["completion_mask"].bool()
     zeros = torch.zeros(shape)
 
-    tokens = trainer._tokens(inputs, logp.detach(), zeros, zeros, zeros, zeros)
+    tokens = trainer._tokens(inputs, logp.detach(), zeros, zeros)
     trainer._get_per_token_logps_and_entropies = lambda *a, **k: (logp, zeros, None)
     GRPOTrainer._compute_loss(trainer, trainer.model, inputs).backward()
-    expected = (-logp.grad / tokens.advantages)[mask]
-    got = tokens.importance[mask].double()
+    expected = -logp.grad[mask] / tokens.advantages
+    got = tokens.importance.double()
     # Each loss has a normaliser of its own (a constant, or one a row): compare within rows.
-    row = mask.nonzero()[:, 0]
+    row = tokens.response
     for b in range(shape[0]):
         e, g = expected[row == b], got[row == b]
         assert ((e == 0) == (g == 0)).all()
@@ -469,7 +470,7 @@ def test_the_trained_model_loads_and_the_state_is_in_the_checkpoint(tmp_path):
     trainer.train()
     folder = tmp_path / "checkpoint-2"
     saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    assert saved["state"] == trainer.method_state
+    assert saved["state"] == {"entropy": trainer.monitor.entropy, "inner": trainer.method_state}
     assert saved["resumable"] is True
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -501,7 +502,7 @@ def test_a_resumed_run_follows_the_same_path(tmp_path, controller):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     names = ("step", "loss", "grad_norm", "entropy")
     assert history(resumed, *names) == history(straight, *names)
-    assert resumed.method_state == straight.method_state
+    assert resumed.checkpoint_state == straight.checkpoint_state
     for a, b in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -14,6 +14,7 @@ from trl import GRPOTrainer
 
 from entropy_polarity.diagnostics.exact import exact_sensitivity
 from entropy_polarity.methods import METHODS
+from entropy_polarity.tokens import Tokens
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
 from entropy_polarity.trainers.trl.loss import averaged
 from entropy_polarity.trainers.trl.sequences import sequences_of
@@ -69,8 +70,8 @@ def test_the_state_of_a_method_survives_a_checkpoint(tmp_path, method):
     unbroken.train()
     resumed = make_trainer(PolarityTrainer, tmp_path / "b", **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
-    assert unbroken.method_state != unbroken.transform.init()
-    assert resumed.method_state == unbroken.method_state
+    assert unbroken.checkpoint_state != {"entropy": None, "inner": unbroken.transform.init()}
+    assert resumed.checkpoint_state == unbroken.checkpoint_state
     for (name, a), b in zip(resumed.model.named_parameters(), unbroken.model.parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -119,8 +120,9 @@ def test_dapo_drops_equal_groups_from_the_loss(tmp_path):
     one = {"max_steps": 1, "num_iterations": 1, "max_grad_norm": 1e9, "reward": some_equal}
     plain, plain_way = trained(tmp_path / "plain", ("grpo", {}), epsilon_high=0.28, **one)
     dropped, way = trained(tmp_path / "dapo", ("dapo", {}), **one)
-    assert dropped.tokens.mask.equal(plain.tokens.mask)  # the record keeps every token
-    share = (plain.tokens.mask[8:].sum() / plain.tokens.mask.sum()).item()
+    for column in ("response", "position"):  # the record keeps every token
+        assert getattr(dropped.tokens, column).equal(getattr(plain.tokens, column))
+    share = (plain.tokens.response >= 8).float().mean().item()
     torch.testing.assert_close(way * share, plain_way, rtol=1e-3, atol=1e-5)
     # What is measured before the method is measured on all that the policy wrote; what is left after it is not.
     for name in ("polarity/entropy", "polarity/positive_flow", "polarity/negative_flow"):
@@ -155,7 +157,8 @@ def test_loss_terms_are_averaged_as_trl_averages_its_loss(tmp_path, monkeypatch,
         inputs["old_per_token_logps"] = -ones
         loss = compute(self, model, inputs)
         del self._get_per_token_logps_and_entropies
-        factors.append((loss / averaged(self, ones, inputs["completion_mask"].bool(), inputs)).item())
+        tokens = Tokens.pack(inputs["completion_mask"].bool(), ones)
+        factors.append((loss / averaged(self, tokens.advantages, tokens, inputs)).item())
         return loss
 
     monkeypatch.setattr(
@@ -202,16 +205,15 @@ def test_exact_sensitivities_are_made_when_they_are_due_and_leave_no_trace(tmp_p
         given.append(rollout.tokens.exact_sensitivity)
 
     policy = trainer.model
-    tokens_of = trainer._tokens
+    decided = trainer._decided
 
-    def tokens(batch, *statistics):
-        made = tokens_of(batch, *statistics)
-        if not trainer._loss_inputs and made.sensitivity is not None:
-            found = exact_sensitivity(policy, sequences_of(batch, made.mask), temperature=trainer.temperature)
-            expected.append(found.sensitivity[:, -made.mask.size(1) :] * made.mask.sum())
-        return made
+    def decide(rollout):
+        sequences = sequences_of(rollout.inputs, rollout.tokens)
+        found = exact_sensitivity(policy, sequences, temperature=trainer.temperature).sensitivity
+        expected.append(found[sequences.mask] * sequences.mask.sum())
+        return decided(rollout)
 
-    trainer.on_rollout, trainer._tokens = watched, tokens
+    trainer.on_rollout, trainer._decided = watched, decide
     trainer.train()
     assert [e is None for e in given] == [False, True, False]
     torch.testing.assert_close(given[0], expected[0])
@@ -223,7 +225,7 @@ def test_exact_sensitivities_are_made_when_they_are_due_and_leave_no_trace(tmp_p
 
 def test_images_are_not_looked_at_in_part():
     with pytest.raises(ValueError, match="looks at text alone, and this batch has images"):
-        sequences_of({"pixel_values": None}, torch.ones(1, 1, dtype=torch.bool))
+        sequences_of({"pixel_values": None}, Tokens.pack(torch.ones(1, 1, dtype=torch.bool), torch.ones(1)))
 
 
 def test_kl_cov_on_policy_warns(tmp_path):

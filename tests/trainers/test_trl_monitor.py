@@ -44,7 +44,7 @@ def test_w_and_the_average_are_the_derivative_of_trls_loss(rolled_out, monkeypat
     mask = torch.arange(shape[1]) < torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
     mask[0] = False
     inputs["completion_mask"] = mask.int()
-    logp = rollout.tokens.require("logp").double().requires_grad_()
+    logp = rollout.tokens.unpack(rollout.tokens.require("logp"), shape, -1.0).double().requires_grad_()
     # A part that all tokens of a sequence share, so that some sequences as a whole lie outside of the clip.
     noise = 0.4 * torch.randn(shape, generator=generator) + 0.4 * torch.randn(shape[0], 1, generator=generator)
     inputs["old_per_token_logps"] = logp.detach() + noise
@@ -57,17 +57,16 @@ def test_w_and_the_average_are_the_derivative_of_trls_loss(rolled_out, monkeypat
     monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *a, **k: (logp, zeros, None))
     trainer.model.train()
     GRPOTrainer._compute_loss(trainer, trainer.model, inputs).backward()
-    tokens = Tokens(
-        mask, inputs["advantages"][:, None].expand(shape), logp.detach(), inputs["old_per_token_logps"]
-    )  # fmt: skip
+    old_logp, samples = inputs["old_per_token_logps"], torch.arange(shape[0])
+    tokens = Tokens.pack(mask, inputs["advantages"], logp=logp.detach(), old_logp=old_logp, sample_id=samples)
     w = importance(trainer, tokens, correction)
-    ones = torch.ones(shape, dtype=torch.double, requires_grad=True)
-    (share,) = torch.autograd.grad(averaged(trainer, ones, mask, inputs), ones)
-    expected = torch.where(mask, -tokens.advantages * w * share, 0.0)
+    ones = torch.ones_like(w, requires_grad=True)
+    (share,) = torch.autograd.grad(averaged(trainer, ones, tokens, inputs), ones)
+    expected = tokens.unpack(-tokens.advantages * w * share, shape)
     torch.testing.assert_close(logp.grad, expected, rtol=1e-5, atol=1e-12)
     if loss_type in ("dapo", "grpo", "bnpo", "dr_grpo", "luspo"):
-        assert (w[mask] == 0).any(), "some are outside of the clip"
-        assert (w[mask] != 0).any()
+        assert (w == 0).any(), "some are outside of the clip"
+        assert (w != 0).any()
 
 
 def test_a_sequences_ratio_is_that_of_its_mean_log_ratio(rolled_out, monkeypatch):
@@ -77,10 +76,10 @@ def test_a_sequences_ratio_is_that_of_its_mean_log_ratio(rolled_out, monkeypatch
     monkeypatch.setattr(trainer, "importance_sampling_level", "sequence")
     log_ratio = torch.tensor([[0.1, -0.3, 5.0]] * 2 + [[0.1, 0.5, 5.0]] * 2)
     mask = torch.tensor([[True, True, False]] * 4)
-    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None].expand(4, 3)
-    w = importance(trainer, Tokens(mask, advantages, logp=log_ratio, old_logp=torch.zeros(4, 3)), None)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    w = importance(trainer, Tokens.pack(mask, advantages, logp=log_ratio, old_logp=torch.zeros(4, 3)), None)
     low, high = 0.9048374180359595, 1.3498588075760032
-    torch.testing.assert_close(w[:, :2], torch.tensor([[low, low], [low, low], [0.0, 0.0], [high, high]]))
+    torch.testing.assert_close(w.view(4, 2), torch.tensor([[low, low], [low, low], [0.0, 0.0], [high, high]]))
 
 
 @pytest.mark.parametrize(
@@ -111,8 +110,8 @@ def test_whole_sequences_are_monitored_and_nothing_is_changed(tmp_path, settings
             assert mine[name] == value or "time" in name or "per_second" in name, name
     assert rollouts
     for rollout in rollouts:
-        p, mask = token_polarity(rollout.tokens), rollout.tokens.mask
-        flow = p[mask].clamp(min=0).sum() / mask.sum()
+        p = token_polarity(rollout.tokens)
+        flow = p.clamp(min=0).sum() / rollout.inputs["completion_mask"].sum()
         assert rollout.metrics["polarity/positive_flow"] == pytest.approx(flow.item(), rel=1e-6)
     assert any(rollout.metrics["polarity/positive_flow"] > 0 for rollout in rollouts)
 
@@ -158,7 +157,7 @@ def evaluating(kind, folder, **settings):
 
 
 @pytest.mark.parametrize("head", ["trl", "fused"])
-def test_an_evaluation_has_the_facts_of_its_rollouts(tmp_path, head, monkeypatch):
+def test_an_evaluation_has_the_statistics_of_its_rollouts(tmp_path, head, monkeypatch):
     """From the model's own logits at temperature 0.7: means over all tokens, not over batches of unlike size."""
     trainer = evaluating(
         PolarityTrainer, tmp_path, method=NEUTRAL["grpo"], statistics_head=head, temperature=0.7,
@@ -213,9 +212,9 @@ def test_an_evaluation_leaves_the_training_as_it_was(tmp_path, method):
     assert sum("eval_polarity/entropy" in row for row in ours.state.log_history) == 2
     alone = make_trainer(PolarityTrainer, tmp_path / "alone", method=method, statistics_head="trl", max_steps=1)
     alone.train()
-    before = copy.deepcopy(alone.method_state)
+    before = copy.deepcopy(alone.checkpoint_state)
     alone.evaluate(alone.train_dataset.select(range(8)))
-    assert alone.method_state == before
+    assert alone.checkpoint_state == before
     assert not alone._metrics["train"]
 
 
@@ -233,17 +232,17 @@ def test_means_are_over_tokens_and_of_what_is_finite():
     def batch(entropy, t, a):
         row = [torch.tensor([values]) for values in (entropy, t)]
         mask = torch.ones_like(row[0], dtype=torch.bool)
-        return Tokens(mask, torch.full_like(row[0], a), entropy=row[0], sensitivity=row[1])
+        return Tokens.pack(mask, torch.tensor([a]), entropy=row[0], sensitivity=row[1])
 
-    facts = EvaluatedTokens()
-    facts.add(batch([1.0], [-1.0], 1.0))
-    facts.add(batch([2.0, 3.0, torch.inf], [2.0, 3.0, 1.0], -2.0))
-    assert facts.take(flows=True) == pytest.approx({
+    evaluated = EvaluatedTokens()
+    evaluated.add(batch([1.0], [-1.0], 1.0))
+    evaluated.add(batch([2.0, 3.0, torch.inf], [2.0, 3.0, 1.0], -2.0))
+    assert evaluated.take(flows=True) == pytest.approx({
         "polarity/entropy": 2.0, "polarity/sensitivity": 4 / 3, "polarity/contracting_fraction": 1 / 3,
         "polarity/positive_flow": 0.0, "polarity/negative_flow": (1 + 4 + 6) / 3, "polarity/positive_fraction": 0.0,
         "polarity/predicted_entropy_change": -11 / 3, "polarity/nonfinite_tokens": 1.0,
     })  # fmt: skip
-    assert facts.take(flows=True) == {}
+    assert evaluated.take(flows=True) == {}
 
 
 def test_where_nothing_was_written_no_entropy_is_logged(tmp_path):

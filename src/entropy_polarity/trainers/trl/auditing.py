@@ -39,13 +39,13 @@ class UpdateAuditor(TrainerCallback):
 
     def _collect(self, inputs: dict[str, Any], tokens: Tokens) -> None:
         """One micro-batch: its sequences, and the factor on ∇ log π of each of its tokens in the objective."""
-        sequences = sequences_of(inputs, tokens.mask)
-        detached = Tokens(tokens.mask, tokens.advantages, tokens.require("logp").detach(), tokens.require("old_logp"))
-        factor = importance(self.trainer, detached, inputs.get("importance_sampling_ratio")) * tokens.advantages
+        sequences = sequences_of(inputs, tokens)
+        tokens = tokens.detach()
+        factor = importance(self.trainer, tokens, inputs.get("importance_sampling_ratio")) * tokens.advantages
         with torch.enable_grad():
             share = torch.ones_like(factor, requires_grad=True)
-            (share_of_loss,) = torch.autograd.grad(averaged(self.trainer, share, tokens.mask, inputs), share)
-        pressure = torch.where(tokens.mask, factor * share_of_loss, 0.0)
+            (share_of_loss,) = torch.autograd.grad(averaged(self.trainer, share, tokens, inputs), share)
+        pressure = tokens.unpack(factor * share_of_loss, tuple(inputs["completion_ids"].shape))
         self._seen.append((sequences, pad(pressure, (inputs["prompt_ids"].size(1), 0))))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -92,8 +92,8 @@ class UpdateForecaster(TrainerCallback):
         trainer.on_loss = self._collect
 
     def _collect(self, inputs: dict[str, Any], tokens: Tokens) -> None:
-        if tokens.mask.any():
-            self._seen.append(subsample(sequences_of(inputs, tokens.mask), self.share))
+        if len(tokens.response):
+            self._seen.append(subsample(sequences_of(inputs, tokens), self.share))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if not self._seen:

@@ -23,7 +23,7 @@ from entropy_polarity.runs.checkpoints import begin, finish, last_of, refuse_bro
 from entropy_polarity.runs.method_state import load_state
 from entropy_polarity.support.damage import damaged_file
 from entropy_polarity.trainers.trl.config import PolarityConfig
-from entropy_polarity.transforms import Transform
+from entropy_polarity.transforms import Monitor, Transform
 
 # What torch.load raises for a file that is none of its own, or holds more than tensors.
 _UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError)
@@ -43,7 +43,7 @@ def refuse_what_cannot_resume(trainer: Any, checkpoint: Path) -> None:
             warnings.warn(f"{checkpoint} has no sums of its files: an older version saved it", stacklevel=3)
             if (damage := damaged_file(checkpoint)) is not None:
                 raise ValueError(f"{damage}: resume from another checkpoint")
-    load_state(checkpoint, trainer.args.method, trainer.args.settings, trainer.transform.init())
+    load_state(checkpoint, trainer.args.method, trainer.args.settings, _saved(None, trainer.transform.init()))
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # these keep files of their own, and miss them
         return
     for name, pattern in (("optimizer.pt", "optimizer.*"), ("scheduler.pt",) * 2, ("rng_state.pth", "rng_state*.pth")):
@@ -92,20 +92,38 @@ class RolloutBoundaries(TrainerCallback):
             control.should_save, self.waiting = False, True
 
 
+def _saved(entropy: float | None, state: State) -> State:
+    """The state in a checkpoint of what decides and what measures."""
+    return {"entropy": entropy, "inner": state}
+
+
 class CheckpointedTrainer(GRPOTrainer):
     """GRPOTrainer with checkpoints that are whole or refused, and the state of the method in them."""
 
     args: PolarityConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     transform: Transform
-    method_state: State
-    _next_state: State
+    method_state: State  # of the transform, fixed for all updates on a rollout
+    monitor: Monitor
     _limit: int | None = None  # of checkpoints, while a training keeps it from TRL
+
+    @property
+    def steps_per_generation(self) -> int:
+        assert self.args.steps_per_generation is not None  # GRPOConfig fills it in
+        return self.args.steps_per_generation
+
+    @property
+    def micro_steps_per_rollout(self) -> int:
+        return self.steps_per_generation * self.num_iterations
 
     @property
     def at_rollout_boundary(self) -> bool:
         """Whether every update on the last rollout batch has been made: where a run can be resumed."""
-        assert self.args.steps_per_generation is not None  # GRPOConfig fills it in
-        return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        return self._step % self.micro_steps_per_rollout == 0
+
+    @property
+    def checkpoint_state(self) -> State:
+        """What a checkpoint holds of the method: its state, and the monitor's last entropy."""
+        return _saved(self.monitor.entropy, self.method_state)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As GRPOTrainer's. A checkpoint to resume from must be whole: ValueError names the file that is missing or was
@@ -143,18 +161,18 @@ class CheckpointedTrainer(GRPOTrainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            finish(folder, self.args.method, self.args.settings, self.method_state, self.at_rollout_boundary)
+            finish(folder, self.args.method, self.args.settings, self.checkpoint_state, self.at_rollout_boundary)
             best = self.state.best_model_checkpoint
             rotate(folder, self._limit, Path(best) if best else None)
-        self.accelerator.wait_for_everyone()  # whoever reads it next finds it whole
+        self.accelerator.wait_for_everyone()  # every process that reads it from here on finds it whole
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with naming_the_file(checkpoint, "optimizer.pt", "scheduler.pt"):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            beginning = self.transform.init()
-            self.method_state = load_state(Path(checkpoint), self.args.method, self.args.settings, beginning)
-            self._next_state = self.method_state
+            beginning = _saved(None, self.transform.init())
+            saved = load_state(Path(checkpoint), self.args.method, self.args.settings, beginning)
+            self.monitor, self.method_state = Monitor(saved["entropy"]), saved["inner"]
 
     def _load_rng_state(self, checkpoint):
         with naming_the_file(checkpoint, "rng_state.pth", f"rng_state_{self.args.process_index}.pth"):

@@ -12,10 +12,7 @@ from trl.trainer.utils import get_config_model_id
 from entropy_polarity.methods import make_transform
 from entropy_polarity.trainers.trl.head import HEADS
 from entropy_polarity.trainers.trl.loss import fix_loss
-from entropy_polarity.transforms.core import REWARD_FACTS
-
-# What a method may look at if all tokens of a response are to get one advantage.
-WHOLE_SEQUENCES = REWARD_FACTS | {"entropy_grad"}
+from entropy_polarity.transforms.core import REWARD_COLUMNS
 
 # TRL 1.16 sets these names itself, which later transformers call otherwise: nothing that a user could change.
 warnings.filterwarnings(
@@ -57,7 +54,7 @@ class PolarityConfig(GRPOConfig):
         if self.statistics_head not in HEADS:
             raise ValueError(f"statistics_head={self.statistics_head!r}: expected {' or '.join(map(repr, HEADS))}")
         transform = make_transform(self.method, self.settings)  # unknown names fail here, before a model is loaded
-        if self.importance_sampling_level != "token" and not transform.needs <= WHOLE_SEQUENCES:
+        if self.importance_sampling_level != "token" and not transform.needs <= REWARD_COLUMNS:
             raise ValueError(
                 f"importance_sampling_level={self.importance_sampling_level!r} averages the advantage over each "
                 f"sequence, which cancels the token weights of method {self.method!r}: use "

@@ -1,12 +1,15 @@
-"""What `trainer.evaluate()` tells of entropy: facts of the rollouts that it samples. Nothing is updated."""
+"""What `trainer.evaluate()` tells of entropy, from the rollouts that it samples. Nothing is updated."""
 
 from collections import defaultdict
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from entropy_polarity.controllers import Metrics
 from entropy_polarity.tokens import Tokens, is_finite
 from entropy_polarity.transforms import token_polarity
+from entropy_polarity.transforms.batch import precise
 
 
 class EvaluatedTokens:
@@ -26,22 +29,24 @@ class EvaluatedTokens:
     def __init__(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)
 
-    def add(self, tokens: Tokens) -> None:
-        """The model tokens of one batch of all processes."""
+    def add(self, tokens: Tokens, over_processes: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:
+        """The model tokens of one batch of this process; `over_processes` adds up what every process has of it."""
         entropy, t, p = tokens.require("entropy"), tokens.require("sensitivity"), token_polarity(tokens)
-        known = tokens.mask & is_finite(entropy) & is_finite(t) & is_finite(p)
-
-        def total(values: Tensor) -> float:
-            return values[known].sum().item()
-
-        self._sums["tokens"] += known.count_nonzero().item()
-        self._sums["nonfinite_tokens"] += (tokens.mask & ~known).count_nonzero().item()
-        self._sums["entropy"] += total(entropy)
-        self._sums["sensitivity"] += total(t)
-        self._sums["contracting_fraction"] += total((t < 0).float())
-        self._sums["positive_flow"] += total(p.clamp(min=0))
-        self._sums["negative_flow"] += total((-p).clamp(min=0))
-        self._sums["positive_fraction"] += total((p > 0).float())
+        known = is_finite(entropy) & is_finite(t) & is_finite(p)
+        entropy, t, p = (precise(x[known]) for x in (entropy, t, p))
+        sums = {
+            "tokens": torch.ones_like(p),
+            "entropy": entropy,
+            "sensitivity": t,
+            "contracting_fraction": precise(t < 0),
+            "positive_flow": p.clamp(min=0),
+            "negative_flow": (-p).clamp(min=0),
+            "positive_fraction": precise(p > 0),
+            "nonfinite_tokens": precise(~known),
+        }
+        totals = over_processes(torch.stack([values.sum() for values in sums.values()])).tolist()
+        for name, total in zip(sums, totals, strict=True):
+            self._sums[name] += total
 
     def take(self, flows: bool) -> Metrics:
         """The metrics of all that was added since the last call; none of a mean over nothing."""

@@ -95,7 +95,7 @@ class Request(NamedTuple):
     """What a trainer wants of the output head: whose it is, and what it returns."""
 
     head: str  # "fused": ours; "trl": TRL's, and a second product for the statistics
-    statistics: bool  # Σp², T and Σp² log p ride in the slots of log Σp², the mean logit and top-1
+    statistics: bool  # T rides in the slot of the mean logit
     entropy_grad: bool  # whether the loss uses the entropy
 
 
@@ -135,9 +135,7 @@ class StatisticsHead:
                 return logp, entropy, *rest
             with torch.no_grad():
                 stats = linear_token_stats(hidden, weight, targets, **head, check=False)
-        if request.statistics:
-            return logp, entropy, stats.sum_p2, stats.sensitivity, stats.sum_p2_logp
-        return logp, entropy, None, None, None
+        return logp, entropy, None, stats.sensitivity if request.statistics else None, None
 
     @classmethod
     def _tell(cls, message: str) -> None:

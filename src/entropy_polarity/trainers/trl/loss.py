@@ -6,12 +6,14 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from trl import GRPOConfig
 
 from entropy_polarity.maths import surviving_ratio
-from entropy_polarity.tokens import Tokens
+from entropy_polarity.tokens import Tokens, mean
 from entropy_polarity.trainers.loss_settings import to_set
+from entropy_polarity.trainers.trl.packing import at
 from entropy_polarity.transforms import LossOverrides
 
 CLIPPED_LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo", "luspo")
@@ -34,25 +36,23 @@ def fix_loss(config: GRPOConfig, method: str, loss: LossOverrides) -> None:
         )
 
 
-def importance(trainer: Any, tokens: Tokens, correction: Tensor | None) -> Tensor:
+def importance(trainer: Any, tokens: Tokens, correction: Float[Tensor, "B _"] | None) -> Float[Tensor, " N"]:
     """w: what the loss of `trainer`, a GRPOTrainer, leaves of each token's policy gradient, as a factor on
     A grad log p, in a loss averaged as it averages tokens.
 
     Where the ratio is of whole sequences, s = exp(mean_t log r_t), each model token t of n has the gradient
     ds/dlog p_t = s / n of it, and the sequence counts as n tokens: w is s while the clip leaves the sequence alive,
-    else 0, one value for all its tokens; a rollout engine's correction enters by its mean over them.
+    else 0, one value for all its tokens; a rollout engine's `correction`, padded (B, T) or (B, 1), enters by its mean
+    over them.
 
     Not counted: tokens that TRL masks by `top_entropy_quantile` or `off_policy_mask_threshold`. Source: TRL's losses.
     """
     args, advantages = trainer.args, tokens.advantages
     log_ratio = tokens.require("logp") - tokens.require("old_logp")
-    sequences = trainer.importance_sampling_level == "sequence"
-    ratio = (_sequence_mean(log_ratio, tokens.mask) if sequences else log_ratio).exp()
     if trainer.loss_type == "vespo":  # its weight holds the correction already
-        return trainer.get_gamma_weights(
-            advantages, log_ratio, tokens.mask, correction,
-            args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg,
-        ).expand_as(ratio)  # fmt: skip
+        return _vespo_weight(trainer, tokens, log_ratio, correction)
+    sequences = trainer.importance_sampling_level == "sequence"
+    ratio = (_sequence_mean(log_ratio, tokens) if sequences else log_ratio).exp()
     if trainer.loss_type == "cispo":  # its ratio has no gradient: each token has its own log p, and its own correction
         weight, sequences = ratio.clamp(max=trainer.epsilon_high), False
     elif trainer.loss_type == "sapo":
@@ -66,35 +66,43 @@ def importance(trainer: Any, tokens: Tokens, correction: Tensor | None) -> Tenso
             weight = torch.where((advantages < 0) & (ratio > args.delta), 0.0, weight)
     if correction is None:
         return weight
-    return weight * (_sequence_mean(correction.expand_as(weight), tokens.mask) if sequences else correction)
+    of_token = at(tokens, correction)
+    return weight * (_sequence_mean(of_token, tokens) if sequences else of_token)
 
 
-def _sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """(B, T): the mean over the model tokens of each row, repeated; as TRL takes it, 0 where there are none."""
-    means = torch.where(mask, values, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-    return means.expand_as(values)
+def _vespo_weight(trainer: Any, tokens: Tokens, log_ratio: Tensor, correction: Tensor | None) -> Float[Tensor, " N"]:
+    """TRL's own function makes it, of padded columns."""
+    args, rows = trainer.args, tokens.responses if correction is None else len(correction)
+    shape = (rows, int(tokens.position.max()) + 1 if len(tokens.position) else 1)
+    padded = (tokens.unpack(x, shape) for x in (tokens.advantages, log_ratio, torch.ones_like(log_ratio)))
+    weight = trainer.get_gamma_weights(
+        *padded, correction, args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg
+    )
+    return at(tokens, weight.expand(shape))
 
 
-def averaged(trainer: Any, values: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """`values` (B, T) averaged over a micro-batch as TRL averages its policy loss, accumulation included."""
-    accumulation = trainer.current_gradient_accumulation_steps
-    values = torch.where(mask, values, 0.0)
+def _sequence_mean(values: Float[Tensor, " N"], tokens: Tokens) -> Float[Tensor, " N"]:
+    """The mean over the tokens of each response, repeated."""
+    sums, counts = (_segment_sums(x, tokens, tokens.responses) for x in (values, torch.ones_like(values)))
+    return (sums / counts)[tokens.response]
+
+
+def _segment_sums(values: Float[Tensor, " N"], tokens: Tokens, rows: int) -> Float[Tensor, " B"]:
+    """The sum over each response, in the precision of the values, as TRL sums."""
+    return values.new_zeros(rows).index_add(0, tokens.response, values)
+
+
+def averaged(trainer: Any, values: Float[Tensor, " N"], tokens: Tokens, inputs: dict[str, Any]) -> Float[Tensor, ""]:
+    """`values` of the `tokens` of a micro-batch, averaged as TRL averages its policy loss, accumulation included."""
+    accumulation, rows = trainer.current_gradient_accumulation_steps, len(inputs["completion_ids"])
     if trainer.loss_type in ("grpo", "sapo"):
-        return (values.sum(-1) / mask.sum(-1).clamp(min=1)).mean() / accumulation
+        sums, counts = (_segment_sums(x, tokens, rows) for x in (values, torch.ones_like(values)))
+        return (sums / counts.clamp(min=1)).mean() / accumulation
     if trainer.loss_type == "luspo":
-        return values.sum(-1).mean() / accumulation
+        return values.sum() / rows / accumulation
     if trainer.loss_type == "bnpo":
-        return values.sum() / mask.sum().clamp(min=1) / accumulation
+        return mean(values) / accumulation
     if trainer.loss_type == "dr_grpo":
-        return values.sum() / (len(values) * trainer.max_completion_length) / accumulation
+        return values.sum() / (rows * trainer.max_completion_length) / accumulation
     windows = trainer.args.steps_per_generation / accumulation  # the rollout's tokens are met in so many windows
     return values.sum() / (inputs["num_items_in_batch"].clamp(min=1) / trainer.accelerator.num_processes) * windows
-
-
-def restrict(batch: dict[str, Any], mask: Tensor, tokens: Tensor) -> None:
-    """Restrict the loss to `mask`, and its denominator to `tokens`, the number of model tokens on all ranks.
-
-    TRL's `tool_mask` does that: the model still attends to what is masked.
-    """
-    batch["tool_mask"] = mask.to(batch["completion_mask"].dtype)
-    batch["num_items_in_batch"] = tokens.to(batch["num_items_in_batch"].dtype)

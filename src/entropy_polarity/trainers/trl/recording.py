@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from entropy_polarity.runs.record import TOKEN_COLUMNS, RunWriter
 from entropy_polarity.support.text import valid, valid_parts
-from entropy_polarity.trainers.trl.trainer import PolarityTrainer, Rollout
+from entropy_polarity.trainers.trl.rollout import Rollout
+from entropy_polarity.trainers.trl.trainer import PolarityTrainer
 from entropy_polarity.transforms import token_polarity
 
 # Hugging Face's closing log line has this; it is about the whole run and goes nowhere near the steps.
@@ -56,7 +58,7 @@ class RunRecorder(TrainerCallback):
 
     def record_rollout(self, rollout: Rollout) -> None:
         """A few completions, evenly spread over the batch and moving on each step, so that all prompts get a turn."""
-        step, responses = self.trainer.state.global_step + 1, len(rollout.tokens.mask)
+        step, responses = self.trainer.state.global_step + 1, len(rollout.inputs["completion_ids"])
         count = min(self.completions, responses)
         if count < 1:
             return
@@ -67,14 +69,14 @@ class RunRecorder(TrainerCallback):
             for name, values in self._token_columns(rollout, row).items():
                 columns[name] += values
             columns["rollout"] += [number] * (len(columns["token"]) - len(columns["rollout"]))
-        judged, tokens = self.judged(), rollout.tokens
+        judged = self.judged()
         rows = [
             {
                 "step": step,
                 "rollout": number,
                 **valid_parts(judged[row]._asdict()),
-                "reward": tokens.require("reward")[row].item(),
-                "advantage": tokens.advantages[row, 0].item(),
+                "reward": rollout.rewards[row].item(),
+                "advantage": rollout.inputs["advantages"][row].item(),
             }
             for number, row in enumerate(picked)
         ]
@@ -83,7 +85,9 @@ class RunRecorder(TrainerCallback):
     def _token_columns(self, rollout: Rollout, row: int) -> dict[str, list[Any]]:
         """The columns of one completion: its model tokens, and between them what an environment said."""
         tokens, inputs = rollout.tokens, rollout.inputs
-        learnt = tokens.mask[row]
+        own = tokens.response == row
+        learnt = torch.zeros_like(inputs["completion_mask"][row], dtype=torch.bool)
+        learnt[tokens.position[own]] = True
         heard = torch.zeros_like(learnt)
         if "tool_mask" in inputs:
             heard = inputs["completion_mask"][row].bool() & ~inputs["tool_mask"][row].bool()
@@ -96,9 +100,15 @@ class RunRecorder(TrainerCallback):
             "polarity": token_polarity(tokens),
             "weight": rollout.weight,
         }
+
+        def column(of_tokens: Tensor) -> list[float]:
+            padded = of_tokens.new_full(learnt.shape, torch.nan)
+            padded[learnt] = of_tokens[own]
+            return padded[kept].tolist()
+
         return {
             "position": kept.tolist(),
             "token": [valid(decode([token])) for token in inputs["completion_ids"][row, kept].tolist()],
-            **{name: column[row].where(learnt, torch.nan)[kept].tolist() for name, column in values.items()},
+            **{name: column(of_tokens) for name, of_tokens in values.items()},
             "from_policy": learnt[kept].tolist(),
         }
