@@ -102,6 +102,16 @@ def test_rows_that_verl_fills_a_batch_up_with_change_nothing():
             assert torch.equal(filled[column][:16], values), (name, column)
 
 
+def test_verls_returns_are_left_as_they_are():
+    keys, columns = of_verl(golden_rows())
+    batch, sent, tags = of_driver(columns)
+    returns = batch["advantages"]
+    before = returns.clone()
+    reweighting("papo", {"controller": "balance"}).rewritten(batch, sent, keys, tags)
+    assert torch.equal(returns, before)
+    assert not torch.equal(batch["advantages"], before)
+
+
 def test_lengths_that_cannot_be_are_said_so():
     keys, columns = of_verl(golden_rows())
     batch, sent, tags = of_driver(columns)

@@ -87,6 +87,16 @@ def test_without_plugins_verl_is_verls_own():
     assert run.stdout.strip() == "False", run.stderr
 
 
+def test_settings_and_packing_need_no_verl():
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(["verl", "omegaconf", "tensordict", "transfer_queue"]))
+import entropy_polarity.trainers.verl.config, entropy_polarity.trainers.verl.packing
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=300)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("version", ["0.10.2", "0.10.0.dev0", "0.8.5"])
 def test_another_version_is_left_alone_says_so_and_refuses_the_settings(version, monkeypatch, caplog):
     put = []
@@ -180,6 +190,18 @@ def test_what_a_method_fixes_of_the_loss_goes_into_the_actor():
     bonus = config(method="entropy_bonus", coefficient=0.01)
     prepare(bonus)
     assert bonus.actor_rollout_ref.actor.calculate_entropy
+
+
+@pytest.mark.parametrize("asked", ["dapo+papo", "[dapo,papo]"])
+def test_a_run_may_ask_for_a_chain(asked):
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        composed = compose("ppo_trainer", overrides=[f"+papo.method={asked}", "+papo.level=0.3"])
+    prepared = prepare(composed)
+    assert prepared is not None
+    assert prepared[:2] == ("dapo+papo", {"level": 0.3})
+    assert composed.actor_rollout_ref.actor.clip_ratio_high == 0.28
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from entropy_polarity.methods import make_transform
+from entropy_polarity.methods import joined, make_transform
 from entropy_polarity.trainers.loss_settings import to_set
-from entropy_polarity.transforms import LossOverrides, Transform
+from entropy_polarity.transforms import Transform
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -20,7 +20,10 @@ TOKEN_LOSSES = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "gpg", "cispo")
 ENGINES = ("fsdp", "fsdp2", "veomni", "megatron")
 NO_DUAL_CLIP = 1e30
 # verl's own, of what a method may fix.
-DEFAULTS = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0, "loss_agg_mode": "token-mean"}
+DEFAULTS = {
+    "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0, "loss_agg_mode": "token-mean",
+    "calculate_entropy": False,
+}  # fmt: skip
 
 
 def method_of(config: "DictConfig") -> tuple[str, dict[str, Any]] | None:
@@ -33,7 +36,7 @@ def method_of(config: "DictConfig") -> tuple[str, dict[str, Any]] | None:
     from omegaconf import OmegaConf
 
     settings: dict[str, Any] = OmegaConf.to_container(asked, resolve=True)  # type: ignore[assignment]
-    return settings.pop("method", "papo"), settings
+    return joined(settings.pop("method", "papo")), settings
 
 
 def prepare(config: "DictConfig") -> tuple[str, dict[str, Any], Transform] | None:
@@ -47,16 +50,13 @@ def prepare(config: "DictConfig") -> tuple[str, dict[str, Any], Transform] | Non
     name, settings = asked
     transform = make_transform(name, settings)
     _refuse_what_cannot_work(config, name, transform)
-    actor = config.actor_rollout_ref.actor
-    _fix_loss(actor, name, transform.loss)
+    _fix_loss(config.actor_rollout_ref.actor, name, transform)
     if transform.several_updates and _updates(config) <= 1:
         logger.warning(
             "entropy-polarity: method %r does nothing with a single update on each rollout, where the importance ratio "
             "is 1: use a smaller actor.ppo_mini_batch_size or more actor.ppo_epochs",
             name,
         )
-    if transform.entropy_gradient:
-        _set(actor, {"calculate_entropy": True})
     return name, settings, transform
 
 
@@ -116,20 +116,17 @@ def _updates(config: "DictConfig") -> float:
     return (actor.get("ppo_epochs") or 1) * config.data.train_batch_size / actor.ppo_mini_batch_size
 
 
-def _fix_loss(actor: "DictConfig", method: str, fixed: LossOverrides) -> None:
+def _fix_loss(actor: "DictConfig", method: str, transform: Transform) -> None:
+    from omegaconf import open_dict
+
+    fixed = transform.loss
     wanted: dict[str, Any] = {
         "clip_ratio_low": fixed.clip_low,
         "clip_ratio_high": fixed.clip_high,
         # Where the usual clip goes, verl's second one, of negative advantages, has to go as well.
         "clip_ratio_c": NO_DUAL_CLIP if fixed.clip_low is not None and fixed.clip_low >= 1 else None,
         "loss_agg_mode": "token-mean" if fixed.average == "token" else None,
+        "calculate_entropy": True if transform.entropy_gradient else None,
     }
-    _set(actor, to_set(method, wanted, actor, DEFAULTS))
-
-
-def _set(actor: "DictConfig", settings: Mapping[str, Any]) -> None:
-    """Also those that a structured configuration does not name."""
-    from omegaconf import open_dict
-
     with open_dict(actor):
-        actor.update(settings)
+        actor.update(to_set(method, wanted, actor, DEFAULTS))
