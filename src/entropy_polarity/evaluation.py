@@ -48,7 +48,7 @@ class Attempts:
 
     def counts(self) -> dict[str, Float[np.ndarray, " P"]]:
         """What environments and tools counted, the mean over the samples of each problem; NaN where none has it."""
-        means = [mean_counts(row) for row in self.sampled]
+        means = [mean_counts(attempt.counts for attempt in row) for row in self.sampled]
         names = dict.fromkeys(name for found in means for name in found)
         return {name: np.array([found.get(name, np.nan) for found in means]) for name in names}
 

@@ -47,15 +47,13 @@ class Settings:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name, count in (("problems", self.problems), ("samples", self.samples)):
-            if count is not None and count < 1:
+        for name in ("problems", "samples", "batch_size"):
+            if (count := getattr(self, name)) is not None and count < 1:
                 raise ValueError(f"{name} is {count}; expected at least 1")
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; expected a positive number")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; expected a number above 0, at most 1")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; expected at least 1")
         if self.batch_size is not None and self.backend == "vllm":
             raise ValueError("--batch-size cannot be given with --backend vllm, which batches on its own")
         object.__setattr__(self, "seeds", self.seeds or (self.seed,))

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from entropy_polarity.support.modes import evaluating
 from entropy_polarity.support.text import valid
 from entropy_polarity.tasks.games import OUT_OF_TURNS, RAISED, TOO_LONG
-from entropy_polarity.tasks.protocol import EpisodeOverError, Game, Messages, Problem, StepResult, TextEnv
+from entropy_polarity.tasks.protocol import EpisodeOverError, Game, Problem, StepResult, TextEnv
 from entropy_polarity.tasks.workers import NoWorkerError
 
 
@@ -46,12 +46,6 @@ class Episode:
         self.completion_ids.append(token)
         self.env_mask.append(int(from_policy))
         self.turn.append(turn)
-
-
-@runtime_checkable
-class Counted(Protocol):
-    @property
-    def counts(self) -> dict[str, float]: ...
 
 
 @runtime_checkable
@@ -98,10 +92,10 @@ class Format:
         self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id
         self.chat = getattr(tokenizer, "chat_template", None) is not None
 
-    def first(self, observation: str, system: Messages = ()) -> list[int]:  # type: ignore[assignment]
+    def first(self, observation: str) -> list[int]:
         if not self.chat:
             return self.tokenizer(observation)["input_ids"]
-        messages = [*system, {"role": "user", "content": observation}]
+        messages = [{"role": "user", "content": observation}]
         return self._ids(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
     def next(self, observation: str) -> list[int]:
@@ -281,10 +275,10 @@ def _counts(env: TextEnv) -> dict[str, float]:
         return {}
 
 
-def mean_counts(episodes: Iterable[Counted]) -> dict[str, float]:
+def mean_counts(counts: Iterable[dict[str, float]]) -> dict[str, float]:
     """The mean of every number that environments counted, over the episodes that have it."""
     values: dict[str, list[float]] = {}
-    for episode in episodes:
-        for name, value in episode.counts.items():
+    for counted in counts:
+        for name, value in counted.items():
             values.setdefault(name, []).append(value)
     return {name: sum(found) / len(found) for name, found in values.items()}

@@ -70,7 +70,7 @@ class EpisodeReward:
 
     def __call__(self, completions: list[str], episode: list[Episode], log_metric: Callable, **_: Any) -> list[float]:
         _log_verdicts(self.game, [played.reason for played in episode], log_metric)
-        for name, value in mean_counts(episode).items():
+        for name, value in mean_counts(played.counts for played in episode).items():
             log_metric(f"episode/{name}", value)
         self.judged = [
             Judged(played.observation, text, played.reason) for text, played in zip(completions, episode, strict=True)
