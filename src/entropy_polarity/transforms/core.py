@@ -43,10 +43,11 @@ class LossOverrides(NamedTuple):
         >>> LossOverrides(0.2, 0.28).merge(LossOverrides(average="token"))
         LossOverrides(clip_low=0.2, clip_high=0.28, average='token')
         """
-        for name, mine, theirs in zip(self._fields, self, other, strict=True):
-            if mine is not None and theirs is not None and mine != theirs:
-                raise ValueError(f"one sets {name} to {mine!r}, another to {theirs!r}")
-        return LossOverrides(*(theirs if mine is None else mine for mine, theirs in zip(self, other, strict=True)))
+        mine, theirs = ({k: v for k, v in x._asdict().items() if v is not None} for x in (self, other))
+        for name in mine.keys() & theirs.keys():
+            if mine[name] != theirs[name]:
+                raise ValueError(f"one sets {name} to {mine[name]!r}, another to {theirs[name]!r}")
+        return LossOverrides(**mine | theirs)
 
 
 class Transform(NamedTuple):
