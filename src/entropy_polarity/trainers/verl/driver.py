@@ -15,7 +15,7 @@ from torch import Tensor
 
 from entropy_polarity.controllers import Metrics, State
 from entropy_polarity.runs.method_state import load_state, save_state
-from entropy_polarity.support.machine import idle_cores, kept_memory
+from entropy_polarity.support.machine import idle_cores
 from entropy_polarity.trainers.loss_terms import BONUS, PENALTY
 from entropy_polarity.trainers.verl.config import KEY
 from entropy_polarity.trainers.verl.packing import Packing
@@ -45,8 +45,7 @@ def apply_method(original, self, batch, metrics):
     columns: list[dict[str, Tensor]] = []
     token = _REWRITE.set(lambda data: columns.append(method.rewrite(data, batch, metrics)))
     try:
-        with kept_memory():
-            after = original(self, batch, metrics)
+        after = original(self, batch, metrics)
     finally:
         _REWRITE.reset(token)
     if len(columns) != 1:
