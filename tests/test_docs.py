@@ -23,6 +23,7 @@ from entropy_polarity.controllers import CONTROLLERS
 from entropy_polarity.methods import METHODS, make_transform
 from entropy_polarity.runs.recipe import load_recipe
 from entropy_polarity.tokens import Tokens
+from entropy_polarity.transforms import Monitor
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,14 +49,15 @@ def test_the_readmes_trl_script_learns_without_a_warning(tmp_path):
 def metrics_of(method) -> set[str]:
     """What a method logs of a batch, with each of its controllers."""
     rows = torch.rand(4, 3)
-    tokens = Tokens(
-        mask=rows > -1, advantages=rows - 0.5, logp=-rows, old_logp=-rows, entropy=rows, sensitivity=rows - 0.4,
+    tokens = Tokens.pack(
+        rows > -1, rows - 0.5, logp=-rows, old_logp=-rows, entropy=rows, sensitivity=rows - 0.4,
         reward=torch.ones(4), group=torch.tensor([0, 0, 1, 1]), sample_id=torch.arange(4),
     )  # fmt: skip
     transforms = [make_transform(method.name, {"controller": name}) for name in method.controllers]
     names: set[str] = set()
     for transform in transforms or [make_transform(method.name, method.example)]:
-        names |= transform.update(tokens, transform.init())[2].keys()
+        after, _, metrics = transform.update(tokens, transform.init())
+        names |= metrics.keys() | Monitor().measure(tokens, after).keys()
     return names
 
 

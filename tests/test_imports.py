@@ -55,7 +55,7 @@ MODULES = {module_of(file): file for file in FILES}
 
 
 def imports_of(file: Path) -> set[str]:
-    """The modules of the package that a file imports, wherever in it; the package itself is lazy and counts for none."""
+    """The modules of the package that a file imports, wherever in it; the lazy package itself counts for none."""
     names: list[str] = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

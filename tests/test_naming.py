@@ -29,7 +29,7 @@ CONTROLLER_LINE = (
 
 def driven(settings: dict) -> list[float]:
     """λ of every rollout while the entropy falls, as a method with these settings has it."""
-    from test_transforms import rollout
+    from cases import rollout
 
     transform, lambdas = make_transform("papo", settings), []
     state = transform.init()
@@ -100,6 +100,22 @@ def test_what_is_given_beside_a_name_changes_that_alone(given, expected, lines):
     label = f"x={given.get('name', 'papo')}" + (f":{settings}" if settings else "")
     assert load_plan("countdown", [label], say=said.append).methods["x"] == expected
     assert said == [line.replace("method.", "methods.x.") for line in lines]
+
+
+def test_what_is_given_beside_a_chain_changes_the_method_that_takes_it():
+    told = {"name": "dapo+papo", "clip_high": 0.3, "papo": {"controller": "trend", "gain": 1.0}}
+    said = []
+    assert given_beside(told, {"controller": "balance"}, said.append) == {
+        "name": "dapo+papo",
+        "dapo": {"clip_high": 0.3},
+        "papo": {"controller": "balance"},
+    }
+    assert len(said) == 1
+    assert "gain=1.0 belonged to controller 'trend' and is dropped" in said[0]
+    level = {"name": "dapo+papo", "level": 0.3}
+    assert given_beside(level, {"papo": {"fraction": 0.5}}, print)["papo"] == {"fraction": 0.5}
+    assert given_beside(level, {"name": ["dapo", "papo"], "gain": 2.0}, print)["papo"] == {"level": 0.3, "gain": 2.0}
+    assert given_beside(level, {"name": "papo"}, print) == {"name": "papo"}
 
 
 def test_the_sign_of_an_ablation_takes_the_interval_of_the_exact_one_away():

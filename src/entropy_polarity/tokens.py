@@ -99,10 +99,16 @@ class Tokens:
         tensor([0, 2, 0])
         """
         if advantages.dim() == 1:
-            advantages = advantages[:, None].expand(mask.shape)
+            advantages = advantages[:, None].expand(-1, mask.shape[1])
         response, position = mask.nonzero().unbind(1)
-        packed: dict[str, Any] = {"advantages": advantages[mask]}
-        for name, column in columns.items():
+        packed: dict[str, Any] = {}
+        for name, column in {"advantages": advantages, **columns}.items():
+            expected = mask.shape[:1] if name in _PER_RESPONSE else mask.shape
+            if column is not None and column.shape != expected:
+                raise ValueError(
+                    f"Tokens.pack: {name} has shape {tuple(column.shape)}, the mask has {tuple(mask.shape)}; expected "
+                    f"{tuple(expected)}"
+                )
             packed[name] = column if column is None or name in _PER_RESPONSE else column[mask]
         return cls(response, position, **packed)
 
@@ -157,7 +163,10 @@ class Tokens:
 
 
 def concatenate(parts: list[Tokens]) -> Tokens:
-    """One batch after the other, its responses numbered on. A column that one of them lacks is None."""
+    """One batch after the other, its responses numbered on. A column that one of them lacks is None. Raises ValueError
+    where tokens were dropped from some of them: nobody could say which of the whole are left."""
+    if len({part.index is None for part in parts}) > 1:
+        raise ValueError("concatenate: of some parts tokens were dropped (index), of others none; expected one of both")
     begins, columns = [0], {}
     for part in parts:
         begins.append(begins[-1] + part.responses)

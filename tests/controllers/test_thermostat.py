@@ -20,7 +20,7 @@ from entropy_polarity import controllers
 from entropy_polarity.controllers import Controller, Observation, thermostat
 from entropy_polarity.controllers.kalman import FLOOR, RESPONSE
 from entropy_polarity.maths import branch_flows
-from entropy_polarity.tokens import Tokens, masked_mean
+from entropy_polarity.tokens import Tokens, mean
 from entropy_polarity.transforms import Transform, observe, polarity_weights, token_polarity
 
 nan = math.nan
@@ -35,7 +35,7 @@ CLIP = 0.8 - 1e-9  # where λ is at its bound, to rounding
 
 def flows(tokens: Tokens) -> tuple[float, float]:
     """Net and total predicted flow."""
-    positive, negative = branch_flows(token_polarity(tokens), tokens.mask)
+    positive, negative = branch_flows(token_polarity(tokens))
     return float(positive - negative), float(positive + negative)
 
 
@@ -78,7 +78,7 @@ def test_the_weights_make_the_flow_that_was_asked_for(soft_sign, conserve):
                     assert (asked - after) * lam > 0
                     assert (after - before) * lam > 0
                 if conserve:
-                    pressure = [masked_mean(tokens.advantages.abs(), tokens.mask).item() for tokens in (batch, result)]
+                    pressure = [mean(tokens.advantages.abs()).item() for tokens in (batch, result)]
                     assert pressure[1] == pytest.approx(pressure[0], rel=1e-9)
                 # What it remembers of the flow is what the clip let through.
                 assert state["controller"]["momentum"] == pytest.approx(0.8 * momentum + 0.2 * after / total, abs=1e-9)
@@ -99,9 +99,10 @@ def test_lambda_by_hand():
 
 def test_a_tilt_against_the_net_flow_does_not_stop_the_control():
     """P = -0.02 on twenty tokens of small advantage, 0.03 on one of large: with a soft sign G < |F m|, and F m < 0."""
-    advantages = torch.tensor([[-0.01] * 20 + [10.0]], dtype=torch.float64)
-    p = torch.tensor([[-0.02] * 20 + [0.03]], dtype=torch.float64)
-    batch = Tokens(advantages.bool(), advantages, entropy=torch.ones_like(p), sensitivity=p / advantages)
+    advantages = torch.tensor([-0.01] * 20 + [10.0], dtype=torch.float64)
+    p = torch.tensor([-0.02] * 20 + [0.03], dtype=torch.float64)
+    place = torch.arange(21)
+    batch = Tokens(0 * place, place, advantages, entropy=torch.ones_like(p), sensitivity=p / advantages)
     flat = polarity_weights(controllers.constant(0.5), soft_sign=1.0, conserve=True)
     assert flows(run(flat, batch)[0])[0] > flows(batch)[0] + 1e-4  # λ = 0.5 does raise the flow
     steered = polarity_weights(thermostat(level=2.0), soft_sign=1.0, conserve=True)
@@ -119,7 +120,7 @@ def test_no_lambda_where_none_could_do_anything(conserve):
     # One branch alone: conserving, every weight is the same, whatever λ.
     lonely = replace(batch, sensitivity=batch.sensitivity.abs(), advantages=batch.advantages.abs(), importance=None)
     result, state, _ = run(transform, lonely)
-    torch.testing.assert_close(result.advantages[batch.mask], lonely.advantages[batch.mask] * (1 if conserve else 1.8))
+    torch.testing.assert_close(result.advantages, lonely.advantages * (1 if conserve else 1.8))
     assert state["controller"]["momentum"] == pytest.approx(0.2 * (1 if conserve else 1.8))
 
 

@@ -6,19 +6,21 @@ Run in a checkout of commit 01dfe53, the last with that version:
 
 The file has `batches`, each with the columns of its model tokens in the order of responses and positions, and `cases`:
 a method, its settings and, rollout by rollout, which tokens it kept, its outputs on those, the metrics, and the state
-after the last.
+after the last. In the second batch one group has equal rewards, so that there is something to drop; the first one has
+an exact sensitivity.
 """
 
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 # The modules of that version are imported where they are used: today's have other names.
-COLUMNS = ("advantages", "logp", "old_logp", "entropy", "sensitivity", "importance")
+COLUMNS = ("advantages", "logp", "old_logp", "entropy", "sensitivity", "importance", "exact_sensitivity")
 RESPONSES = ("reward", "group", "sample_id")
 OUTPUTS = ("advantages", "entropy_bonus", "ratio_penalty")
 
@@ -33,18 +35,33 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def main() -> None:
+def make_batches() -> list[Any]:
     from batches import in_double, sampled_batch
+
+    first, second, third = (in_double(sampled_batch(seed, scale)) for seed, scale in ((1, 2.0), (2, 2.0), (3, 6.0)))
+    equal = second.group == 2
+    return [
+        replace(first, exact_sensitivity=torch.where(first.mask, -0.5 * first.sensitivity.flip(0), 0.0)),
+        replace(
+            second,
+            reward=second.reward.masked_fill(equal, 1.0),
+            advantages=second.advantages.masked_fill(equal[:, None], 0.0),
+        ),
+        third,
+    ]
+
+
+def main() -> None:
     from test_methods import CASES
 
     from entropy_polarity.methods import make_transform
 
     torch.set_num_threads(1)
-    batches = [in_double(sampled_batch(seed, scale)) for seed, scale in ((1, 2.0), (2, 2.0), (3, 6.0))]
+    batches = make_batches()
     written = []
     for batch in batches:
         response, position = batch.mask.nonzero().unbind(1)
-        columns = {name: getattr(batch, name)[batch.mask].tolist() for name in COLUMNS}
+        columns = {name: x[batch.mask].tolist() for name in COLUMNS if (x := getattr(batch, name)) is not None}
         columns |= {name: getattr(batch, name).tolist() for name in RESPONSES}
         written.append({"response": response.tolist(), "position": position.tolist(), **columns})
     cases = {}

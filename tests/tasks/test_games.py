@@ -1,7 +1,6 @@
 """Games: environments by hand, episodes against re-encoding, and what an environment says is never learnt."""
 
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,8 +18,6 @@ from entropy_polarity.runs.recipe import load_recipe, with_flags
 from entropy_polarity.runs.record import Run
 from entropy_polarity.tasks import distinct_problems, make_task
 from entropy_polarity.tasks.games import Game, Guess, GuessEnv, KeyDoor, KeyDoorEnv, SmallGame, StepResult, TextEnv
-from entropy_polarity.tokens import Tokens
-from entropy_polarity.transforms.monitor import by_turn
 
 
 def won(game, player, episodes):
@@ -316,25 +313,3 @@ def test_the_record_and_the_page_keep_the_words_of_the_environment(tmp_path):
         assert said == sorted(said, reverse=True)
     page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
     assert page.count('<span class="token"') == sum(t["from_policy"] for t in recorded)
-
-
-def test_metrics_of_each_turn_by_hand():
-    mask = torch.tensor([[1, 1, 0, 1, 0, 0], [1, 0, 0, 1, 1, 1], [1, 0, 0, 0, 0, 0]]).bool()
-    entropy = torch.where(mask, torch.arange(18.0).reshape(3, 6), torch.nan)
-    T = torch.where(mask, 0.5, torch.nan)
-    logp = torch.full((3, 6), -1.0)
-    facts = {"logp": logp, "old_logp": logp, "entropy": entropy, "sensitivity": T, "sum_p2": T, "sum_p2_logp": T}
-    A = torch.tensor([[1.0], [-1.0], [2.0]]).expand(3, 6)
-    tokens = Tokens(mask, A, **facts)
-    weight = torch.ones(3, 6)
-    weight[0, 3:], weight[1, 3] = 1.5, 0.0  # A is 1 and -1 there; a dropped token presses nothing
-    found = by_turn(tokens, replace(tokens, advantages=A * weight, mask=mask & (torch.arange(6) < 5)))
-    assert found["polarity/entropy_turn_1"] == pytest.approx((0 + 1 + 6 + 12) / 4)
-    assert found["polarity/entropy_turn_2"] == pytest.approx((3 + 9 + 10 + 11) / 4)
-    assert found["polarity/positive_flow_turn_1"] == pytest.approx((0.5 + 0.5 + 1.0) / 4)
-    assert found["polarity/negative_flow_turn_2"] == pytest.approx(1.5 / 4)
-    assert found["polarity/pressure_turn_1"] == 1.0
-    assert found["polarity/pressure_turn_2"] == pytest.approx((1.5 + 0 + 1) / 4)
-    assert len(found) == 8
-    single = Tokens(mask[2:], A[2:], **{k: v[2:] for k, v in facts.items()})
-    assert by_turn(single, single) == {}, "one turn is the whole"

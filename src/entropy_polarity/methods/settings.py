@@ -143,23 +143,33 @@ def given_beside(
     given one stays, and `every` goes with sign_from "exact". `owner` is what the line calls the table. Raises
     ValueError for a name that is no method's.
     """
-    name = given.get("name", table.get("name"))
+    name = joined(given.get("name", table.get("name")))
     names = check_name(name)
-    if name != table.get("name"):
-        return {"name": name, **given}
-    dropped: dict[str, Any] = {}
-    if any(METHODS[one].controllers for one in names):
-        before, after = controller_of(table), controller_of({**table, **given})
+    own, beside = ({key: value for key, value in x.items() if key != "name"} for x in (table, given))
+    if name != joined(table.get("name")):
+        return {"name": name, **beside}
+    if len(names) == 1:
+        return {"name": name, **_beside(name, own, beside, say, owner)}
+    parts, others = _parts(name, own), _parts(name, beside)
+    made = {one: _beside(one, parts[one], others[one], say, owner) for one in names}
+    return {"name": name, **{one: settings for one, settings in made.items() if settings}}
+
+
+def _beside(
+    name: str, own: Mapping[str, Any], given: Mapping[str, Any], say: Callable[[str], None], owner: str
+) -> dict[str, Any]:
+    """The settings of one method with what is given beside them."""
+    dropped: set[str] = set()
+    if METHODS[name].controllers:
+        before, after = controller_of(own), controller_of({**own, **given})
         if after != before:
-            taken = {setting for build in CONTROLLERS.values() for setting in parameters_of(build)}
-            dropped = {key: table[key] for key in table if key in taken}
-        if lost := [f"{key}={value!r}" for key, value in dropped.items() if key not in given]:
+            dropped = {key for build in CONTROLLERS.values() for key in parameters_of(build)}
+        if lost := [f"{key}={value!r}" for key, value in own.items() if key in dropped and key not in given]:
             verb = "is" if len(lost) == 1 else "are"
             say(
                 f"{owner}.controller={after}: the recipe's {', '.join(lost)} belonged to controller {before!r} and "
                 f"{verb} dropped"
             )
-        for one, other in (("level", "fraction"), ("fraction", "level")):
-            dropped |= {other: None} if one in given else {}
-        dropped |= {"every": None} if given.get("sign_from", "exact") != "exact" else {}
-    return {key: value for key, value in table.items() if key not in dropped} | dict(given)
+        dropped |= {other for one, other in (("level", "fraction"), ("fraction", "level")) if one in given}
+        dropped |= {"every"} if given.get("sign_from", "exact") != "exact" else set()
+    return {key: value for key, value in own.items() if key not in dropped} | dict(given)

@@ -87,7 +87,9 @@ def qae(quantile: float = 0.4) -> Transform:
         rewards = tokens.require("reward")
         _, deviation = group_statistics(tokens, rewards)
         index, groups = group_index(tokens)
-        baseline = torch.stack([precise(rewards[index == group]).nanquantile(quantile) for group in range(groups)])
+        baseline = precise(rewards).new_zeros(groups)
+        for group in range(groups):
+            baseline[group] = precise(rewards[index == group]).nanquantile(quantile)
         return with_advantages(tokens, (rewards - baseline[index]) / (deviation + EPSILON))
 
     return rewriting(rewrite, "reward", "group")
