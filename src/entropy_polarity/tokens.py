@@ -7,7 +7,7 @@ Dimension key, used in every signature: P prompts, G group, B responses (= P G),
 of a padded batch, V vocabulary, D hidden width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -153,11 +153,6 @@ class Tokens:
         within = within - (length[rows].cumsum(0) - length[rows])[number]
         places = self.response.argsort(stable=True)[begin[rows][number] + within]
         return replace(self._map(lambda column: column[places], lambda column: column[rows]), response=number)
-
-    def parts(self, size: int) -> "Iterator[Tokens]":
-        """The tokens in parts of at most `size`, at least one; columns of responses are whole."""
-        for begin in range(0, max(1, len(self.response)), size):
-            yield self._map(lambda column, begin=begin: column[begin : begin + size], lambda column: column)
 
     def _map(self, of_tokens: Callable[[Tensor], Tensor], of_responses: Callable[[Tensor], Tensor]) -> "Tokens":
         columns = {f.name: column for f in fields(self) if (column := getattr(self, f.name)) is not None}

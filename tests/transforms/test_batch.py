@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batches import in_double, literal, rows, run, sampled_batch
-from cases import assert_same, build, every_case, method
+from batches import literal, rows, run
+from cases import assert_same, method
 
 from entropy_polarity.tokens import Tokens
-from entropy_polarity.transforms import Monitor, batch
+from entropy_polarity.transforms import batch
 from entropy_polarity.transforms.batch import (
     entropy_sums,
     group_index,
@@ -24,19 +24,13 @@ from entropy_polarity.transforms.batch import (
 nan, inf = math.nan, math.inf
 
 
-@every_case
-def test_nothing_depends_on_how_many_tokens_a_cache_holds(case, monkeypatch):
-    found, tokens = {}, in_double(sampled_batch(1))
-    tokens = replace(tokens, entropy=tokens.require("entropy").index_fill(0, torch.tensor([3, 40]), nan))
-    for cached in (7, 2**15):
-        monkeypatch.setattr(batch, "CACHED", cached)
-        transform = build(case)
-        after, state, metrics = transform.update(tokens, transform.init())
-        found[cached] = (after, state, Monitor().measure(tokens, after) | metrics)
-    (in_parts, state, metrics), (whole, expected_state, expected) = found.values()
-    assert_same(in_parts, whole, rtol=1e-12, atol=1e-12)
-    assert metrics == pytest.approx(expected, rel=1e-12, nan_ok=True)
-    assert state.keys() == expected_state.keys()
+@pytest.mark.parametrize("part", [1, 2, 5, 99])
+def test_segment_sums_by_hand_in_parts_of_any_size(part, monkeypatch):
+    monkeypatch.setattr(batch, "PART", part)
+    values, segment = torch.tensor([1.0, 2.0, 1e-8, 3.0, 1.0]), torch.tensor([2, 0, 2, 0, 3])
+    assert segment_sums(values, segment, 5).tolist() == pytest.approx([5, 0, 1 + 1e-8, 1, 0], rel=1e-12)
+    assert segment_sums(values > 1, segment, 5).tolist() == [2, 0, 0, 0, 0]
+    assert segment_sums(values[:0], segment[:0], 2).tolist() == [0, 0]
 
 
 def keys_of(samples: list[int] | range, width: int, seed: int = 0, rollout: int = 0) -> torch.Tensor:

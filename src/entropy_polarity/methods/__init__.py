@@ -1,7 +1,7 @@
 """Every method under its name.
 
 table     the rows: name, builder, source          settings      from a name and settings to a transform; chains
-builders  plain GRPO, PAPO and its ablations       description   the table as data
+builders  plain GRPO and PAPO                       description   the table as data
 """
 
 from entropy_polarity.methods.settings import (

@@ -1,4 +1,4 @@
-"""The methods that are put together here: plain GRPO, PAPO with its controllers, and PAPO's ablations.
+"""The methods that are put together here: plain GRPO, and PAPO with its controllers.
 
 Torch is loaded when a transform is built, so that a wrong setting of PAPO is answered at once.
 """
@@ -82,27 +82,3 @@ def papo(
     if sign_from == "exact":
         return with_sensitivity(weights, exact_where_known, exact_every=every)
     return with_sensitivity(weights, shuffled_signs, "sample_id") if sign_from == "shuffled" else weights
-
-
-def papo_positive_only() -> "Transform":
-    """Ablation: only tokens that expand entropy keep their advantage."""
-    from entropy_polarity.transforms.weights import one_branch
-
-    return one_branch(+1)
-
-
-def papo_negative_only() -> "Transform":
-    """Ablation: only tokens that contract entropy keep their advantage."""
-    from entropy_polarity.transforms.weights import one_branch
-
-    return one_branch(-1)
-
-
-def papo_random_half(size_of: Literal["positive", "negative"] = "negative", seed: int = 0) -> "Transform":
-    """Ablation: as many tokens as one branch has keep their advantage, drawn at random from both.
-
-    `size_of` says which branch: the "positive" one expands entropy, the "negative" one contracts it.
-    """
-    from entropy_polarity.transforms.weights import random_branch
-
-    return random_branch(+1 if size_of == "positive" else -1, seed)

@@ -83,8 +83,8 @@ METHODS = {
             "arXiv 2605.11775; rule and controllers are our reconstruction",
             controllers=CONTROLLERS,
         ),
-        Method("papo_positive_only", "methods.builders", "ours"),
-        Method("papo_negative_only", "methods.builders", "ours"),
-        Method("papo_random_half", "methods.builders", "ours"),
+        Method("papo_positive_only", "transforms.weights", "ours"),
+        Method("papo_negative_only", "transforms.weights", "ours"),
+        Method("papo_random_half", "transforms.weights", "ours"),
     )
 }

@@ -1,8 +1,6 @@
 """Statistics over the model tokens of a whole rollout batch, in float64, and draws that no split or order changes."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -10,51 +8,20 @@ from torch import Tensor
 
 from entropy_polarity.tokens import Tokens, is_finite, mean
 
+PART = 2**20  # values that are copied to float64 at a time: a copy of all would be the largest tensor of a batch
+
 
 def precise(values: Tensor) -> Tensor:
     """The values in float64, where the device has it: Apple's has not."""
     return values.float() if values.device.type == "mps" else values.double()
 
 
-# The columns of so many tokens stay in a core's cache from one pass over them to the next, where those of a large batch
-# would be read from memory each time. It is also what torch gives to one thread.
-CACHED = 2**15
-
-
-def _part_size(tokens: Tokens) -> int:
-    """A GPU has all at once."""
-    return CACHED if tokens.response.device.type == "cpu" else max(1, len(tokens.response))
-
-
-def cached_parts(tokens: Tokens) -> Iterator[Tokens]:
-    """The tokens in parts, for work that makes several passes over its columns."""
-    return tokens.parts(_part_size(tokens))
-
-
-def totals(measure: Callable[[Tokens], tuple[Tensor, ...]], tokens: Tokens) -> list[float]:
-    """The sums over all tokens of what `measure` gives as sums over a part of them, in float64."""
-    return torch.stack([precise(torch.stack(measure(part))) for part in cached_parts(tokens)]).sum(0).tolist()
-
-
-def rewritten_in_parts(rewrite: Callable[[Tokens], Tokens], tokens: Tokens) -> Tokens:
-    """The tokens with the advantages that `rewrite` gives each part of them."""
-    advantages = torch.empty_like(tokens.advantages)
-    for part, made in zip(cached_parts(tokens), advantages.split(_part_size(tokens)), strict=True):
-        made.copy_(rewrite(part).advantages)
-    return replace(tokens, advantages=advantages)
-
-
-def response_ends(tokens: Tokens) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
-    """(begin, end) of each response among the tokens."""
-    number = torch.arange(tokens.responses + 1, dtype=tokens.response.dtype, device=tokens.response.device)
-    bounds = torch.searchsorted(tokens.response, number)
-    return bounds[:-1], bounds[1:]
-
-
 def segment_sums(values: Shaped[Tensor, " N"], segment: Int[Tensor, " N"], count: int) -> Float[Tensor, " S"]:
     """The sum of the values of each of `count` segments, in float64; `segment` is the number of each value's."""
-    values = precise(values)
-    return values.new_zeros(count).index_add(0, segment, values)
+    sums = precise(values.new_zeros(count))
+    for part, number in zip(values.split(PART), segment.split(PART), strict=True):
+        sums.index_add_(0, number, precise(part))
+    return sums
 
 
 def mean_and_deviation(values: Float[Tensor, " N"]) -> tuple[Tensor, Tensor]:
@@ -73,17 +40,13 @@ def group_index(tokens: Tokens) -> tuple[Int[Tensor, " B"], int]:
 def entropy_sums(tokens: Tokens, index: Int[Tensor, " B"], count: int) -> tuple[Tensor, Tensor]:
     """(S_g, N_g): the sum of the finite entropies of each group's tokens, and their number; `index` as of
     `group_index`."""
-    begins, ends = response_ends(tokens)
-    length = precise(ends - begins)
-    total = torch.zeros_like(length)
-    for part in cached_parts(tokens):
-        entropy, response = part.require("entropy"), part.response
-        usable = is_finite(entropy)
-        if not usable.all():
-            length.index_add_(0, response[~usable], torch.full_like(length[:1], -1).expand(int((~usable).sum())))
-            entropy, response = entropy[usable], response[usable]
-        total.index_add_(0, response, precise(entropy))
-    return segment_sums(total, index, count), segment_sums(length, index, count)
+    entropy, response = tokens.require("entropy"), tokens.response
+    usable = is_finite(entropy)
+    if not usable.all():
+        entropy, response = entropy[usable], response[usable]
+    sums = segment_sums(entropy, response, len(index))
+    counts = torch.bincount(response, minlength=len(index))
+    return segment_sums(sums, index, count), segment_sums(counts, index, count)
 
 
 def mean_entropy(tokens: Tokens) -> tuple[float, float]:

@@ -3,13 +3,13 @@
 import math
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from entropy_polarity.controllers import Metrics
-from entropy_polarity.maths import branch_flows
-from entropy_polarity.tokens import Tokens, finite, is_finite
-from entropy_polarity.transforms.batch import cached_parts, mean_entropy, response_ends, segment_sums, totals
+from entropy_polarity.maths import branch_flows, predicted_entropy_change
+from entropy_polarity.tokens import Tokens, finite, is_finite, share_of
+from entropy_polarity.transforms.batch import mean_entropy, segment_sums
 from entropy_polarity.transforms.weights import token_polarity
 
 
@@ -28,19 +28,17 @@ class Monitor:
         Both have the statistics of the policy that sampled them. Where the method dropped tokens, `after` says in its
         `index` which it kept; the entropy and the flows are of all.
         """
-        entropy, _ = mean_entropy(before)
-        positive, negative, expanding, broken = totals(_flows, before)
-        made_positive, made_negative, *_ = totals(_flows, after)
-        count, left = max(1, len(before.response)), max(1, len(after.response))
+        p = token_polarity(before)
+        (entropy, _), (positive, negative) = mean_entropy(before), branch_flows(p)
         metrics = {
             "polarity/lambda": 0.0,
             "polarity/entropy": entropy,
-            "polarity/positive_flow": positive / count,
-            "polarity/negative_flow": negative / count,
-            "polarity/positive_fraction": expanding / count,
-            "polarity/changed_fraction": _changed(before, after) / count,
-            "polarity/predicted_entropy_change": (made_positive - made_negative) / left,
-            "polarity/nonfinite_tokens": broken,
+            "polarity/positive_flow": positive.item(),
+            "polarity/negative_flow": negative.item(),
+            "polarity/positive_fraction": share_of(p > 0),
+            "polarity/changed_fraction": share_of(_changed(before, after)),
+            "polarity/predicted_entropy_change": predicted_entropy_change(token_polarity(after)).item(),
+            "polarity/nonfinite_tokens": float((~is_finite(p)).count_nonzero()),
         }
         metrics |= by_turn(before, after)
         if self.entropy is not None:
@@ -50,25 +48,15 @@ class Monitor:
         return metrics
 
 
-def _flows(tokens: Tokens) -> tuple[Tensor, ...]:
-    """N D+, N D-, and how many tokens expand entropy, and how many have no finite P."""
-    p = token_polarity(tokens)
-    positive, negative = branch_flows(p)
-    return positive * len(p), negative * len(p), (p > 0).count_nonzero(), (~is_finite(p)).count_nonzero()
-
-
-def _changed(before: Tokens, after: Tokens) -> int:
-    """How many tokens were dropped, got another advantage, or have a term in the loss."""
-    given = before.advantages if after.index is None else before.advantages[after.index]
-    parts = list(cached_parts(after))
-    changed = len(before.response) - len(after.response)
-    for part, was in zip(parts, given.split(max(1, len(parts[0].response))), strict=True):
-        other = part.advantages != was
-        for term in (part.entropy_bonus, part.ratio_penalty):
-            if term is not None:
-                other |= term != 0
-        changed += int(other.count_nonzero())
-    return changed
+def _changed(before: Tokens, after: Tokens) -> Bool[Tensor, " N"]:
+    """Where a token was dropped, got another advantage, or has a term in the loss."""
+    changed = after.advantages != (before.advantages if after.index is None else before.advantages[after.index])
+    for term in (after.entropy_bonus, after.ratio_penalty):
+        if term is not None:
+            changed = changed | (term != 0)
+    if after.index is None:
+        return changed
+    return torch.ones_like(before.advantages, dtype=torch.bool).index_copy(0, after.index, changed)
 
 
 def by_turn(before: Tokens, after: Tokens) -> Metrics:
@@ -79,10 +67,10 @@ def by_turn(before: Tokens, after: Tokens) -> Metrics:
     A turn is a run of model tokens: between two of them an environment speaks. λ is the same for all turns of a
     rollout; the pressure says which turns it reaches. It is 1 where a turn has no advantage.
     """
-    if not _has_turns(before):
-        return {}
     turn = turns_of(before)
     turns = int(turn.max()) + 1 if len(turn) else 0
+    if turns < 2:
+        return {}
     p, entropy = finite(token_polarity(before)), before.require("entropy")
     known = is_finite(entropy)
 
@@ -104,19 +92,14 @@ def by_turn(before: Tokens, after: Tokens) -> Metrics:
     }
 
 
-def _has_turns(tokens: Tokens) -> bool:
-    """Whether a response has several: then it is longer than its tokens are many."""
-    begins, ends = response_ends(tokens)
-    begins, ends = begins[ends > begins], ends[ends > begins]
-    return bool((tokens.position[ends - 1] - tokens.position[begins] >= ends - begins).any())
-
-
 def turns_of(tokens: Tokens) -> Int[Tensor, " N"]:
     """The number of each token's turn in its response, from 0."""
     response, position = tokens.response, tokens.position
-    first = torch.ones_like(response, dtype=torch.bool)
-    first[1:] = response[1:] != response[:-1]
-    begins = first.clone()
-    begins[1:] |= position[1:] != position[:-1] + 1
+    first, follows = (torch.zeros_like(response, dtype=torch.bool) for _ in range(2))
+    first[:1], first[1:] = True, response[1:] != response[:-1]
+    follows[1:] = position[1:] == position[:-1] + 1
+    begins = first | ~follows
+    if begins.equal(first):  # one turn each, as in most tasks
+        return torch.zeros_like(response)
     turn = begins.cumsum(0)
     return turn - torch.where(first, turn, 0).cummax(0).values

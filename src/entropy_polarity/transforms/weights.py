@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -9,15 +10,8 @@ from torch import Tensor
 
 from entropy_polarity.controllers import Controller, Metrics, Observation, State
 from entropy_polarity.maths import branch_flows, polarity
-from entropy_polarity.tokens import Tokens, finite
-from entropy_polarity.transforms.batch import (
-    largest,
-    mean_entropy,
-    precise,
-    rewritten_in_parts,
-    token_keys,
-    totals,
-)
+from entropy_polarity.tokens import Tokens, finite, mean
+from entropy_polarity.transforms.batch import largest, mean_entropy, precise, token_keys
 from entropy_polarity.transforms.core import Transform, reweighted, rewriting, token_by_token
 
 
@@ -43,17 +37,16 @@ def observe(tokens: Tokens, soft_sign: float = 0.0, conserve: bool = False) -> O
     Without `conserve` λ changes the total pressure, and nothing takes it back: the tilt is 0. Tokens whose entropy is
     not finite are left out; with none left the entropy is NaN, not 0.
     """
-
-    def measure(part: Tokens) -> tuple[Tensor, ...]:
-        p, size = finite(token_polarity(part)), finite(part.advantages).abs()
-        s = _sign(p, soft_sign)
-        return p.clamp(min=0).sum(), -p.clamp(max=0).sum(), (p * s).sum(), size.sum(), (size * s).sum()
-
-    count = max(1, len(tokens.response))
-    positive, negative, gain, pressure, moved = (total / count for total in totals(measure, tokens))
-    tilt = moved / pressure if conserve and pressure > 0 else 0.0
+    p = finite(token_polarity(tokens))
+    s = _sign(p, soft_sign)
+    positive, negative = branch_flows(p)
+    tilt = 0.0
+    if conserve:
+        size = finite(tokens.advantages).abs()
+        pressure = mean(size)
+        tilt = (mean(size * s) / pressure).item() if pressure > 0 else 0.0
     entropy, error = mean_entropy(tokens)
-    return Observation(entropy, positive, negative, gain, tilt, error)
+    return Observation(entropy, positive.item(), negative.item(), mean(p * s).item(), tilt, error)
 
 
 def polarity_weights(controller: Controller, soft_sign: float = 0.0, conserve: bool = False) -> Transform:
@@ -67,15 +60,11 @@ def polarity_weights(controller: Controller, soft_sign: float = 0.0, conserve: b
         raise ValueError(f"soft_sign is {soft_sign}; expected a width >= 0 in nats (0 for the hard sign)")
 
     def reweigh(tokens: Tokens, lam: float) -> Tokens:
-        def weight(part: Tokens) -> Tensor:
-            return 1 + lam * polarity_sign(part, soft_sign)
-
-        def pressures(part: Tokens) -> tuple[Tensor, ...]:
-            return part.advantages.abs().sum(), (part.advantages * weight(part)).abs().sum()
-
-        before, after = totals(pressures, tokens) if conserve else (1.0, 1.0)
-        scale = before / after if after > 0 else 1.0
-        return rewritten_in_parts(lambda part: reweighted(part, scale * weight(part)), tokens)
+        weight = 1 + lam * polarity_sign(tokens, soft_sign)
+        if conserve:
+            before, after = mean(tokens.advantages.abs()), mean((tokens.advantages * weight).abs())
+            weight = weight * torch.where(after > 0, before / after, 1.0)
+        return reweighted(tokens, weight)
 
     needs = ("sensitivity", "entropy")
 
@@ -136,19 +125,30 @@ def shuffled_signs(tokens: Tokens, rollout: int) -> Float[Tensor, " N"]:
     return tokens.require("sensitivity") * turned
 
 
-def one_branch(sign: int) -> Transform:
-    """Only the tokens with sign(P) = `sign` keep their advantage; the others get 0. Source: ours, for ablations."""
+def papo_positive_only() -> Transform:
+    """Ablation: only tokens that expand entropy keep their advantage. Source: ours."""
+    return _one_branch(+1)
+
+
+def papo_negative_only() -> Transform:
+    """Ablation: only tokens that contract entropy keep their advantage. Source: ours."""
+    return _one_branch(-1)
+
+
+def _one_branch(sign: int) -> Transform:
     return token_by_token(
         lambda tokens, state: reweighted(tokens, (polarity_sign(tokens) == sign).to(tokens.advantages.dtype)),
         "sensitivity",
     )
 
 
-def random_branch(sign: int, seed: int = 0) -> Transform:
-    """As many tokens as have sign(P) = `sign` keep their advantage, but drawn at random from those with either sign.
+def papo_random_half(size_of: Literal["positive", "negative"] = "negative", seed: int = 0) -> Transform:
+    """Ablation: as many tokens as one branch has keep their advantage, drawn at random from both.
 
-    The draw is a hash of seed, rollout, sample and position. Source: ours, for ablations.
+    `size_of` says which branch: the "positive" one expands entropy, the "negative" one contracts it. The draw is a hash
+    of seed, rollout, sample and position. Source: ours.
     """
+    sign = +1 if size_of == "positive" else -1
 
     def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
         s = polarity_sign(tokens)
