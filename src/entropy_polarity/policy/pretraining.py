@@ -69,12 +69,6 @@ def new_policy(settings: PretrainSettings, tokenizer: Any) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def _tokenizer(family: str, source: Source) -> Any:
-    if family in CHARACTERS:
-        return character_tokenizer(family)
-    return phrase_tokenizer(part.text for index in range(LOOKED_AT) for part in source.parts(0, index))
-
-
 def _batch(source: Source, tokenizer, seed: int, start: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (B, T) of what was said, <eos> after each part of the player, and labels of those parts alone."""
     rows, labels = [], []
@@ -100,7 +94,10 @@ def pretrain(settings: PretrainSettings, output: Path, progress: Callable[[int, 
     """
     source = source_of(settings.task, settings.numbers, settings.config)
     steps = source.steps if settings.steps is None else settings.steps
-    tokenizer = _tokenizer(settings.family, source)
+    if settings.family in CHARACTERS:
+        tokenizer = character_tokenizer(settings.family)
+    else:
+        tokenizer = phrase_tokenizer(part.text for index in range(LOOKED_AT) for part in source.parts(0, index))
     model = new_policy(settings, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
