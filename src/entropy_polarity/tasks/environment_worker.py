@@ -46,14 +46,6 @@ class _Live:
         finally:
             self.randomness = random.getstate(), np.random.get_state()
 
-    def answer(self, result: StepResult, limit: int) -> dict[str, Any]:
-        """A result as JSON, the observation cut to `limit` characters, with what the environment counts."""
-        observation, reward, done, reason = StepResult(*result)
-        if not math.isfinite(reward):
-            raise ValueError(f"a reward of {reward}")
-        cut = str(observation)[:limit]
-        return {"result": [cut, float(reward), bool(done), str(reason)], "counts": _counts(self.env)}
-
 
 # By the number of the episode; the one that waited longest goes first.
 _LIVE: OrderedDict[int, _Live] = OrderedDict()
@@ -103,19 +95,23 @@ def _step(number: int, action: str, limit: int) -> dict[str, Any] | None:
 
 
 def _answer(number: int, act: Callable[[], tuple[_Live, StepResult]], limit: int) -> dict[str, Any]:
+    """What `act` did as JSON, the observation cut to `limit` characters, with what the environment counts."""
     try:
         live, result = act()
-        answer = live.answer(result, limit)
+        observation, reward, done, reason = StepResult(*result)
+        if not math.isfinite(reward):
+            raise ValueError(f"a reward of {reward}")
+        result = StepResult(str(observation)[:limit], float(reward), bool(done), str(reason))
+        counts = _counts(live.env)
     except MemoryError:
         raise
     except (Exception, SystemExit) as error:
         return {"raised": _line(error)}
-    _, _, done, _ = answer["result"]
-    if not done:
+    if not result.done:
         _LIVE[number] = live
         while len(_LIVE) > MAX_LIVE:
             _LIVE.popitem(last=False)
-    return answer
+    return {"result": result, "counts": counts}
 
 
 def _environment_class(factory: str) -> Callable[..., Any]:

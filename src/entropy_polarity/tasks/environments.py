@@ -167,15 +167,12 @@ class _SubprocessEnv:
 
     def reset(self, seed: int) -> str:
         self.seed = seed
-        return self._do(None).observation
-
-    def step(self, action: str) -> StepResult:
-        return self._do(action)
+        return self.step(None).observation
 
     def counts(self) -> dict[str, float]:
         return self.counted
 
-    def _do(self, action: str | None) -> StepResult:
+    def step(self, action: str | None) -> StepResult:
         outcome = self._ask(action)
         if outcome.failure in (OUT_OF_MEMORY, DIED):
             # Perhaps another episode had filled or broken the process: judged is what this one does alone.

@@ -157,7 +157,9 @@ def item(spec: str, seed: int, index: int, split: Split) -> dict[str, Any] | Non
         position = rng.randrange(SIZE)
         entry = _entry(spec, seed, position)
         if is_held_out(entry["question"]) == (split == "test"):
-            return {"question": entry["question"], "answer": _text(entry["answer"]), "position": position}
+            answer = entry["answer"]
+            text = answer if isinstance(answer, str) else json.dumps(answer, default=str)
+            return {"question": entry["question"], "answer": text, "position": position}
     return None
 
 
@@ -188,7 +190,3 @@ def _dataset(spec: str, seed: int) -> Any:
 
         config = config | {"datasets": [DatasetSpec(**{"weight": 1, "config": {}, **d}) for d in config["datasets"]]}
     return reasoning_gym.create_dataset(wanted["dataset"], **{"size": SIZE, "seed": seed, **config})
-
-
-def _text(answer: Any) -> str:
-    return answer if isinstance(answer, str) else json.dumps(answer, default=str)

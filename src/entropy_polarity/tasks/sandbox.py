@@ -142,7 +142,8 @@ def _be_child(code: str, seconds: float, writer: int, boundary: Boundary | None)
         sys.stderr = sys.stdout
         random.seed(0)  # the same code has the same output, on a resumed run too
         os.environ.clear()
-        _leave_the_file_system()
+        with tempfile.TemporaryDirectory() as folder:  # nowhere in the file system, when that is gone
+            os.chdir(folder)
         modules = _modules()
         if boundary:
             boundary.withdraw()
@@ -155,12 +156,6 @@ def _be_child(code: str, seconds: float, writer: int, boundary: Boundary | None)
         print(_described(error))
     finally:
         os._exit(0)
-
-
-def _leave_the_file_system() -> None:
-    folder = tempfile.mkdtemp()
-    os.chdir(folder)
-    os.rmdir(folder)
 
 
 def _limit(seconds: float) -> None:
@@ -246,8 +241,6 @@ def _identifiers(node: ast.AST) -> Iterator[str]:
 
 
 def _builtins(modules: dict[str, SimpleNamespace]) -> dict[str, Any]:
-    errors = {name: thing for name, thing in vars(builtins).items() if _is_error(thing)}
-
     def importing(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
         if name in _BEHIND:
             return sys.modules[name]
@@ -255,13 +248,11 @@ def _builtins(modules: dict[str, SimpleNamespace]) -> dict[str, Any]:
             raise ImportError(f"{name} is not available; there are {', '.join(modules)}")
         return modules[name if fromlist else name.partition(".")[0]]
 
+    kinds = {name: thing for name, thing in vars(builtins).items() if isinstance(thing, type)}
+    errors = {name: kind for name, kind in kinds.items() if issubclass(kind, BaseException)}
     # Of three arguments, `type` would make classes from texts.
     own = {"__import__": importing, "type": lambda thing: type(thing)}
     return {name: getattr(builtins, name) for name in _BUILTINS} | errors | own
-
-
-def _is_error(thing: Any) -> bool:
-    return isinstance(thing, type) and issubclass(thing, BaseException)
 
 
 def _described(error: BaseException) -> str:

@@ -243,18 +243,13 @@ def _serve(terms: _Terms) -> None:
     timer, alarm = _TIMERS[terms.clock]
     signal.signal(alarm, _alarm)
     if terms.reads_only:
-        _only_read(answers.fileno())
+        with suppress(OSError):  # where the system has no such boundary, all stays as it is
+            boundary = Boundary([answers.fileno(), 1, 2], "reading")
+            boundary.withdraw()
+            boundary.seal()
     answer(**_READY)
     for line in calls:
         answer(**_outcome(function, json.loads(line), terms.seconds, timer)._asdict())
-
-
-def _only_read(answers: int) -> None:
-    """From here on; where the system has no such boundary, all stays as it is."""
-    with suppress(OSError):
-        boundary = Boundary([answers, 1, 2], "reading")
-        boundary.withdraw()
-        boundary.seal()
 
 
 def _outcome(function: Callable[..., Any], arguments: list[Any], seconds: float, timer: int) -> Outcome:
