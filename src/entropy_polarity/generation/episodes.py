@@ -73,8 +73,8 @@ class CachedContext:
             use_cache=True,
         )
         last = output.logits[torch.arange(len(ids)), (new.sum(1) - 1).clamp(min=0)].float()
-        self.logits = last if self.logits is None else torch.where(new.any(1, keepdim=True), last, self.logits)
-        return self.logits
+        self.logits = last = last if self.logits is None else torch.where(new.any(1, keepdim=True), last, self.logits)
+        return last
 
 
 class Format:

@@ -127,14 +127,11 @@ class TransformersGenerator:
             done += len(made)
             return made
 
-        if self.batch_sizes:
-            start = self.batch_sizes[-1]
-        else:
-            start = self.batch_size or first_size(self.model, tokens, largest, logit_rows)
-            self.batch_sizes.append(start)
+        if not self.batch_sizes:
+            self.batch_sizes.append(self.batch_size or first_size(self.model, tokens, largest, logit_rows))
         with evaluating(self.model), torch.random.fork_rng():
             torch.manual_seed(seed)
-            made, sizes = in_batches(items, start, watched)
+            made, sizes = in_batches(items, self.batch_sizes[-1], watched)
         self.batch_sizes += sizes[1:]
         return [made[start : start + samples] for start in range(0, len(made), samples)]
 

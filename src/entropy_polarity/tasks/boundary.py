@@ -15,8 +15,7 @@ The filter is required, and is enough by itself; the others are taken where they
 Nothing here holds against faults of the kernel in the calls that are left, against side channels, or against computing
 itself, whose time and memory have other limits.
 
-libseccomp compiles the filter, as it does those of containers and of systemd; pyseccomp is a thin binding of its stable
-interface. Landlock's is landlockpy. Nothing else imports them.
+libseccomp, of which pyseccomp is the binding, compiles the filter; Landlock's binding is landlockpy.
 """
 
 import ctypes

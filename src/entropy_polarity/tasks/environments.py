@@ -95,11 +95,8 @@ class SubprocessGame(Episodic):
 
     def envs(self, count: int) -> list[list[TextEnv]]:
         """A group for each process; neighbours, which are often of one seed, share one."""
-        groups: list[list[TextEnv]] = [[] for _ in self._processes]
-        for i in range(count):
-            number = i * len(groups) // count
-            groups[number].append(_SubprocessEnv(self, self._processes[number]))
-        return groups
+        numbers = [i * len(self._processes) // count for i in range(count)]
+        return [[_SubprocessEnv(self, p) for _ in range(numbers.count(i))] for i, p in enumerate(self._processes)]
 
     def close(self) -> None:
         """End the processes. Episodes that go on after that are played again in new ones."""

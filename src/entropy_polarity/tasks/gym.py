@@ -105,19 +105,16 @@ class GymTask(OneTurn):
 
 
 def extracted(completion: str) -> str:
-    """The text in the last <answer> tags of a completion; all of it where there are none, nothing of it where the last
-    are not closed: what was cut off there is no answer, and what stood in earlier tags was withdrawn."""
+    """The text in the last <answer> tags; all of it where there are none, nothing where the last are not closed."""
     answer = tagged(completion)
     return completion.strip() if answer is None else answer
 
 
 def _score(outcome: Outcome) -> Score:
     if outcome.failure:
-        known = outcome.failure in GymTask.reasons
-        return Score(0.0, outcome.failure if known else "scorer failed")
-    reward = float(outcome.value)
-    found = degree(reward)
-    return Score(reward, "correct" if found == "right" else found)
+        return Score(0.0, outcome.failure if outcome.failure in GymTask.reasons else "scorer failed")
+    found = degree(outcome.value)
+    return Score(outcome.value, "correct" if found == "right" else found)
 
 
 @functools.cache

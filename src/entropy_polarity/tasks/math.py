@@ -1,8 +1,5 @@
 """Mathematics: problems of a data set, from the hub or from a file, answers graded by math-verify (tasks/grading.py).
 
-    papo eval --model MODEL --task math:gsm8k
-    papo eval --model MODEL --task math --set task.data=problems.jsonl --set task.prompt_column=question
-
 Grading happens in worker processes with limits of time and memory (tasks/workers.py), and nothing of an answer is
 evaluated (tasks/safe_evaluation.py). What cannot be parsed, and what does not end in time, has a verdict of its own.
 """
@@ -193,12 +190,9 @@ def merged(
     same = {question for question, verdict in zip(asked, verdicts, strict=True) if verdict}
     names: dict[tuple[str, str], str] = {}
     for problem, known in distinct.items():
-        first: list[str] = []
         for answer in known:
-            name = next((earlier for earlier in first if (problem, earlier, answer) in same), answer)
-            names[problem, answer] = name
-            if name == answer:
-                first.append(answer)
+            first = (earlier for earlier in known if names.get((problem, earlier)) == earlier)
+            names[problem, answer] = next((name for name in first if (problem, name, answer) in same), answer)
     return [None if a is None else names[problem, a] for problem, a in zip(problems, answers, strict=True)]
 
 
