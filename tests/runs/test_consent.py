@@ -13,8 +13,7 @@ import tomli_w
 from test_cli import papo
 
 from entropy_polarity.experiments.compare.runs import Job
-from entropy_polarity.policy.folder import check_folder
-from entropy_polarity.policy.loading import load_policy
+from entropy_polarity.policy.loading import check_folder, load_policy
 from entropy_polarity.runs.consent import check_said_again, said_again, stay_offline
 from entropy_polarity.runs.recipe import load_recipe, recipe_names
 from entropy_polarity.tasks import make_task

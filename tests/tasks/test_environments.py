@@ -10,6 +10,7 @@ from test_tasks_training import few_steps, policy
 
 from entropy_polarity.experiments.evaluate import Settings, evaluate_models
 from entropy_polarity.experiments.setup import check_recipe
+from entropy_polarity.generation import Sampling
 from entropy_polarity.generation.episodes import _Environments, play
 from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.runs.recipe import load_recipe
@@ -226,7 +227,7 @@ def test_play_ends_every_episode_with_its_reason(tmp_path):
     game = Environment(factory="misbehaving:Moody", max_turns=3, max_action_tokens=200, seconds=1.0, processes=2)
     problems = [game.problem(0, i, "train") for i in range(18)]
     torch.manual_seed(0)
-    episodes = play(model, tokenizer, game, problems)
+    episodes = play(model, tokenizer, game, problems, Sampling())
     expected = ["timed out", "worker died", "raised", *["out of turns"] * 3]
     for problem, episode in zip(problems, episodes, strict=True):
         assert episode.reason in (expected[problem.metadata["seed"] // 2 % 6], "action too long")

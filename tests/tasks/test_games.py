@@ -11,7 +11,8 @@ from test_tasks_training import few_steps, policy
 
 from entropy_polarity.experiments.setup import prompts_of, quiet_trainer, trainer_config
 from entropy_polarity.experiments.training import train
-from entropy_polarity.generation.episodes import Format, play
+from entropy_polarity.generation import GREEDY, Sampling
+from entropy_polarity.generation.episodes import CachedContext, Format, play
 from entropy_polarity.policy.loading import load_policy
 from entropy_polarity.policy.tokenizer import character_tokenizer
 from entropy_polarity.report.heatmap import heatmap_of
@@ -99,7 +100,7 @@ class ForgivingGame(SmallGame):
     environment, name, max_turns, max_action_tokens = Forgiving, "forgiving", 5, 4
 
 
-class Reencoding:
+class Reencoding(CachedContext):
     """What `CachedContext` must agree with: every episode is read anew for each token."""
 
     def __init__(self, model, batch):
@@ -132,10 +133,10 @@ def test_the_cache_plays_what_re_encoding_plays(architecture, chat, tmp_path):
     played = []
     for context in ({}, {"context": Reencoding}):
         torch.manual_seed(0)
-        played.append(play(model, tokenizer, game, problems, batch_size=7, **context))
+        played.append(play(model, tokenizer, game, problems, Sampling(), batch_size=7, **context))
     assert played[0] == played[1]
     assert {episode.reason for episode in played[0]} >= {"out of turns", "action too long"}
-    greedy = [play(model, tokenizer, game, problems, temperature=0.0, **c) for c in ({}, {"context": Reencoding})]
+    greedy = [play(model, tokenizer, game, problems, GREEDY, **c) for c in ({}, {"context": Reencoding})]
     assert greedy[0] == greedy[1]
 
 
@@ -144,7 +145,7 @@ def test_tokens_know_who_said_them(chat, tmp_path):
     model, tokenizer = talkative(tmp_path, "llama", chat)
     game, form = ForgivingGame(), Format(tokenizer)
     torch.manual_seed(0)
-    for episode in play(model, tokenizer, game, [game.problem(0, i, "train") for i in range(20)]):
+    for episode in play(model, tokenizer, game, [game.problem(0, i, "train") for i in range(20)], Sampling()):
         assert len(episode.completion_ids) == len(episode.env_mask) == len(episode.turn)
         assert episode.turn == sorted(episode.turn)
         expected = []
@@ -183,7 +184,7 @@ def test_an_environment_that_raises_ends_its_episode_alone(tmp_path):
     game = BreakingGame()
     problems = [Guess().problem(0, i, "train") for i in range(30)]
     torch.manual_seed(0)
-    episodes = play(model, tokenizer, game, problems)
+    episodes = play(model, tokenizer, game, problems, Sampling())
     for problem, episode in zip(problems, episodes, strict=True):
         if problem.metadata["seed"] % 5 == 0:
             assert (episode.reason, episode.completion_ids) == ("raised", [])
@@ -200,7 +201,7 @@ def test_the_same_seed_plays_the_same_and_the_mode_stays(tmp_path):
     played = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        played.append(play(model, tokenizer, Guess(), problems))
+        played.append(play(model, tokenizer, Guess(), problems, Sampling()))
     assert model.training
     assert played[0] == played[1] != played[2]
 

@@ -19,8 +19,7 @@ from entropy_polarity.generation import Generator, Progress, Sampling, silent
 from entropy_polarity.generation.attempts import Attempt
 from entropy_polarity.generation.sampling import TransformersGenerator
 from entropy_polarity.policy import resolve_model
-from entropy_polarity.policy.folder import check_folder
-from entropy_polarity.policy.loading import load_policy
+from entropy_polarity.policy.loading import check_folder, load_policy
 from entropy_polarity.report.evaluation import render_evaluation
 from entropy_polarity.runs.layout import refuse_occupied
 from entropy_polarity.support.files import append_text, locked, write_text

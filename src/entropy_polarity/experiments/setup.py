@@ -14,8 +14,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from entropy_polarity.generation.tools import check_tool_support
 from entropy_polarity.policy import resolve_model
-from entropy_polarity.policy.folder import check_folder
-from entropy_polarity.policy.loading import load_policy
+from entropy_polarity.policy.loading import check_folder, load_policy
 from entropy_polarity.runs.recipe import Recipe
 from entropy_polarity.support.errors import check_settings, unknown_name
 from entropy_polarity.tasks import Task, distinct_problems, make_task

@@ -17,6 +17,7 @@ GREEDY = Sampling(temperature=0.0)
 
 # What is being done, how much of it is done, of how much.
 Progress = Callable[[str, float, int], None]
+Tick = Callable[[float], None]  # The share of a batch that is made.
 
 
 def silent(what: str, done: float, total: int) -> None:

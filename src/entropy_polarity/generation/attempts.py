@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-from entropy_polarity.generation import GREEDY, Generator, Progress, Sampling
-from entropy_polarity.generation.episodes import Episode, play
+from entropy_polarity.generation import GREEDY, Generator, Progress, Sampling, Tick
+from entropy_polarity.generation.episodes import play
 from entropy_polarity.generation.sampling import TransformersGenerator
 from entropy_polarity.support.success import SUCCESS
 from entropy_polarity.support.text import valid, valid_parts
@@ -119,24 +119,19 @@ class Playing:
     def attempts(
         self, problems: list[Problem], samples: int, seed: int, sampling: Sampling, vote: bool, progress: Progress
     ) -> list[list[Attempt]]:
-        _watch(self.generator, sampling, progress)
-        episodes = self._episodes([problem for problem in problems for _ in range(samples)], seed, sampling)
-        made = [Attempt(e.observation, Score(e.reward, e.reason), said=e.said, counts=e.counts) for e in episodes]
-        return [made[i * samples : (i + 1) * samples] for i in range(len(problems))]
-
-    def _episodes(self, problems: list[Problem], seed: int, sampling: Sampling) -> list[Episode]:
         game, generator = self.game, self.generator
         if not isinstance(generator, TransformersGenerator):
             raise TypeError(f"task {game.name!r} is a game: it is played with a TransformersGenerator")
-        model, tokenizer = generator.model, generator.tokenizer
+        _watch(generator, sampling, progress)
 
-        def played(batch: Sequence[Problem], tick: Callable[[float], None]) -> list[Episode]:
-            return play(model, tokenizer, game, batch, **sampling._asdict(), batch_size=len(batch), tick=tick)
+        def played(batch: Sequence[Problem], tick: Tick) -> list[Attempt]:
+            of_batch = play(generator.model, generator.tokenizer, game, batch, sampling, len(batch), tick=tick)
+            return [Attempt(e.observation, Score(e.reward, e.reason), said=e.said, counts=e.counts) for e in of_batch]
 
         # As if every observation were as long as the first.
         said = max(len(problem.prompt) for problem in problems)
         tokens = said + game.max_turns * (said + game.max_action_tokens)
-        return generator.draw(problems, played, seed, tokens, LARGEST_BATCH_OF_EPISODES, logit_rows=said)
+        return generator.draw(problems, samples, played, seed, tokens, LARGEST_BATCH_OF_EPISODES, logit_rows=said)
 
 
 def _watch(generator: Generator, sampling: Sampling, progress: Progress) -> None:

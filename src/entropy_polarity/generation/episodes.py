@@ -9,16 +9,18 @@ with a reason, whatever its environment does; the others go on.
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
+from entropy_polarity.generation import Sampling, Tick
 from entropy_polarity.support.modes import evaluating
 from entropy_polarity.support.text import valid
 from entropy_polarity.tasks.games import OUT_OF_TURNS, RAISED, TOO_LONG
+from entropy_polarity.tasks.prompts import encoded
 from entropy_polarity.tasks.protocol import EpisodeOverError, Game, Problem, StepResult, TextEnv
 from entropy_polarity.tasks.workers import NoWorkerError
 
@@ -42,23 +44,14 @@ class Episode:
     reason: str = ""
     counts: dict[str, float] = field(default_factory=dict)
 
-    def add(self, token: int, turn: int, from_policy: bool) -> None:
-        self.completion_ids.append(token)
-        self.env_mask.append(int(from_policy))
-        self.turn.append(turn)
-
-
-@runtime_checkable
-class Context(Protocol):
-    """What the policy has read of each episode of a batch."""
-
-    def read(self, tokens: Sequence[Sequence[int]]) -> Float[Tensor, "B V"]:
-        """Read more tokens, none or some of each episode; the logits after the last token of each."""
-        ...
+    def add(self, tokens: Sequence[int], turn: int, from_policy: bool) -> None:
+        self.completion_ids += tokens
+        self.env_mask += [int(from_policy)] * len(tokens)
+        self.turn += [turn] * len(tokens)
 
 
 class CachedContext:
-    """A key-value cache with holes: episodes read different numbers of tokens, and the shorter ones are padded."""
+    """What the policy read of each episode of a batch: a key-value cache with holes, where shorter ones are padded."""
 
     def __init__(self, model: Any, batch: int) -> None:
         self.model, self.cache = model, DynamicCache()
@@ -66,6 +59,7 @@ class CachedContext:
         self.logits: Tensor | None = None
 
     def read(self, tokens: Sequence[Sequence[int]]) -> Float[Tensor, "B V"]:
+        """Read more tokens, none or some of each episode; the logits after the last token of each."""
         longest = max(map(len, tokens))
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens], device=self.mask.device)
         new = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in tokens], device=self.mask.device)
@@ -79,9 +73,7 @@ class CachedContext:
             use_cache=True,
         )
         last = output.logits[torch.arange(len(ids)), (new.sum(1) - 1).clamp(min=0)].float()
-        read = new.any(1, keepdim=True)
-        last = last if self.logits is None else torch.where(read, last, self.logits)
-        self.logits = last
+        self.logits = last = last if self.logits is None else torch.where(new.any(1, keepdim=True), last, self.logits)
         return last
 
 
@@ -93,10 +85,7 @@ class Format:
         self.chat = getattr(tokenizer, "chat_template", None) is not None
 
     def first(self, observation: str) -> list[int]:
-        if not self.chat:
-            return self.tokenizer(observation)["input_ids"]
-        messages = [{"role": "user", "content": observation}]
-        return self._ids(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return encoded([{"role": "user", "content": observation}] if self.chat else observation, self.tokenizer)
 
     def next(self, observation: str) -> list[int]:
         """What stands between the end of an action and the start of the next."""
@@ -125,16 +114,13 @@ def play(
     tokenizer: Any,
     game: Game,
     problems: Sequence[Problem],
-    *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    sampling: Sampling,
     batch_size: int = 256,
+    *,
     context: type[Any] = CachedContext,
-    tick: Callable[[float], None] = lambda share: None,
+    tick: Tick = lambda share: None,
 ) -> list[Episode]:
-    """One episode of every problem, sampled at `temperature` from the likeliest tokens worth `top_p`; greedy at 0.
-
-    `tick(share)` is called with each turn of a batch, with the share of its turns that is played.
+    """One episode of every problem; `tick(share)` is called with the share of a batch's turns that is played.
 
     An action ends with <eos>, which is a token of the policy; one that is longer than the game's `max_action_tokens`
     ends the episode. The same random state plays the same episodes. The mode of the model is left as it was.
@@ -143,38 +129,31 @@ def play(
     with torch.no_grad(), evaluating(model):
         for start in range(0, len(problems), batch_size):
             batch = problems[start : start + batch_size]
-            episodes += _play_batch(model, Format(tokenizer), game, batch, temperature, top_p, context, tick)
+            policy = context(model, len(batch))
+            episodes += _play_batch(policy, Format(tokenizer), game, batch, sampling, tick)
     return episodes
 
 
 def _play_batch(
-    model: Any,
-    form: Format,
-    game: Game,
-    problems: Sequence[Problem],
-    temperature: float,
-    top_p: float,
-    context: type[Any],
-    tick: Callable[[float], None],
+    policy: CachedContext, form: Format, game: Game, problems: Sequence[Problem], sampling: Sampling, tick: Tick
 ) -> list[Episode]:
     environments = _Environments(game, len(problems))
     envs, seeds = environments.envs, [problem.metadata["seed"] for problem in problems]
     starts = environments.ask(range(len(envs)), lambda i: _started(envs[i], seeds[i])).values()
     episodes = [Episode(start.observation, form.first(start.observation), reason=start.reason) for start in starts]
-    policy, unread = context(model, len(episodes)), [list(episode.prompt_ids) for episode in episodes]
+    unread = [list(episode.prompt_ids) for episode in episodes]
     for turn in range(game.max_turns):
         tick(turn / game.max_turns)
         going = [i for i, episode in enumerate(episodes) if not episode.reason]
         if not going:
             break
-        actions = _act(policy, unread, going, form.end, game.max_action_tokens, temperature, top_p)
+        actions = _act(policy, unread, going, form.end, game.max_action_tokens, sampling)
         for i in going:
-            for token in actions[i]:
-                episodes[i].add(token, turn, from_policy=True)
+            episodes[i].add(actions[i], turn, from_policy=True)
             if actions[i][-1] != form.end:
                 episodes[i].reason = TOO_LONG
                 # TRL takes what does not end in <eos> for cut off; the policy did not say it, and learns nothing of it.
-                episodes[i].add(form.end, turn, from_policy=False)
+                episodes[i].add([form.end], turn, from_policy=False)
         texts = {i: form.text(actions[i]) for i in going if not episodes[i].reason}
         for i, result in environments.ask(texts, lambda i, texts=texts: envs[i].step(texts[i])).items():
             episode = episodes[i]
@@ -183,8 +162,8 @@ def _play_batch(
             if result.done or turn == game.max_turns - 1:
                 episode.reason = result.reason or OUT_OF_TURNS
             else:
-                for token in (heard := form.next(result.observation)):
-                    episode.add(token, turn + 1, from_policy=False)
+                heard = form.next(result.observation)
+                episode.add(heard, turn + 1, from_policy=False)
                 unread[i] = [actions[i][-1], *heard]
     for env, episode in zip(envs, episodes, strict=True):
         episode.counts = {"turns": float(len(episode.said)), **_counts(env)}
@@ -192,20 +171,14 @@ def _play_batch(
 
 
 def _act(
-    policy: Context,
-    unread: list[list[int]],
-    going: Sequence[int],
-    end: int,
-    longest: int,
-    temperature: float,
-    top_p: float,
+    policy: CachedContext, unread: list[list[int]], going: Sequence[int], end: int, longest: int, sampling: Sampling
 ) -> dict[int, list[int]]:
     """An action of every episode that is going on; what it has not read yet is read, and its last token is not."""
     actions: dict[int, list[int]] = {i: [] for i in going}
     writing = list(going)
     logits = policy.read([unread[i] if i in actions else [] for i in range(len(unread))])
     while writing:
-        chosen = _sampled(logits[writing], temperature, top_p).tolist()
+        chosen = _sampled(logits[writing], *sampling).tolist()
         for i, token in zip(writing, chosen, strict=True):
             actions[i].append(token)
         writing = [i for i in writing if actions[i][-1] != end and len(actions[i]) < longest]

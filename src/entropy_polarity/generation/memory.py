@@ -23,7 +23,7 @@ def in_batches(
     made: list[Made] = []
     sizes = [size]
     while len(made) < len(items):
-        state = _random_state()
+        state, states_of_gpus = torch.get_rng_state(), torch.cuda.get_rng_state_all()
         try:
             made += run(items[len(made) : len(made) + sizes[-1]])
             continue
@@ -36,9 +36,9 @@ def in_batches(
                 ) from error
         # Outside the except clause: its traceback holds on to the tensors.
         sizes.append(sizes[-1] // 2)
-        _restore(state)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.set_rng_state(state)
+        torch.cuda.set_rng_state_all(states_of_gpus)
+        torch.cuda.empty_cache()
     return made, sizes
 
 
@@ -61,10 +61,9 @@ def first_size(model: Any, tokens: int, largest: int, logit_rows: int = 1) -> in
     if free is None or config is None:
         return largest
     needed = bytes_per_sequence(config, tokens, getattr(model, "dtype", torch.float32).itemsize, logit_rows)
-    size = largest
-    while size > 1 and size * needed > SHARE * free:
-        size //= 2
-    return size
+    while largest > 1 and largest * needed > SHARE * free:
+        largest //= 2
+    return largest
 
 
 def bytes_per_sequence(config: Any, tokens: int, itemsize: int, logit_rows: int = 1) -> int:
@@ -87,14 +86,3 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="utf-8").splitlines() if ":" in line)
     return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
-
-
-def _random_state() -> tuple[Any, Any]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-
-
-def _restore(state: tuple[Any, Any]) -> None:
-    cpu, cuda = state
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state_all(cuda)

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from entropy_polarity.generation import Sampling
+from entropy_polarity.generation import Sampling, Tick
 from entropy_polarity.generation.memory import Item, Made, first_size, in_batches
 from entropy_polarity.support.modes import evaluating
 
@@ -26,7 +26,7 @@ class Sampled(NamedTuple):
 class _Ticking(StoppingCriteria):
     """Stops nothing: `tick(share)` is called with each token, with the share of `longest` that is written."""
 
-    def __init__(self, tick: Callable[[float], None], longest: int) -> None:
+    def __init__(self, tick: Tick, longest: int) -> None:
         self.tick, self.longest, self.written = tick, longest, 0
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
@@ -42,14 +42,17 @@ def sample_tokens(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     sampling: Sampling,
-    tick: Callable[[float], None] = lambda share: None,
+    tick: Tick = lambda share: None,
 ) -> Sampled:
     """One completion of every prompt. What a model's own generation settings would add (penalties, top-k) is off.
 
     `tick(share)` is called with each token, with the share of `max_new_tokens` that is written.
     """
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids, mask = _left_padded(prompts, pad, model.device)
+    missing = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+    padded = [[pad] * count + list(prompt) for count, prompt in zip(missing, prompts, strict=True)]
+    masks = [[0] * count + [1] * len(prompt) for count, prompt in zip(missing, prompts, strict=True)]
+    ids, mask = torch.tensor(padded, device=model.device), torch.tensor(masks, device=model.device)
     drawn = sampling.temperature > 0
     settings = (
         {"temperature": sampling.temperature, "top_k": 0, "top_p": sampling.top_p, "min_p": None} if drawn else {}
@@ -65,14 +68,6 @@ def sample_tokens(
         **settings,
     )
     return Sampled(ids, mask, output[:, ids.shape[1] :])
-
-
-def _left_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, mask)"""
-    width = max(map(len, rows))
-    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 class TransformersGenerator:
@@ -92,14 +87,12 @@ class TransformersGenerator:
     def complete(
         self, prompts: Sequence[list[int]], samples: int, max_new_tokens: int, sampling: Sampling, seed: int
     ) -> list[list[list[int]]]:
-        def completions_of(batch: Sequence[list[int]], tick: Callable[[float], None]) -> list[list[int]]:
+        def completions_of(batch: Sequence[list[int]], tick: Tick) -> list[list[int]]:
             sampled = sample_tokens(self.model, self.tokenizer, batch, max_new_tokens, sampling, tick)
             return [_ended(row, self._ends) for row in sampled.completion_ids.tolist()]
 
         longest = max(map(len, prompts), default=0)
-        repeated = [prompt for prompt in prompts for _ in range(samples)]
-        made = self.draw(repeated, completions_of, seed, longest + max_new_tokens, LARGEST_BATCH)
-        return [made[i * samples : (i + 1) * samples] for i in range(len(prompts))]
+        return self.draw(prompts, samples, completions_of, seed, longest + max_new_tokens, LARGEST_BATCH)
 
     @property
     def _ends(self) -> set[int]:
@@ -109,16 +102,18 @@ class TransformersGenerator:
 
     def draw(
         self,
-        items: Sequence[Item],
-        run: Callable[[Sequence[Item], Callable[[float], None]], list[Made]],
+        prompts: Sequence[Item],
+        samples: int,
+        run: Callable[[Sequence[Item], Tick], list[Made]],
         seed: int,
         tokens: int,
         largest: int,
         logit_rows: int = 1,
-    ) -> list[Made]:
-        """What `run(batch, tick)` makes of `items`, batch by batch from the random state of `seed`; it calls tick with
-        the share of the batch that is made. The other arguments are those of `first_size`."""
-        done = 0
+    ) -> list[list[Made]]:
+        """What `run(batch, tick)` makes of `samples` copies of every prompt, batch by batch from the random state of
+        `seed`; it calls tick with the share of the batch that is made. The other arguments are those of `first_size`.
+        """
+        items, done = [prompt for prompt in prompts for _ in range(samples)], 0
 
         def watched(batch: Sequence[Item]) -> list[Made]:
             nonlocal done
@@ -132,16 +127,13 @@ class TransformersGenerator:
             done += len(made)
             return made
 
-        if self.batch_sizes:
-            start = self.batch_sizes[-1]
-        else:
-            start = self.batch_size or first_size(self.model, tokens, largest, logit_rows)
-            self.batch_sizes.append(start)
+        if not self.batch_sizes:
+            self.batch_sizes.append(self.batch_size or first_size(self.model, tokens, largest, logit_rows))
         with evaluating(self.model), torch.random.fork_rng():
             torch.manual_seed(seed)
-            made, sizes = in_batches(items, start, watched)
+            made, sizes = in_batches(items, self.batch_sizes[-1], watched)
         self.batch_sizes += sizes[1:]
-        return made
+        return [made[start : start + samples] for start in range(0, len(made), samples)]
 
 
 def _ended(completion: list[int], ends: set[int]) -> list[int]:

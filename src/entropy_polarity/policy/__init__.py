@@ -24,11 +24,11 @@ def resolve_model(model: str) -> str:
         raise FileNotFoundError(
             f"no model at {one_line(repr(model), 80)}: give a folder with config.json, or {EMBEDDED!r}"
         )
-    path = Path(model)
+    path = Path(os.path.expanduser(model))
     if path.is_dir() and not (path / "config.json").is_file():
         adapter = (path / "adapter_config.json").is_file()
         how = "an adapter alone: merge it into its model and save that" if adapter else "config.json is missing"
         raise FileNotFoundError(f"{model} holds no model: {how}")
-    if is_path(model) and not Path(os.path.expanduser(model)).is_dir():
+    if is_path(model) and not path.is_dir():
         raise FileNotFoundError(f"no model at {model}: give a folder with config.json, or {EMBEDDED!r}")
-    return os.path.expanduser(model) if Path(os.path.expanduser(model)).is_dir() else model
+    return os.path.expanduser(model) if path.is_dir() else model

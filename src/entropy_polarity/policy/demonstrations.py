@@ -1,7 +1,4 @@
-"""What an embedded policy reads before reinforcement: texts in parts, each said by the task or by a player.
-
-Players are programs, good enough that reinforcement finds rewards, and uncertain enough that there is entropy to lose.
-"""
+"""What an embedded policy reads before reinforcement: texts in parts, each said by the task or a program that plays."""
 
 import functools
 import random

@@ -4,6 +4,7 @@ The policy should be good enough that reinforcement finds rewards, and uncertain
 lose. A few hundred steps on imperfect demonstrations give exactly that.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +40,7 @@ class PretrainSettings:
     def __post_init__(self) -> None:
         if self.width < 32 or self.width % 32:
             raise ValueError(f"width is {self.width}; expected a multiple of 32")
-        for name in ("layers", "steps"):
-            value = getattr(self, name)
+        for name, value in (("layers", self.layers), ("steps", self.steps)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected 1 or more")
 
@@ -69,12 +69,6 @@ def new_policy(settings: PretrainSettings, tokenizer: Any) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def _tokenizer(family: str, source: Source) -> Any:
-    if family in CHARACTERS:
-        return character_tokenizer(family)
-    return phrase_tokenizer(part.text for index in range(LOOKED_AT) for part in source.parts(0, index))
-
-
 def _batch(source: Source, tokenizer, seed: int, start: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (B, T) of what was said, <eos> after each part of the player, and labels of those parts alone."""
     rows, labels = [], []
@@ -86,11 +80,8 @@ def _batch(source: Source, tokenizer, seed: int, start: int) -> tuple[torch.Tens
             label += ids if from_player else [-100] * len(ids)
         rows.append(torch.tensor(row))
         labels.append(torch.tensor(label))
-    pad = torch.nn.utils.rnn.pad_sequence
-    return (
-        pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
-        pad(labels, batch_first=True, padding_value=-100),
-    )
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return pad(rows, padding_value=tokenizer.pad_token_id), pad(labels, padding_value=-100)
 
 
 def pretrain(settings: PretrainSettings, output: Path, progress: Callable[[int, float], None]) -> None:
@@ -100,7 +91,10 @@ def pretrain(settings: PretrainSettings, output: Path, progress: Callable[[int, 
     """
     source = source_of(settings.task, settings.numbers, settings.config)
     steps = source.steps if settings.steps is None else settings.steps
-    tokenizer = _tokenizer(settings.family, source)
+    if settings.family in CHARACTERS:
+        tokenizer = character_tokenizer(settings.family)
+    else:
+        tokenizer = phrase_tokenizer(part.text for index in range(LOOKED_AT) for part in source.parts(0, index))
     model = new_policy(settings, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

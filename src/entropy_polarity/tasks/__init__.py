@@ -45,7 +45,7 @@ def make_task(name: str, **settings: Any) -> Task:
 
 def check_task(name: str, **settings: Any) -> tuple[Any, dict[str, Any]]:
     """Who builds the task called `name`, and from which settings. Raises ValueError as `make_task`, for the name and
-    for names and types of settings, without making anything."""
+    for names and types of settings alone."""
     from entropy_polarity.tasks.countdown import Countdown
     from entropy_polarity.tasks.environments import Environment
     from entropy_polarity.tasks.games import GAMES
@@ -59,9 +59,7 @@ def check_task(name: str, **settings: Any) -> tuple[Any, dict[str, Any]]:
     members = {"gym": "dataset", "math": "preset", "textarena": "game", "textworld": "challenge"}
     family, _, member = str(name).partition(":")
     if family not in tasks or (member and family not in members):
-        raise unknown_name(
-            "task", name, [*tasks, *(f"{family}:{member.upper()}" for family, member in members.items())]
-        )
+        raise unknown_name("task", name, [*tasks, *(f"{kind}:{what.upper()}" for kind, what in members.items())])
     if member:
         settings = {members[family]: member} | settings
     check_settings(f"task {name!r}", tasks[family], settings)

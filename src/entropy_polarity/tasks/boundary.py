@@ -15,8 +15,7 @@ The filter is required, and is enough by itself; the others are taken where they
 Nothing here holds against faults of the kernel in the calls that are left, against side channels, or against computing
 itself, whose time and memory have other limits.
 
-libseccomp compiles the filter, as it does those of containers and of systemd; pyseccomp is a thin binding of its stable
-interface. Landlock's is landlockpy. Nothing else imports them.
+libseccomp, of which pyseccomp is the binding, compiles the filter; Landlock's binding is landlockpy.
 """
 
 import ctypes
@@ -41,7 +40,8 @@ _CAP_KILL = 5
 _PR_SET_PDEATHSIG = 1
 _PROT_EXEC, _MAP_ANONYMOUS = 0x4, 0x20
 _WRITING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC
-_FUTEX_WAIT, _FUTEX_WAKE, _FUTEX_WAIT_BITSET, _FUTEX_WAKE_BITSET = 0, 1, 9, 10
+_FUTEX = (0, 1, 9, 10)  # WAIT, WAKE, WAIT_BITSET, WAKE_BITSET
+_WHOLE = (1 << 64) - 1  # all bits of an argument
 
 # Memory, the clock, random numbers, and to end.
 _COMPUTING = (
@@ -59,14 +59,6 @@ _READING = (
 
 class BoundaryError(OSError):
     """There is no boundary here; the message says what is lacking."""
-
-
-class _Bits(NamedTuple):
-    """Of a call's argument with that number, the bits that are looked at, and what they have to be."""
-
-    argument: int
-    mask: int
-    value: int
 
 
 class Boundary:
@@ -105,22 +97,23 @@ def _filter(writing: list[int], purpose: Purpose) -> Any:
     seccomp = _seccomp()
     rules = seccomp.SyscallFilter(seccomp.ERRNO(EPERM))
 
-    def allow(call: str, *bits: _Bits) -> None:
+    def allow(call: str, *bits: tuple[int, int, int]) -> None:
+        """`bits` are the number of an argument, its bits that are looked at, and what they have to be."""
         wanted = [seccomp.Arg(argument, seccomp.MASKED_EQ, mask, value) for argument, mask, value in bits]
         rules.add_rule(seccomp.ALLOW, call, *wanted)
 
     for call in _COMPUTING + (_READING if purpose == "reading" else ()):
         allow(call)
-    for operation in (_FUTEX_WAIT, _FUTEX_WAKE, _FUTEX_WAIT_BITSET, _FUTEX_WAKE_BITSET):
-        allow("futex", _Bits(1, 0x7F, operation))
+    for operation in _FUTEX:
+        allow("futex", (1, 0x7F, operation))
     for descriptor in writing:
-        allow("write", _Bits(0, (1 << 64) - 1, descriptor))
+        allow("write", (0, _WHOLE, descriptor))
     if purpose == "computing":
-        allow("mmap", _Bits(2, _PROT_EXEC, 0), _Bits(3, _MAP_ANONYMOUS, _MAP_ANONYMOUS))
+        allow("mmap", (2, _PROT_EXEC, 0), (3, _MAP_ANONYMOUS, _MAP_ANONYMOUS))
     else:
-        allow("open", _Bits(1, _WRITING, os.O_RDONLY))
-        allow("openat", _Bits(2, _WRITING, os.O_RDONLY))
-        allow("prlimit64", _Bits(0, (1 << 64) - 1, 0))  # its own
+        allow("open", (1, _WRITING, os.O_RDONLY))
+        allow("openat", (2, _WRITING, os.O_RDONLY))
+        allow("prlimit64", (0, _WHOLE, 0))  # its own
     return rules
 
 

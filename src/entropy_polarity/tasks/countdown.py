@@ -3,9 +3,8 @@
     prompt      "8 4 8 1=3:"
     completion  "8+4-(1+8)"
 
-Problem = f(seed, index). A tenth of all problems, chosen by a hash of the problem itself, is the test split:
-training and pretraining can never draw one. The verifier never evaluates code: it checks the characters,
-parses with `ast` and walks a whitelist of nodes.
+Training and pretraining can never draw a problem of the test split. The verifier never evaluates code: it checks the
+characters, parses with `ast` and walks a whitelist of nodes.
 """
 
 import ast
@@ -13,15 +12,15 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add, mul, sub
 
 from entropy_polarity.tasks.protocol import OneTurn, Problem, Score, Split, is_held_out
 
 OPERATORS = "+-*"
-# No honest answer is near this long; everything longer is refused before it is parsed.
-MAX_ANSWER_CHARACTERS = 128
+_APPLY = {"+": add, "-": sub, "*": mul}
+MAX_ANSWER_CHARACTERS = 128  # no honest answer is near this long
 _ANSWER = re.compile(r"[0-9+\-*() ]+")
-# Far beyond what any usable setting needs to hit its split; a setting without problems must not draw for ever.
-_MAX_DRAWS = 20_000
+_MAX_DRAWS = 20_000  # far beyond what any usable setting needs to hit its split
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,9 @@ class Countdown(OneTurn):
         return [self.score(problem, completion) for problem, completion in answers]
 
     def score(self, problem: Problem, completion: str) -> Score:
-        if len(completion) > MAX_ANSWER_CHARACTERS:
-            return Score(0.0, "too long")
         parsed = _parsed(completion)
         if parsed is None:
-            return Score(0.0, "not an expression")
+            return Score(0.0, "too long" if len(completion) > MAX_ANSWER_CHARACTERS else "not an expression")
         _, value, used = parsed
         if sorted(used) != sorted(problem.metadata["numbers"]):
             return Score(0.0, "wrong numbers")
@@ -113,7 +110,7 @@ class Countdown(OneTurn):
         >>> task.final_answers([(task.problem(0, 0), text) for text in ("2*3-(1-4)", "4+3*2-1", "2*3+", "7")])
         ['2*3+4-1', '2*3+4-1', None, '7']
         """
-        parsed = [None if len(text) > MAX_ANSWER_CHARACTERS else _parsed(text) for _, text in answers]
+        parsed = [_parsed(text) for _, text in answers]
         return [None if found is None else _canonical(found[0]) for found in parsed]
 
 
@@ -124,20 +121,16 @@ def _random_expression(rng: random.Random, numbers: list[int]) -> Expression:
         left = parts.pop(rng.randrange(len(parts)))
         right = parts.pop(rng.randrange(len(parts)))
         operator = rng.choice(OPERATORS)
-        parts.append(Expression(_apply(operator, left.value, right.value), operator, left, right))
+        parts.append(Expression(_APPLY[operator](left.value, right.value), operator, left, right))
     return parts[0]
-
-
-def _apply(operator: str, left: int, right: int) -> int:
-    return left + right if operator == "+" else left - right if operator == "-" else left * right
 
 
 _NODES = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
 
 
 def _parsed(completion: str) -> tuple[ast.expr, int, list[int]] | None:
-    """Syntax tree, value and numbers of an answer; None where it is no whitelisted expression."""
-    if not _ANSWER.fullmatch(completion):
+    """Syntax tree, value and numbers of an answer; None where it is too long or no whitelisted expression."""
+    if len(completion) > MAX_ANSWER_CHARACTERS or not _ANSWER.fullmatch(completion):
         return None
     try:
         tree = ast.parse(completion.strip(), mode="eval").body
@@ -153,7 +146,7 @@ def _evaluate(node: ast.AST, used: list[int]) -> int:
         used.append(node.value)
         return node.value
     if isinstance(node, ast.BinOp) and type(node.op) in _NODES:
-        return _apply(_NODES[type(node.op)], _evaluate(node.left, used), _evaluate(node.right, used))
+        return _APPLY[_NODES[type(node.op)]](_evaluate(node.left, used), _evaluate(node.right, used))
     raise ValueError("not allowed in an answer")
 
 

@@ -29,30 +29,18 @@ class _Live:
     """An environment and its random state: libraries reseed the global generators, and must not touch each other's."""
 
     def __init__(self, factory: str, settings: dict[str, Any], seed: int) -> None:
-        self.seed, self.randomness = seed, None
+        self.randomness = random.Random(seed).getstate(), np.random.RandomState(seed % 2**32).get_state()
         with self.own_randomness():
             self.env: TextEnv = _environment_class(factory)(**settings)
 
     @contextmanager
     def own_randomness(self) -> Iterator[None]:
-        if self.randomness is None:
-            random.seed(self.seed)
-            np.random.seed(self.seed % 2**32)
-        else:
-            random.setstate(self.randomness[0])
-            np.random.set_state(self.randomness[1])
+        random.setstate(self.randomness[0])
+        np.random.set_state(self.randomness[1])
         try:
             yield
         finally:
             self.randomness = random.getstate(), np.random.get_state()
-
-    def answer(self, result: StepResult, limit: int) -> dict[str, Any]:
-        """A result as JSON, the observation cut to `limit` characters, with what the environment counts."""
-        observation, reward, done, reason = StepResult(*result)
-        if not math.isfinite(reward):
-            raise ValueError(f"a reward of {reward}")
-        cut = str(observation)[:limit]
-        return {"result": [cut, float(reward), bool(done), str(reason)], "counts": _counts(self.env)}
 
 
 # By the number of the episode; the one that waited longest goes first.
@@ -69,10 +57,8 @@ def _check(factory: str, settings: dict[str, Any]) -> dict[str, Any]:
     try:
         env = _Live(factory, settings, seed=0).env
         return {"wrong": "", "reasons": [str(reason) for reason in getattr(env, "reasons", ())]}
-    except _NoEnvironmentError as error:
-        return {"wrong": str(error)}
     except Exception as error:
-        return {"wrong": _line(error)}
+        return {"wrong": str(error) if isinstance(error, _NoEnvironmentError) else _line(error)}
 
 
 def _reset(
@@ -80,13 +66,7 @@ def _reset(
 ) -> dict[str, Any] | None:
     for ended in over:
         _LIVE.pop(ended, None)
-
-    def start() -> tuple[_Live, StepResult]:
-        live = _Live(factory, settings, seed)
-        with live.own_randomness():
-            return live, StepResult(live.env.reset(seed))
-
-    return _answer(number, start, limit)
+    return _answer(number, lambda: _Live(factory, settings, seed), lambda env: StepResult(env.reset(seed)), limit)
 
 
 def _step(number: int, action: str, limit: int) -> dict[str, Any] | None:
@@ -94,28 +74,30 @@ def _step(number: int, action: str, limit: int) -> dict[str, Any] | None:
     live = _LIVE.pop(number, None)
     if live is None:
         return None
-
-    def go_on() -> tuple[_Live, StepResult]:
-        with live.own_randomness():
-            return live, live.env.step(action)
-
-    return _answer(number, go_on, limit)
+    return _answer(number, lambda: live, lambda env: env.step(action), limit)
 
 
-def _answer(number: int, act: Callable[[], tuple[_Live, StepResult]], limit: int) -> dict[str, Any]:
+def _answer(
+    number: int, started: Callable[[], _Live], act: Callable[[TextEnv], StepResult], limit: int
+) -> dict[str, Any]:
+    """What `act` did as JSON, the observation cut to `limit` characters, with what the environment counts."""
     try:
-        live, result = act()
-        answer = live.answer(result, limit)
+        live = started()
+        with live.own_randomness():
+            observation, reward, done, reason = StepResult(*act(live.env))
+        if not math.isfinite(reward):
+            raise ValueError(f"a reward of {reward}")
+        result = StepResult(str(observation)[:limit], float(reward), bool(done), str(reason))
+        counts = _counts(live.env)
     except MemoryError:
         raise
     except (Exception, SystemExit) as error:
         return {"raised": _line(error)}
-    _, _, done, _ = answer["result"]
-    if not done:
+    if not result.done:
         _LIVE[number] = live
         while len(_LIVE) > MAX_LIVE:
             _LIVE.popitem(last=False)
-    return answer
+    return {"result": result, "counts": counts}
 
 
 def _environment_class(factory: str) -> Callable[..., Any]:

@@ -95,11 +95,8 @@ class SubprocessGame(Episodic):
 
     def envs(self, count: int) -> list[list[TextEnv]]:
         """A group for each process; neighbours, which are often of one seed, share one."""
-        groups: list[list[TextEnv]] = [[] for _ in self._processes]
-        for i in range(count):
-            number = i * len(groups) // count
-            groups[number].append(_SubprocessEnv(self, self._processes[number]))
-        return groups
+        numbers = [i * len(self._processes) // count for i in range(count)]
+        return [[_SubprocessEnv(self, p) for _ in range(numbers.count(i))] for i, p in enumerate(self._processes)]
 
     def close(self) -> None:
         """End the processes. Episodes that go on after that are played again in new ones."""
@@ -167,15 +164,12 @@ class _SubprocessEnv:
 
     def reset(self, seed: int) -> str:
         self.seed = seed
-        return self._do(None).observation
-
-    def step(self, action: str) -> StepResult:
-        return self._do(action)
+        return self.step(None).observation
 
     def counts(self) -> dict[str, float]:
         return self.counted
 
-    def _do(self, action: str | None) -> StepResult:
+    def step(self, action: str | None) -> StepResult:
         outcome = self._ask(action)
         if outcome.failure in (OUT_OF_MEMORY, DIED):
             # Perhaps another episode had filled or broken the process: judged is what this one does alone.

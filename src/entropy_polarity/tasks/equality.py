@@ -78,6 +78,23 @@ def _at(point: Any, symbols: list[Any], expression: Any) -> Any:
     return value
 
 
+def is_no_equation_for_value(gold: Any, found: Any) -> bool:
+    """False where an equation like x + 2 y = 0 is given and a value is asked for; of x = 0 the value is 0."""
+    equation = isinstance(found, sympy.Eq) and found.lhs.is_Add and found.rhs.is_zero is True
+    return not (isinstance(gold, Expr) and equation)
+
+
+def is_no_pair_for_list(gold: Any, found: Any) -> bool:
+    """False where the interval or the point (1, 2) is given and the two numbers 1 and 2 are asked for."""
+    pair = isinstance(found, sympy.Interval) or (isinstance(found, sympy.Tuple) and len(found) == 2)
+    return not (isinstance(gold, sympy.FiniteSet) and pair)
+
+
+def may_be_solved(gold: Any, found: Any) -> bool:
+    """Whether equations of the same variables have solutions: two that have none are not equal for that."""
+    return gold.free_symbols == found.free_symbols and bool(sympy.solve(gold, gold.free_symbols))
+
+
 def exact(expression: Any) -> Any:
     """The expression with its decimals as fractions, worked out as far as sympy does."""
     fractions = {number: Rational(str(number)) for number in expression.atoms(Float)}
@@ -99,24 +116,22 @@ def _equal_numbers(a: Any, b: Any) -> bool:
 
 def _without_sign(percentage: Any, number: Any) -> bool:
     """Whether `percentage` is n % and the other n, from 1 on: what is smaller is a share."""
-    if not _is_percentage(percentage) or _is_percentage(number):
+    said = _of_percentage(percentage)
+    if said is None or _of_percentage(number) is not None:
         return False
-    said = _said(percentage)
     return bool(said.is_number and abs(said) >= 1) and equal(said, number)
 
 
-def _is_percentage(expression: Any) -> bool:
-    return isinstance(expression, Mul) and PERCENT in expression.args
-
-
-def _said(percentage: Any) -> Any:
-    return Mul(*(part for part in percentage.args if part != PERCENT))
+def _of_percentage(expression: Any) -> Any:
+    """The n of n %; None of what is no percentage."""
+    percentage = isinstance(expression, Mul) and PERCENT in expression.args
+    return Mul(*(part for part in expression.args if part != PERCENT)) if percentage else None
 
 
 def _is_rounded(decimal: Any, number: Any) -> bool:
     """Whether a decimal of enough digits is the rounded value of a number whose decimals do not end."""
-    if _is_percentage(decimal):
-        decimal, number = _said(decimal), 100 * number
+    if (said := _of_percentage(decimal)) is not None:
+        decimal, number = said, 100 * number
     if not isinstance(decimal, Float) or number.free_symbols or number.has(Float) or bits(number) > MAX_BITS:
         return False
     mantissa, _, exponent = str(decimal).partition("e")

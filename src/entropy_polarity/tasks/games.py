@@ -51,8 +51,11 @@ class GuessEnv:
         if not (action.isascii() and action.isdigit() and len(action) <= 2 and 1 <= int(action) <= 32):
             return StepResult("", done=True, reason=MALFORMED)
         guess = int(action)
-        self._measure(guess)
         self.guesses.append(guess)
+        self.infeasible += not self.low <= guess <= self.high
+        # How far from the middle, from 0 to 1; in an interval of even length the two middle ones are half a step away.
+        half, distance = (self.high - self.low) / 2, abs(guess - (self.low + self.high) / 2)
+        self.off_centre += 0.0 if distance <= 0.5 else min(1.0, distance / max(half, 0.5))
         if guess == self.number:
             return StepResult("", 1.0, done=True, reason=WON)
         if guess < self.number:
@@ -60,14 +63,6 @@ class GuessEnv:
             return StepResult(">")
         self.high = min(self.high, guess - 1)
         return StepResult("<")
-
-    def _measure(self, guess: int) -> None:
-        """Whether the guess can be right at all, and how far from the middle of what can be, from 0 to 1."""
-        self.infeasible += not self.low <= guess <= self.high
-        half = (self.high - self.low) / 2
-        distance = abs(guess - (self.low + self.high) / 2)
-        # In an interval of even length the two middle numbers are half a step away.
-        self.off_centre += 0.0 if distance <= 0.5 else min(1.0, distance / max(half, 0.5))
 
     def counts(self) -> dict[str, float]:
         count = max(1, len(self.guesses))

@@ -84,13 +84,9 @@ def final(completion: str) -> Answer | None:
             if not any(character.isdigit() for character in rest):
                 return answer
             text = rest
-    readings = _math_verify().parse(_spelled_out(text))
+    # In prose a number is found in digits.
+    readings = _math_verify().parse(_E_NOTATION.sub(lambda number: format(Decimal(number[0]), "f"), text))
     return Answer(str(readings[-1]), readings) if readings else None
-
-
-def _spelled_out(prose: str) -> str:
-    """E-notation in digits, in which a number is found in prose."""
-    return _E_NOTATION.sub(lambda number: format(Decimal(number[0]), "f"), prose)
 
 
 def read(words: str) -> Answer:
@@ -111,12 +107,12 @@ def same(gold: Answer, found: Answer) -> bool:
     words = word(gold.words), word(found.words)
     if all(words):
         return words[0] == words[1]
-    wanted, given = [gold, *_other(gold)], [found, *_other(found)]
+    wanted, given = ([a, *_other(a, _AMBIGUOUS.sub(r"\1 e \2", a.words))] for a in (gold, found))
     # A letter that may be a unit is one where the other answer has none, or names its unit too.
     if has_letters(found.words):
-        wanted += _bare(gold)
+        wanted += _other(gold, without_unit(gold.words))
     if not has_letters(gold.words):
-        given += _bare(found)
+        given += _other(found, without_unit(found.words))
     return any(_math_verify().verify(a.readings, b.readings) for a, b in product(wanted, given))
 
 
@@ -129,16 +125,9 @@ def _contradicts_itself(answer: Answer) -> bool:
     return not all(_math_verify().verify(a, b) for a, b in pairwise(readings))
 
 
-def _bare(answer: Answer) -> list[Answer]:
-    """The answer without its unit; none where it names no unit."""
-    bare = without_unit(answer.words)
-    return [] if bare == answer.words else [read(bare)]
-
-
-def _other(answer: Answer) -> list[Answer]:
-    """The other reading of what may be E-notation; none where nothing may be."""
-    spaced = _AMBIGUOUS.sub(r"\1 e \2", answer.words)
-    return [] if spaced == answer.words else [read(spaced)]
+def _other(answer: Answer, words: str) -> list[Answer]:
+    """The answer in other words; none where they are the same."""
+    return [] if words == answer.words else [read(words)]
 
 
 class _MathVerify(NamedTuple):
@@ -160,8 +149,7 @@ def _math_verify() -> _MathVerify:
     for package in ("sympy", "latex2sympy2_extended", "math_verify"):
         shield(package)
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its limits are off
-    written, solved = parser.normalize_latex, grader.sympy_solve_and_compare
-    symbols, sets, compared = grader.sympy_compare_symbols, grader.sympy_compare_sets, grader.sympy_expr_eq
+    written, symbols = parser.normalize_latex, grader.sympy_compare_symbols
     rules = parser.NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
 
     def normalize(latex: str, config: Any = rules) -> str:
@@ -174,44 +162,17 @@ def _math_verify() -> _MathVerify:
         except Exception:  # of ANTLR, of sympy, or a plain Exception: it is no expression
             return [latex]
 
+    def only_where(comparable: Any, compare: Any) -> Any:
+        return lambda gold, found, *rest: comparable(gold, found) and compare(gold, found, *rest)
+
     parser.normalize_latex = normalize
     grader.sympy_numeric_eq = equality.equal
     grader.sympy_symbolic_eq = lambda gold, found: False  # equal has decided that
-    grader.sympy_expr_eq = lambda gold, found, *rest: (
-        not _is_equation_for_0(gold, found) and compared(gold, found, *rest)
-    )
-    grader.sympy_solve_and_compare = lambda gold, found, *rest: (
-        _may_be_solved(gold, found) and solved(gold, found, *rest)
-    )
-    grader.sympy_compare_sets = lambda gold, found, *rest: (
-        not _is_pair_for_list(gold, found) and sets(gold, found, *rest)
-    )
+    grader.sympy_expr_eq = only_where(equality.is_no_equation_for_value, grader.sympy_expr_eq)
+    grader.sympy_solve_and_compare = only_where(equality.may_be_solved, grader.sympy_solve_and_compare)
+    grader.sympy_compare_sets = only_where(equality.is_no_pair_for_list, grader.sympy_compare_sets)
     grader.sympy_compare_symbols = lambda gold, found: symbols(gold, found) or equality.equal(gold, found)
     targets = [math_verify.LatexExtractionConfig(), math_verify.ExprExtractionConfig()]
     parse = functools.partial(math_verify.parse, extraction_config=targets, parsing_timeout=0)
     verify = functools.partial(math_verify.verify, timeout_seconds=0, allow_set_relation_comp=True)
     return _MathVerify(parse, verify, read)
-
-
-def _is_pair_for_list(gold: Any, found: Any) -> bool:
-    """Whether the interval or the point (1, 2) is given where the two numbers 1 and 2 are asked for."""
-    import sympy
-
-    pair = isinstance(found, sympy.Interval) or (isinstance(found, sympy.Tuple) and len(found) == 2)
-    return isinstance(gold, sympy.FiniteSet) and pair
-
-
-def _is_equation_for_0(gold: Any, found: Any) -> bool:
-    """Whether an equation like x + 2 y = 0 is given where a value is asked for; of x = 0 the value is 0."""
-    import sympy
-
-    return (
-        isinstance(gold, sympy.Expr) and isinstance(found, sympy.Eq) and found.lhs.is_Add and found.rhs.is_zero is True
-    )
-
-
-def _may_be_solved(gold: Any, found: Any) -> bool:
-    """Whether equations of the same variables have solutions: two that have none are not equal for that."""
-    import sympy
-
-    return gold.free_symbols == found.free_symbols and bool(sympy.solve(gold, gold.free_symbols))

@@ -105,19 +105,16 @@ class GymTask(OneTurn):
 
 
 def extracted(completion: str) -> str:
-    """The text in the last <answer> tags of a completion; all of it where there are none, nothing of it where the last
-    are not closed: what was cut off there is no answer, and what stood in earlier tags was withdrawn."""
+    """The text in the last <answer> tags; all of it where there are none, nothing where the last are not closed."""
     answer = tagged(completion)
     return completion.strip() if answer is None else answer
 
 
 def _score(outcome: Outcome) -> Score:
     if outcome.failure:
-        known = outcome.failure in GymTask.reasons
-        return Score(0.0, outcome.failure if known else "scorer failed")
-    reward = float(outcome.value)
-    found = degree(reward)
-    return Score(reward, "correct" if found == "right" else found)
+        return Score(0.0, outcome.failure if outcome.failure in GymTask.reasons else "scorer failed")
+    found = degree(outcome.value)
+    return Score(outcome.value, "correct" if found == "right" else found)
 
 
 @functools.cache
@@ -157,7 +154,9 @@ def item(spec: str, seed: int, index: int, split: Split) -> dict[str, Any] | Non
         position = rng.randrange(SIZE)
         entry = _entry(spec, seed, position)
         if is_held_out(entry["question"]) == (split == "test"):
-            return {"question": entry["question"], "answer": _text(entry["answer"]), "position": position}
+            answer = entry["answer"]
+            text = answer if isinstance(answer, str) else json.dumps(answer, default=str)
+            return {"question": entry["question"], "answer": text, "position": position}
     return None
 
 
@@ -188,7 +187,3 @@ def _dataset(spec: str, seed: int) -> Any:
 
         config = config | {"datasets": [DatasetSpec(**{"weight": 1, "config": {}, **d}) for d in config["datasets"]]}
     return reasoning_gym.create_dataset(wanted["dataset"], **{"size": SIZE, "seed": seed, **config})
-
-
-def _text(answer: Any) -> str:
-    return answer if isinstance(answer, str) else json.dumps(answer, default=str)

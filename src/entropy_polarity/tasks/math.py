@@ -1,16 +1,14 @@
 """Mathematics: problems of a data set, from the hub or from a file, answers graded by math-verify (tasks/grading.py).
 
-    papo eval --model MODEL --task math:gsm8k
-    papo eval --model MODEL --task math --set task.data=problems.jsonl --set task.prompt_column=question
-
 Grading happens in worker processes with limits of time and memory (tasks/workers.py), and nothing of an answer is
 evaluated (tasks/safe_evaluation.py). What cannot be parsed, and what does not end in time, has a verdict of its own.
 """
 
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +19,6 @@ from entropy_polarity.tasks.grading import COMPARE, CORRECT, FIND, GRADE, NOT_PA
 from entropy_polarity.tasks.protocol import OneTurn, Problem, Score, Split, is_held_out
 from entropy_polarity.tasks.tables import FILES, is_one_table, read_problems
 from entropy_polarity.tasks.tools import known_tools
-from entropy_polarity.tasks.voting import merged
 from entropy_polarity.tasks.workers import DIED, OUT_OF_MEMORY, TIMED_OUT, Workers
 
 MAX_ANSWER_CHARACTERS = 4000  # of a completion, from its end: where an answer stands
@@ -147,31 +144,56 @@ def _problems(task: MathTask, split: Split) -> list[Problem]:
         data, name = (name, "") if own_file and name == source.test_split else (source.data, name)
         return read_problems(data, source.subset, name, task.prompt_column, task.answer_column, source.system)
 
-    divided = source.split and is_one_table(source.data) and not own_file
-    if divided or not source.test_split:
+    divided = not source.test_split or (source.split and is_one_table(source.data) and not own_file)
+    if divided:
         problems = [problem for problem in table(source.split) if is_held_out(problem.key) == (split == "test")]
     elif split == "test":
         problems = table(source.test_split)
     else:
         held_out = {problem.key for problem in _problems(task, "test")}
         problems = [problem for problem in table(source.split) if problem.key not in held_out]
-    if not problems:
-        raise ValueError(_none_left(task.name, split, source, bool(divided or not source.test_split)))
-    return problems
-
-
-def _none_left(name: str, split: Split, source: Preset, divided: bool) -> str:
-    """The line that says why a split is empty, and what to do."""
-    if not divided:
-        return (
-            f"task {name}: every problem of {source.data} is also in {source.test_split}, and what is evaluated on is "
-            "not trained on: name other problems with --set task.test_split=FILE"
+    if problems:
+        return problems
+    if divided:
+        raise ValueError(
+            f"task {task.name} has no {split} problems: of {source.data} a tenth, chosen by a hash of each problem, is "
+            "kept to evaluate on, and so few are divided badly. Name a file of problems to evaluate on with "
+            "--set task.test_split=FILE (the same file will do for papo eval), or give more problems"
         )
-    return (
-        f"task {name} has no {split} problems: of {source.data} a tenth, chosen by a hash of each problem, is kept to "
-        "evaluate on, and so few are divided badly. Name a file of problems to evaluate on with "
-        "--set task.test_split=FILE (the same file will do for papo eval), or give more problems"
+    raise ValueError(
+        f"task {task.name}: every problem of {source.data} is also in {source.test_split}, and what is evaluated on is "
+        "not trained on: name other problems with --set task.test_split=FILE"
     )
+
+
+def merged(
+    problems: Sequence[str],
+    answers: Sequence[str | None],
+    completions: Sequence[str],
+    equal: Callable[[list[tuple[str, str]]], list[bool]],
+) -> list[str | None]:
+    """The `answers` with each one that is equal to an earlier one of the same problem in that one's words.
+
+    `equal` judges pairs of completions, of which only those with different answers are asked about. Equality need not
+    be transitive: an answer joins the first of those that joined none.
+
+    >>> same = lambda pairs: [float(a) == float(b) for a, b in pairs]
+    >>> merged(["p"] * 4, ["1", None, "1.0", "2"], ["1", "?", "1.0", "2"], same)
+    ['1', None, '1', '2']
+    """
+    distinct: dict[str, dict[str, str]] = {}
+    for problem, answer, completion in zip(problems, answers, completions, strict=True):
+        if answer is not None:
+            distinct.setdefault(problem, {}).setdefault(answer, completion)
+    asked = [(problem, a, b) for problem, known in distinct.items() for a, b in combinations(known, 2)]
+    verdicts = equal([(distinct[problem][a], distinct[problem][b]) for problem, a, b in asked])
+    same = {question for question, verdict in zip(asked, verdicts, strict=True) if verdict}
+    names: dict[tuple[str, str], str] = {}
+    for problem, known in distinct.items():
+        for answer in known:
+            first = (earlier for earlier in known if names.get((problem, earlier)) == earlier)
+            names[problem, answer] = next((name for name in first if (problem, name, answer) in same), answer)
+    return [None if a is None else names[problem, a] for problem, a in zip(problems, answers, strict=True)]
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,8 +1,8 @@
 """What every task is: where problems come from, and how what a policy says to them is judged.
 
 There are two kinds. In one turn a completion is the whole answer, and a verifier judges it (`VerifiedTask`); in several
-an environment answers each action of the policy and gives the reward (`Game`). Callers ask for a `Task`. What differs
-between the kinds they write once for each, and `Task.by_kind` takes the one that fits.
+an environment answers each action of the policy and gives the reward (`Game`). Callers ask for a `Task`, and write what
+differs between the kinds once for each: `Task.by_kind` takes the one that fits.
 """
 
 import hashlib

@@ -65,8 +65,7 @@ def safe_eval(source: Any, names: Mapping[str, Any] | None = None, local_names: 
     ...
     ValueError: Attribute is not allowed in an answer
     """
-    tree = safe_compile(source)
-    return _value(tree, [names or {}, local_names or {}])
+    return _value(safe_compile(source), [names or {}, local_names or {}])
 
 
 def _value(node: ast.AST, scopes: list[Mapping[str, Any]]) -> Any:
@@ -115,10 +114,9 @@ def _is_mathematical(thing: Any) -> bool:
     kinds = (sympy.Basic, sympy.MatrixBase)
     if isinstance(thing, type):
         return issubclass(thing, kinds)
-    if isinstance(thing, kinds):
-        return True
     name = getattr(thing, "__name__", "")
-    return name in _SYMPY_FUNCTIONS and getattr(thing, "__module__", "").startswith("sympy.")
+    function = name in _SYMPY_FUNCTIONS and getattr(thing, "__module__", "").startswith("sympy.")
+    return function or isinstance(thing, kinds)
 
 
 def shield(package: str) -> None:

@@ -86,21 +86,22 @@ def run(code: str, seconds: float, without_boundary: bool = False) -> str:
     """
     _modules()
     boundary = None if without_boundary else _boundary()
+    late = f"error: timed out after {seconds:g} seconds"
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         _be_child(code, seconds, writer, boundary)
     try:
         os.close(writer)
-        output, note = _read(reader, seconds)
+        output, note = _read(reader, seconds, late)
     finally:
         os.close(reader)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
     # Killed by us after its output was closed is a normal end.
     if not note and os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGKILL:
-        out_of_time = os.WTERMSIG(status) == signal.SIGXCPU
-        note = _timed_out(seconds) if out_of_time else f"error: the interpreter died of signal {os.WTERMSIG(status)}"
+        died_of = os.WTERMSIG(status)
+        note = late if died_of == signal.SIGXCPU else f"error: the interpreter died of signal {died_of}"
     text = output.decode(errors="replace").rstrip("\n")
     return "\n".join(part for part in (text, note) if part) or "(nothing was printed)"
 
@@ -110,17 +111,13 @@ def _boundary() -> Boundary:
     return Boundary([OUTPUT])
 
 
-def _timed_out(seconds: float) -> str:
-    return f"error: timed out after {seconds:g} seconds"
-
-
-def _read(descriptor: int, seconds: float) -> tuple[bytes, str]:
-    """The output up to its end, or to a limit: then with a note of which."""
+def _read(descriptor: int, seconds: float, late: str) -> tuple[bytes, str]:
+    """The output up to its end, or to a limit: then with a note of which, `late` where it is that of time."""
     deadline, output = monotonic() + seconds, b""
     while len(output) <= MAX_OUTPUT_BYTES:
         readable, _, _ = select.select([descriptor], [], [], max(0.0, deadline - monotonic()))
         if not readable:
-            return output, _timed_out(seconds)
+            return output, late
         chunk = os.read(descriptor, MAX_OUTPUT_BYTES + 1)
         if not chunk:
             return output, ""
@@ -142,7 +139,8 @@ def _be_child(code: str, seconds: float, writer: int, boundary: Boundary | None)
         sys.stderr = sys.stdout
         random.seed(0)  # the same code has the same output, on a resumed run too
         os.environ.clear()
-        _leave_the_file_system()
+        with tempfile.TemporaryDirectory() as folder:  # nowhere in the file system, when that is gone
+            os.chdir(folder)
         modules = _modules()
         if boundary:
             boundary.withdraw()
@@ -155,12 +153,6 @@ def _be_child(code: str, seconds: float, writer: int, boundary: Boundary | None)
         print(_described(error))
     finally:
         os._exit(0)
-
-
-def _leave_the_file_system() -> None:
-    folder = tempfile.mkdtemp()
-    os.chdir(folder)
-    os.rmdir(folder)
 
 
 def _limit(seconds: float) -> None:
@@ -230,10 +222,8 @@ def check(tree: ast.AST) -> None:
     for node in ast.walk(tree):
         for name in _identifiers(node):
             hidden = name.startswith("_") and name not in _SPECIAL
-            frame = name.startswith(_FRAMES) and isinstance(node, ast.Attribute | ast.MatchClass)
-            if hidden or frame:
-                line = getattr(node, "lineno", "?")
-                raise PermissionError(f"the name {name} is not allowed here (line {line})")
+            if hidden or (name.startswith(_FRAMES) and isinstance(node, ast.Attribute | ast.MatchClass)):
+                raise PermissionError(f"the name {name} is not allowed here (line {getattr(node, 'lineno', '?')})")
 
 
 def _identifiers(node: ast.AST) -> Iterator[str]:
@@ -246,8 +236,6 @@ def _identifiers(node: ast.AST) -> Iterator[str]:
 
 
 def _builtins(modules: dict[str, SimpleNamespace]) -> dict[str, Any]:
-    errors = {name: thing for name, thing in vars(builtins).items() if _is_error(thing)}
-
     def importing(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
         if name in _BEHIND:
             return sys.modules[name]
@@ -255,13 +243,11 @@ def _builtins(modules: dict[str, SimpleNamespace]) -> dict[str, Any]:
             raise ImportError(f"{name} is not available; there are {', '.join(modules)}")
         return modules[name if fromlist else name.partition(".")[0]]
 
+    kinds = {name: thing for name, thing in vars(builtins).items() if isinstance(thing, type)}
+    errors = {name: kind for name, kind in kinds.items() if issubclass(kind, BaseException)}
     # Of three arguments, `type` would make classes from texts.
     own = {"__import__": importing, "type": lambda thing: type(thing)}
     return {name: getattr(builtins, name) for name in _BUILTINS} | errors | own
-
-
-def _is_error(thing: Any) -> bool:
-    return isinstance(thing, type) and issubclass(thing, BaseException)
 
 
 def _described(error: BaseException) -> str:

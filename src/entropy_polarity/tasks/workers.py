@@ -1,8 +1,8 @@
 """A function of untrusted text, called in processes that can be killed: bounded time and memory, and nothing left over.
 
 A library's own time limit is an alarm, which works in the main thread alone and cannot interrupt a long multiplication.
-Here the parent watches: a worker that does not answer in time is killed and replaced, and the call that it was busy
-with has a failure instead of a value. Arguments and values travel as JSON: nothing of a worker is unpickled.
+Here the parent watches: a worker that does not answer in time is killed and replaced, and its call has a failure in
+place of a value. Arguments and values travel as JSON: nothing of a worker is unpickled.
 """
 
 import importlib
@@ -16,7 +16,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from queue import SimpleQueue
 from time import monotonic
 from typing import Any, Literal, NamedTuple
@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
     failure: str = ""
 
 
-class Workers:
+class Workers(AbstractContextManager["Workers"]):
     """`count` processes that call `function`, an importable "module:name", with JSON arguments.
 
     >>> with Workers("operator:add", count=1) as workers:
@@ -126,9 +126,6 @@ class Workers:
         for worker in [self._idle.get() for _ in range(self.count)]:
             worker.end()
             self._idle.put(worker)
-
-    def __enter__(self) -> "Workers":
-        return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
@@ -243,22 +240,20 @@ def _serve(terms: _Terms) -> None:
     timer, alarm = _TIMERS[terms.clock]
     signal.signal(alarm, _alarm)
     if terms.reads_only:
-        _only_read(answers.fileno())
+        with suppress(OSError):  # where the system has no such boundary, all stays as it is
+            boundary = Boundary([answers.fileno(), 1, 2], "reading")
+            boundary.withdraw()
+            boundary.seal()
     answer(**_READY)
     for line in calls:
         answer(**_outcome(function, json.loads(line), terms.seconds, timer)._asdict())
 
 
-def _only_read(answers: int) -> None:
-    """From here on; where the system has no such boundary, all stays as it is."""
-    with suppress(OSError):
-        boundary = Boundary([answers, 1, 2], "reading")
-        boundary.withdraw()
-        boundary.seal()
-
-
 def _outcome(function: Callable[..., Any], arguments: list[Any], seconds: float, timer: int) -> Outcome:
-    _limit_cpu(seconds)
+    # The system's limit ends this process also where the parent is gone and the alarm is not heard.
+    used, (_, hard) = resource.getrusage(resource.RUSAGE_SELF), resource.getrlimit(resource.RLIMIT_CPU)
+    soft = int(used.ru_utime + used.ru_stime + seconds + GRACE_SECONDS) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
     try:
         signal.setitimer(timer, seconds)
         value = function(*arguments)
@@ -272,14 +267,6 @@ def _outcome(function: Callable[..., Any], arguments: list[Any], seconds: float,
         return Outcome(None, type(error).__name__)
     finally:
         signal.setitimer(timer, 0)
-
-
-def _limit_cpu(seconds: float) -> None:
-    """End this process when this call computes for longer: also where the parent is gone and the alarm is not heard."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    soft = int(used.ru_utime + used.ru_stime + seconds + GRACE_SECONDS) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
 class _TimedOutError(BaseException):

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from entropy_polarity.generation import Sampling
 from entropy_polarity.generation.episodes import Episode, mean_counts, play
 from entropy_polarity.support.text import valid
 from entropy_polarity.tasks.prompts import for_tokenizer, plain
@@ -58,7 +59,7 @@ class EpisodeReward:
     def rollout(self, prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
         problems = [self.problems[int(prompt)] for prompt in prompts]
         model = trainer.accelerator.unwrap_model(trainer.model)
-        episodes = play(model, trainer.processing_class, self.game, problems, temperature=trainer.temperature)
+        episodes = play(model, trainer.processing_class, self.game, problems, Sampling(trainer.temperature))
         return {
             "prompt_ids": [episode.prompt_ids for episode in episodes],
             # TRL cannot take an empty completion: where nothing could be played one token stands, and is not trained.
