@@ -80,7 +80,7 @@ def test_a_wrong_gradient_is_a_problem(monkeypatch):
 
 @pytest.mark.parametrize(("installed", "status"), [(None, "note"), ("3.5.1", "problem"), ("3.9.0", "ok")])
 def test_versions_are_compared_with_the_oldest_that_is_supported(monkeypatch, installed, status):
-    monkeypatch.setattr(doctor, "_installed", lambda package: installed if package == "triton" else "99")
+    monkeypatch.setattr(doctor, "installed_version", lambda package: installed if package == "triton" else "99")
     assert {f.part: f.status for f in doctor._versions(["trl"])}["triton"] == status
 
 
@@ -92,7 +92,7 @@ def test_the_check_sees_an_error_in_the_head_too(monkeypatch):
 
 def test_each_framework_brings_its_own_requirements(monkeypatch):
     older = {"transformers": "5.9.0", "trl": None, "verl": "0.9.1", "TransferQueue": "0.1.11"}
-    monkeypatch.setattr(doctor, "_installed", lambda package: older.get(package, "99"))
+    monkeypatch.setattr(doctor, "installed_version", lambda package: older.get(package, "99"))
     with_verl = {f.part: f.status for f in doctor._versions(["verl"])}
     assert (with_verl["verl"], with_verl["TransferQueue"]) == ("ok", "ok")
     assert "transformers" not in with_verl

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -531,7 +531,7 @@ def synthetic_document(labels: list[str], seeds=3, problems=100, rollouts=75) ->
     return {
         "comparison": 1, "plan": plan, "failed": {}, "summary": summarise(runs, labels[:1]),
         "environment": {"date": "today", "commit": None, "packages": {"torch": "2"}, "machine": machine},
-        "runs": [run.to_json() for run in runs],
+        "runs": [asdict(run) for run in runs],
     }  # fmt: skip
 
 

@@ -17,11 +17,11 @@ from entropy_polarity.runs.checkpoints import (
     own_checkpoints,
     refuse_broken,
     refuse_in_the_way,
-    remove,
     rotate,
     strangers,
 )
 from entropy_polarity.runs.method_state import STATE_FILE, load_state, read_state, save_state
+from entropy_polarity.support.files import remove_folder
 
 FILES = {
     "model.safetensors": os.urandom(3000),
@@ -267,7 +267,7 @@ def test_a_deletion_that_was_cut_off_leaves_a_draft_which_the_next_one_takes(tmp
     checkpoint = save(tmp_path, 4)
     with monkeypatch.context() as killed:
         killed.setattr("shutil.rmtree", lambda path: (path / first).unlink())
-        remove(checkpoint)
+        remove_folder(checkpoint)
     assert last_of(tmp_path) is None
     assert strangers(tmp_path) == []
     (tmp_path / "checkpoint-mine.0123456789abcdef.part").mkdir()

@@ -28,8 +28,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": readable(pretrain),
     "doctor": readable(doctor),
 }
-
-
 _FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
 # How safetensors and torch say it.
 _SIGNS_OF_A_FULL_DISK = (
@@ -61,10 +59,8 @@ def main() -> None:
         print(one_line(f"papo: stopped; {how}"), file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if os.environ.get("PAPO_DEBUG"):
-            raise
         line = _one_line(error)
-        if line is None:
+        if line is None or os.environ.get("PAPO_DEBUG"):
             raise
         print(f"papo: {line}", file=sys.stderr)
         sys.exit(2)
@@ -96,9 +92,8 @@ def _one_line(error: BaseException | None) -> str | None:
 def _disk_is_full(error: BaseException | None) -> bool:
     """Whether an error means a full disk, a quota or a limit: writers of checkpoints make errors of their own of it."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return True
-        if any(sign in str(error) for sign in _SIGNS_OF_A_FULL_DISK):
+        told = isinstance(error, OSError) and error.errno in _FULL
+        if told or any(sign in str(error) for sign in _SIGNS_OF_A_FULL_DISK):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -24,13 +24,10 @@ def readable(command: Callable[..., None]) -> Callable[..., None]:
     tyro would add (default: None) to "(default: runs/...)", and keep the line breaks of the docstring.
     """
     # Of our docstrings: a name four spaces in, its text in deeper lines.
-    texts = dict(
-        re.findall(r"^    (\w+): (.*?)(?=\n    \w|\Z)", inspect.getdoc(command) or "", re.DOTALL | re.MULTILINE)
-    )
+    told_of = re.compile(r"^    (\w+): (.*?)(?=\n    \w|\Z)", re.DOTALL | re.MULTILINE)
+    texts = dict(told_of.findall(inspect.getdoc(command) or ""))
     for name, parameter in inspect.signature(command).parameters.items():
-        told: dict[str, Any] = {}
-        if name in texts:
-            told["help"] = " ".join(texts[name].split())
+        told: dict[str, Any] = {"help": " ".join(texts[name].split())} if name in texts else {}
         if parameter.default in (None, ()) or parameter.default is False or "(default: " in told.get("help", ""):
             told["help_behavior_hint"] = "(repeatable)" if parameter.annotation == Overrides else ""
         if parameter.kind is parameter.POSITIONAL_ONLY:

@@ -4,7 +4,7 @@ import os
 import platform
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from entropy_polarity.kernels import choose, linear_token_loss, linear_token_stats, token_stats
 from entropy_polarity.kernels.dispatch import VARIABLE, why_not_triton
 from entropy_polarity.kernels.reference import reference_token_stats
+from entropy_polarity.support.provenance import installed_version
 from entropy_polarity.tasks import boundary
 
 OLDEST = {"entropy-polarity": "0", "torch": "2.10", "triton": "3.6", "peft": "0.17"}
@@ -21,8 +22,8 @@ OPTIONAL = ("triton", "peft")
 # The frameworks, and what each needs of what the other needs otherwise.
 FRAMEWORKS = {"trl": {"trl": "1.16", "transformers": "5.20"}, "verl": {"verl": "0.9", "TransferQueue": "0.1.10"}}
 PLUGIN = "entropy_polarity.trainers.verl"
-# Of statistics and float32 gradients, against float64.
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # of statistics and float32 gradients, against float64
+_AS_TESTED = "hooked, and as tested"
 
 
 class Finding(NamedTuple):
@@ -33,24 +34,21 @@ class Finding(NamedTuple):
     detail: str
 
 
+def _checked(part: str, fault: str | None, fine: str) -> Finding:
+    return Finding(part, "problem" if fault else "ok", fault or fine)
+
+
 def examine() -> list[Finding]:
     """Everything that can be found out without training. A "problem" is what will not work."""
-    frameworks = [name for name in FRAMEWORKS if _installed(name)]
+    frameworks = [name for name in FRAMEWORKS if installed_version(name)]
     return [*_versions(frameworks), *_kernels(), *_triton(), *_trl(frameworks), *_verl(frameworks), *_tool_python()]
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _versions(frameworks: list[str]) -> Iterator[Finding]:
     yield Finding("python", "ok", platform.python_version())
     wanted = OLDEST | {package: oldest for name in frameworks for package, oldest in FRAMEWORKS[name].items()}
     for package, oldest in wanted.items():
-        found = _installed(package)
+        found = installed_version(package)
         if found is None:
             status = "note" if package in OPTIONAL else "problem"
             yield Finding(package, status, f"not installed: pip install {package}")
@@ -58,22 +56,20 @@ def _versions(frameworks: list[str]) -> Iterator[Finding]:
             yield Finding(package, "problem", f"{found} is older than {oldest}, the oldest that is supported")
         else:
             yield Finding(package, "ok", found)
-    for name in (name for name in FRAMEWORKS if frameworks and name not in frameworks):
-        own = f"pip install 'entropy-polarity[{name}]' in an environment of its own, with another transformers"
-        yield Finding(name, "note", f"not installed, and not needed beside {frameworks[0]}: {own}")
+    installs = {name: f"pip install 'entropy-polarity[{name}]'" for name in FRAMEWORKS if name not in frameworks}
     if not frameworks:
-        installs = " or ".join(f"pip install 'entropy-polarity[{name}]'" for name in FRAMEWORKS)
-        yield Finding("a framework to train with", "problem", f"neither TRL nor verl is installed: {installs}")
-
-
-def _devices() -> list[torch.device]:
-    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+        said = f"neither TRL nor verl is installed: {' or '.join(installs.values())}"
+        yield Finding("a framework to train with", "problem", said)
+        return
+    for name, install in installs.items():
+        own = f"{install} in an environment of its own, with another transformers"
+        yield Finding(name, "note", f"not installed, and not needed beside {frameworks[0]}: {own}")
 
 
 def _kernels() -> Iterator[Finding]:
     forced = os.environ.get(VARIABLE)
     yield Finding(VARIABLE, "note" if forced else "ok", f"{forced!r} forces a kernel" if forced else "not set")
-    for device in _devices():
+    for device in (torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))):
         name = "cpu" if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
         for dtype in (torch.float32, torch.bfloat16):
             part = f"statistics on {name}, {str(dtype).removeprefix('torch.')}"
@@ -148,8 +144,7 @@ def _trl(frameworks: list[str]) -> Iterator[Finding]:
         return
     yield Finding("PolarityTrainer", "ok", f"TRL is one of those tested, {TESTED_TRL[0]} to below {TESTED_TRL[1]}")
     for name, missing in seams().items():
-        detail = f"no parameter {', '.join(sorted(missing))}" if missing else "hooked, and as tested"
-        yield Finding(name, "problem" if missing else "ok", detail)
+        yield _checked(name, f"no parameter {', '.join(sorted(missing))}" if missing else None, _AS_TESTED)
     yield Finding("output head", "ok", f"statistics_head: {' (default) or '.join(HEADS)}")
 
 
@@ -159,9 +154,8 @@ def _verl(frameworks: list[str]) -> Iterator[Finding]:
     from entropy_polarity.trainers.verl.hooks import HOOKS, fault_of, untested_version
 
     reason = untested_version()
-    yield Finding("verl's plug-in", "problem" if reason else "ok", reason or "this verl is one of those tested")
-    unloaded = _why_verl_leaves_it_out()
-    yield Finding("how verl loads it", "problem" if unloaded else "ok", unloaded or "by itself, in every process")
+    yield _checked("verl's plug-in", reason, "this verl is one of those tested")
+    yield _checked("how verl loads it", _why_verl_leaves_it_out(), "by itself, in every process")
     for hook in HOOKS if reason is None else ():
         try:
             module = import_module(hook.module)
@@ -169,8 +163,7 @@ def _verl(frameworks: list[str]) -> Iterator[Finding]:
             status = "note" if hook.optional else "problem"
             yield Finding(hook.target, status, f"{hook.module} cannot be imported: {type(failure).__name__}: {failure}")
             continue
-        fault = fault_of(hook, module)
-        yield Finding(hook.target, "problem" if fault else "ok", fault or "hooked, and as tested")
+        yield _checked(hook.target, fault_of(hook, module), _AS_TESTED)
 
 
 def _why_verl_leaves_it_out() -> str | None:
@@ -189,7 +182,7 @@ def _why_verl_leaves_it_out() -> str | None:
 def _tool_python() -> Iterator[Finding]:
     """Whether what a model writes can be run behind a boundary of the operating system's."""
     parts, lacking = boundary.examine()
-    said = f"runs inside a boundary of {', '.join(parts)}; graders only read"
-    yield Finding(
-        "tool python", "note" if lacking else "ok", f"no boundary: {lacking}: {boundary.INSTALL}" if lacking else said
-    )
+    if lacking:
+        yield Finding("tool python", "note", f"no boundary: {lacking}: {boundary.INSTALL}")
+    else:
+        yield Finding("tool python", "ok", f"runs inside a boundary of {', '.join(parts)}; graders only read")

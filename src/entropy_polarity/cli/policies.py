@@ -182,9 +182,8 @@ def pretrain(
     for override in overrides:
         apply_override(given, override)
     check_settings("papo pretrain", PretrainSettings, given)
-    settings = PretrainSettings(
-        **{"task": task, "seed": seed, "steps": steps, "width": width, "layers": layers} | given
-    )
+    flags = {"task": task, "seed": seed, "steps": steps, "width": width, "layers": layers}
+    settings = PretrainSettings(**flags | given)
     quality = pretrain_policy(output, settings, progress)
     if as_json:
         return print_json(quality)

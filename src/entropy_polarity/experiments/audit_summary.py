@@ -20,6 +20,7 @@ from entropy_polarity.statistics.agreement import (
     sign_agreement,
     spearman,
 )
+from entropy_polarity.support.json_files import without_nan
 
 MAP = 24  # cells a side of the map over p_a and H
 FIRST = 5  # updates of a run before the first whose error is judged
@@ -43,9 +44,9 @@ def summarise(updates: Updates) -> dict[str, Any]:
         for states in ("batch", "held_out")
     )
     tokens: dict[str, float | None] = {}
+    of_updates = [row.get("tokens", {}) for rows in updates for row in rows]
     for name in (f"{pair}_{figure}" for pair in TOKEN_PAIRS for figure in TOKEN_FIGURES):
-        every = (row.get("tokens", {}).get(name) for rows in updates for row in rows)
-        known = [value for value in every if value is not None]
+        known = [found[name] for found in of_updates if found.get(name) is not None]
         tokens[name] = float(np.mean(known)) if known else None
     constants = {"share": SHARE, "every": EVERY, "visits": VISITS, "first": FIRST}
     return {**batch, "held_out": held_out, "tokens": tokens, "constants": constants}
@@ -65,21 +66,15 @@ def _series(updates: Updates, states: str, name: str) -> Series | None:
 
 
 def _detrended_spearman(x: Series, y: Series) -> dict[str, float] | None:
-    """The Spearman correlation of both series after a cubic in the update's number is removed from each; None for runs
-    that are too short for that."""
+    """The Spearman correlation without a cubic trend of each series; None for runs that are too short for that."""
     if min(map(len, x)) < TREND:
         return None
     return asdict(block_bootstrap([(detrended(a), detrended(b)) for a, b in zip(x, y, strict=True)], spearman))
 
 
-# ---- how much each level explains ----------------------------------------------------------------------------
-
-
 def _explained(updates: Updates, states: str) -> dict[str, dict[str, Any]]:
-    """r² of each level, and its difference to that of the level before, with and without the trend of a run.
-
-    Each r² is of a line of that level alone: differences depend on the order of the levels, and can be below 0.
-    """
+    """r² of each level, and its difference to that of the level before, with and without the trend of a run. Each r² is
+    of a line of that level alone: differences depend on the order of the levels, and can be below 0."""
     known = {name: found for name in LEVELS if (found := _series(updates, states, name)) is not None}
     realised = _series(updates, states, "realised")
     assert realised is not None
@@ -105,15 +100,9 @@ def _r2(level: Series, before: Series | None, realised: Series, change: Callable
     return {"r2": asdict(r2), "difference": asdict(difference)}
 
 
-# ---- forecasts that a training can afford ----------------------------------------------------------------------------
-
-
 def _cheap(updates: Updates, states: str) -> dict[str, Any]:
-    """Forecasts that a training can afford, and two that know nothing of polarity.
-
-    Each is judged as it is, and in nats by a line that is fitted to the updates so far. The first update of a run has
-    no update before it and is left out.
-    """
+    """Forecasts that a training can afford, and two that know nothing of polarity: each as it is, and in nats by a line
+    that is fitted to the updates so far. The first update of a run has none before it and is left out."""
     realised, local, forecast = (_series(updates, states, name) for name in ("realised", "local", "forecast"))
     assert realised is not None
     assert local is not None
@@ -136,23 +125,19 @@ def _cheap(updates: Updates, states: str) -> dict[str, Any]:
 
 
 def _judged(forecast: Series, changes: Series, in_nats: bool) -> dict[str, Any]:
-    """A forecast against the realised change.
-
-    An error is the mean absolute one over the mean size of a change, on the updates after the first `FIRST`, where a
-    line can be fitted as well.
-    """
+    """A forecast against the realised change. An error is the mean absolute one over the mean size of a change, on the
+    updates after the first `FIRST`, where a line can be fitted as well."""
     pairs = list(zip(forecast, changes, strict=True))
     found = asdict(agreement_of(pairs))
     fitted = [(one_ahead(x, y)[FIRST - 1 :], y[FIRST - 1 :]) for x, y in pairs]
     long = min(len(y) for _, y in fitted) >= 3
+    signs = asdict(agreement_of(fitted))["sign_agreement"] if long else None
     return {
         "spearman": found["spearman"],
         "detrended_spearman": _detrended_spearman(forecast, changes),
         "sign_agreement": found["sign_agreement"],
         "error": _error([(x[FIRST - 1 :], y[FIRST - 1 :]) for x, y in pairs]) if long and in_nats else None,
-        "fitted": {"sign_agreement": asdict(agreement_of(fitted))["sign_agreement"], "error": _error(fitted)}
-        if long
-        else None,
+        "fitted": {"sign_agreement": signs, "error": _error(fitted)} if long else None,
     }
 
 
@@ -160,31 +145,18 @@ def _error(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     return asdict(block_bootstrap(pairs, lambda x, y: np.abs(x - y).mean(-1) / np.abs(y).mean(-1)))
 
 
-# ---- tokens --------------------------------------------------------------------------------------------
-
-
 def by_token(tokens: TokenAccount) -> dict[str, float | None]:
-    """One update, token by token: the local formula against its own state's change, and T against exact polarity.
-
-    A weighted share counts each token by |P|, as much as it presses; `falls` is the share whose change is negative,
-    what "it falls" would have right. None where there are fewer than three tokens, or where nothing varies.
-    """
-    moved = tokens.pressure != 0
-    polarity, change, sensitivity, exact = (
-        column.double().numpy()
-        for column in (
-            (tokens.pressure * tokens.sensitivity)[moved],
-            tokens.change[moved],
-            tokens.sensitivity,
-            tokens.exact_sensitivity,
-        )
-    )
-    weight = (tokens.pressure * tokens.sensitivity).double().abs().numpy()
+    """One update, token by token: the local formula against its own state's change, and T against exact polarity. A
+    weighted share counts each token by |P|, as much as it presses; `falls` is the share whose change is negative, what
+    "it falls" would have right. None where there are fewer than three tokens, or where nothing varies."""
+    moved = (tokens.pressure != 0).numpy()
+    sensitivity, exact = tokens.sensitivity.double().numpy(), tokens.exact_sensitivity.double().numpy()
+    polarity, change = (tokens.pressure * tokens.sensitivity).double().numpy(), tokens.change.double().numpy()
     together, of_state = _by_state(tokens)
     agreements = {
-        "local": _compared(polarity, change, np.abs(polarity)),
+        "local": _compared(polarity[moved], change[moved], np.abs(polarity[moved])),
         "state": _compared(together, of_state, np.abs(together)),
-        "sensitivity": _compared(sensitivity, exact, weight) | {"falls": None, "weighted_falls": None},
+        "sensitivity": _compared(sensitivity, exact, np.abs(polarity)) | {"falls": None, "weighted_falls": None},
     }
     named = {f"{pair}_{figure}": value for pair, found in agreements.items() for figure, value in found.items()}
     return named | {"states": len(together)}
@@ -196,9 +168,7 @@ def _compared(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> dict[str, flo
     agree, fall = np.sign(x) == np.sign(y), y < 0
     total = weight.sum() or np.nan
     found = (spearman(x, y), sign_agreement(x, y), fall.mean(), weight @ agree / total, weight @ fall / total)
-    return {
-        figure: float(value) if np.isfinite(value) else None for figure, value in zip(TOKEN_FIGURES, found, strict=True)
-    }
+    return without_nan(dict(zip(TOKEN_FIGURES, map(float, found), strict=True)))
 
 
 def _by_state(tokens: TokenAccount) -> tuple[np.ndarray, np.ndarray]:

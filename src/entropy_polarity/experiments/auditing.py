@@ -17,7 +17,7 @@ from entropy_polarity.experiments.audit_summary import MAPPED, asymmetry, by_tok
 from entropy_polarity.experiments.results import provenance, read_document, write_document
 from entropy_polarity.experiments.setup import TrainingRun, check_recipe, quiet
 from entropy_polarity.generation import Sampling
-from entropy_polarity.generation.sampling import Sampled, sample_tokens
+from entropy_polarity.generation.sampling import sample_tokens
 from entropy_polarity.report.audit import render_audit
 from entropy_polarity.runs.recipe import Recipe
 from entropy_polarity.support.files import DRAFT, LOCK, locked, refuse_links, replacing, write_text
@@ -35,14 +35,11 @@ LEAST = 4  # updates: three after the first, on which a forecast by the updates 
 
 
 def audit(
-    recipe: Recipe,
-    seeds: Sequence[int],
-    output: Path,
-    watch: Watch = lambda seed, step, exact, realised: None,
+    recipe: Recipe, seeds: Sequence[int], output: Path, watch: Watch = lambda seed, step, exact, realised: None
 ) -> dict[str, Any]:
     """Train `recipe` with every seed and audit every update; what is finished in `output` is kept.
 
-    `watch(seed, step, exact, realised)` is called after each. Returns the document that is written to audit.json.
+    `watch` is called after each. Returns the document that is written to audit.json.
     Raises ValueError or OSError for what a user can get wrong, before anything is written.
     """
     quiet()
@@ -100,10 +97,8 @@ def _refuse_foreign(output: Path) -> None:
 
 
 def _finished(recipe: Recipe, seed: int, output: Path) -> dict[str, Any] | None:
-    """The run of that seed if a former call finished it: both of its files are there.
-
-    Raises ValueError where the file is of another recipe, or one of the two cannot be read.
-    """
+    """The run of that seed if a former call finished it: both of its files are there. Raises ValueError where the file
+    is of another recipe, or one of the two cannot be read."""
     file = output / RUN.format(seed)
     if not file.is_file():
         return None
@@ -151,12 +146,8 @@ def _run(recipe: Recipe, seed: int, task: VerifiedTask, output: Path, watch: Wat
             f"needs {LEAST} and 1: take more steps, a larger batch, or a task whose groups differ in reward"
         )
     _write_tokens(output / TOKENS.format(seed), tokens)
-    found = {
-        "seed": seed,
-        "recipe": _portable(recipe),
-        "vocabulary": run.model.config.get_text_config().vocab_size,
-        "updates": updates,
-    }
+    vocabulary = run.model.config.get_text_config().vocab_size
+    found = {"seed": seed, "recipe": _portable(recipe), "vocabulary": vocabulary, "updates": updates}
     write_document(output / RUN.format(seed), found)
     return found
 
@@ -169,17 +160,19 @@ def held_out_states(
     with torch.random.fork_rng(devices), in_eval_mode(model):
         torch.manual_seed(seed)
         sampled = sample_tokens(model, tokenizer, prompts, max_new_tokens, Sampling(temperature))
-    return _sequences(sampled, tokenizer.eos_token_id)
+    ended = (sampled.completion_ids == tokenizer.eos_token_id).int()
+    written = ended.cumsum(1) - ended == 0  # up to the end token
+    attention = torch.cat([sampled.prompt_mask, written.to(sampled.prompt_mask.dtype)], dim=1)
+    mask = torch.nn.functional.pad(written, (sampled.prompt_ids.size(1), 0))
+    return Sequences(torch.cat([sampled.prompt_ids, sampled.completion_ids], dim=1), mask, attention)
 
 
 def _write_tokens(file: Path, updates: Sequence[TokenAccount]) -> None:
     """Write the statistics of all tokens of a run, one array each, as numpy reads them without pickle."""
-    columns = {
-        name: torch.cat(column).numpy()
-        for name, column in zip(TokenAccount._fields, zip(*updates, strict=True), strict=True)
-    }
+    columns = zip(TokenAccount._fields, zip(*updates, strict=True), strict=True)
+    arrays = {name: torch.cat(column).numpy() for name, column in columns}
     with replacing(file) as written:
-        np.savez_compressed(written, allow_pickle=False, **columns)
+        np.savez_compressed(written, allow_pickle=False, **arrays)
 
 
 def _read_tokens(file: Path) -> dict[str, np.ndarray]:
@@ -192,12 +185,3 @@ def _read_tokens(file: Path) -> dict[str, np.ndarray]:
 
 def _portable(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in recipe.to_dict().items() if key not in ("title", "cost", "expected", "seed")}
-
-
-def _sequences(sampled: Sampled, end: int) -> Sequences:
-    """Prompts and completions, each completion up to its end token."""
-    ended = (sampled.completion_ids == end).int()
-    written = ended.cumsum(1) - ended == 0
-    attention = torch.cat([sampled.prompt_mask, written.to(sampled.prompt_mask.dtype)], dim=1)
-    mask = torch.nn.functional.pad(written, (sampled.prompt_ids.size(1), 0))
-    return Sequences(torch.cat([sampled.prompt_ids, sampled.completion_ids], dim=1), mask, attention)

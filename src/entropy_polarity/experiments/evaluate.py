@@ -99,7 +99,10 @@ def evaluate_models(
     made = make_task(**chosen.task)
     if settings.backend != "transformers":
         expect_one_turn(made, "only --backend transformers can play episodes")
-    problems, settings = _problems(made, settings, [*chosen.weights.values()])
+    most, samples = budget([*chosen.weights.values()])
+    count, or_all = (most, True) if settings.problems is None else (settings.problems, False)
+    problems = distinct_problems(made, settings.seed, "test", count, or_all)
+    settings = replace(settings, problems=len(problems), samples=settings.samples or samples)
     if output is not None:
         refuse_occupied(output)
     made.check_starts(problems)
@@ -109,14 +112,6 @@ def evaluate_models(
             refuse_occupied(output)  # again: another evaluation may just have ended there
         found = {label: evaluation.of_model(label, place) for label, place in chosen.weights.items()}
     return _written(chosen, evaluation, found)
-
-
-def _problems(task: Task, settings: Settings, weights: list[str]) -> tuple[list[Problem], Settings]:
-    """The held-out problems, and the settings with the counts that nobody gave."""
-    most, samples = budget(weights)
-    count, or_all = (most, True) if settings.problems is None else (settings.problems, False)
-    problems = distinct_problems(task, settings.seed, "test", count, or_all)
-    return problems, replace(settings, problems=len(problems), samples=settings.samples or samples)
 
 
 class _Found(NamedTuple):
@@ -159,10 +154,10 @@ class _Evaluation:
         def progress(what: str, done: float, total: int) -> None:
             self.progress(f"{about}, {what}", done, total)
 
-        assert self.settings.samples is not None  # chosen by now
-        sampling = Sampling(self.settings.temperature, self.settings.top_p)
+        samples, sampling = self.settings.samples, Sampling(self.settings.temperature, self.settings.top_p)
+        assert samples is not None  # chosen by now
         more: dict[str, Any] = {"final_answers": True, "greedy": greedy, "progress": progress}
-        return attempt(generator, self.task, self.problems, self.settings.samples, seed, sampling, **more)
+        return attempt(generator, self.task, self.problems, samples, seed, sampling, **more)
 
 
 def _written(chosen: ChosenModels, evaluation: _Evaluation, found: dict[str, _Found]) -> dict[str, Any]:
@@ -192,9 +187,8 @@ def _generator(place: str, settings: Settings) -> Generator:
 
         return VllmGenerator(resolve_model(place))
     policy, tokenizer = load_policy(place)
-    return TransformersGenerator(
-        policy.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, settings.batch_size
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TransformersGenerator(policy.to(device), tokenizer, settings.batch_size)
 
 
 def _append(path: Path, label: str, seed: int, made: Attempts) -> None:

@@ -16,13 +16,13 @@ SHOWN_PROBLEMS, SHOWN_ATTEMPTS = 12, 4
 
 
 def summarise(attempts: dict[str, list[Attempts]], task: Task, reference: str | None) -> dict[str, Any]:
-    """Every measure of every model with its interval over problems and seeds, and its paired differences to
-    `reference`."""
+    """Every measure of every model with its interval over problems and seeds, and its differences to `reference`."""
     scores = {label: _by_seed([made.measures() for made in rows]) for label, rows in attempts.items()}
     counts = {label: _by_seed([made.counts() for made in rows]) for label, rows in attempts.items()}
+    rates = {name for found in scores.values() for name in found} - {"reward"}  # a reward may be anything
     models = {
         label: {
-            "scores": {name: _estimate(values, _is_rate(name)) for name, values in scores[label].items()},
+            "scores": {name: _estimate(values, name in rates) for name, values in scores[label].items()},
             "facts": {name: _estimate(values, False) for name, values in counts[label].items()},
             "verdicts": _mean_shares([made.verdicts(task.reasons) for made in rows]),
             "successes": [made.successes for made in rows],
@@ -33,13 +33,11 @@ def summarise(attempts: dict[str, list[Attempts]], task: Task, reference: str | 
     against = {}
     if reference is not None:
         theirs = scores[reference] | counts[reference]
-        for label in attempts.keys() - {reference}:
+        for label in (label for label in attempts if label != reference):
             mine = scores[label] | counts[label]
             shared = [name for name in mine if name in theirs and _complete(mine[name] + theirs[name]).any()]
-            against[label] = {
-                name: _difference(mine[name], theirs[name], name in scores[label] and _is_rate(name)) for name in shared
-            }
-    return {"models": models, "against": {label: against[label] for label in attempts if label in against}}
+            against[label] = {name: _difference(mine[name], theirs[name], name in rates) for name in shared}
+    return {"models": models, "against": against}
 
 
 def _by_seed(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -51,11 +49,6 @@ def _by_seed(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def _complete(values: np.ndarray) -> np.ndarray:
     """The problems of which every seed has a number: an environment need not always count the same."""
     return np.logical_not(np.isnan(values).any(axis=0))
-
-
-def _is_rate(score: str) -> bool:
-    """Whether a score is a share of right answers; a reward may be anything."""
-    return score != "reward"
 
 
 def _estimate(values: np.ndarray, rate: bool) -> dict[str, float | None]:

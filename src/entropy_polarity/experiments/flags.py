@@ -18,10 +18,7 @@ ON_POLICY = (
     "trainer.steps_per_generation=1",
     "trainer.save_strategy=no",
 )
-OPTIMIZERS = {
-    "adamw": ("trainer.optim=adamw_torch",),
-    "sgd": ("trainer.optim=sgd", "trainer.learning_rate=0.1"),
-}
+OPTIMIZERS = {"adamw": ("trainer.optim=adamw_torch",), "sgd": ("trainer.optim=sgd", "trainer.learning_rate=0.1")}
 
 
 def training_recipe(
@@ -40,11 +37,8 @@ def training_recipe(
 
 
 def resumed_recipe(run: Path, recipe: str, max_steps: int | None, overrides: Sequence[str], **flags: object) -> Recipe:
-    """The recipe of a run to go on with, whose length alone may change.
-
-    Raises ValueError for a flag that would change it, and for what the run names beyond itself and `overrides` do not
-    say again.
-    """
+    """The recipe of a run to go on with, whose length alone may change. Raises ValueError for a flag that would change
+    it, and for what the run names beyond itself and `overrides` do not say again."""
     given = [f"--{name}" for name, value in flags.items() if value is not None]
     if given or recipe != DEFAULT_RECIPE:
         what = ", ".join(given) or f"recipe {recipe}"

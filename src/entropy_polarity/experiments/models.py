@@ -39,9 +39,7 @@ def labelled(models: Sequence[str]) -> dict[str, str]:
 
 def weights_of(model: str) -> tuple[str, dict[str, Any] | None]:
     """Where the weights of `model` are, and where it is a run, its recipe: the weights are its last checkpoint then.
-
-    Raises ValueError where a file of the checkpoint that a policy needs is missing or was changed.
-    """
+    Raises ValueError where a file of the checkpoint that a policy needs is missing or was changed."""
     folder, config = Path(model), None
     if (folder / CONFIG).is_file():
         config, checkpoint = read_config(folder), last_checkpoint(folder)
@@ -63,11 +61,9 @@ def refuse_renamed(run: Path) -> None:
 
 
 def settle_task(named: dict[str, str], task: str | None, task_settings: Sequence[str]) -> dict[str, Any]:
-    """The settings of the one task for all: `task`, or what the runs among the models were trained on.
-
-    A setting is "key=value", or "task.key=value" as in a recipe. Raises ValueError where a run's task names code or a
-    data set of the hub that no setting says again.
-    """
+    """The settings of the one task for all: `task`, or what the runs among the models were trained on. A setting is
+    "key=value", or "task.key=value" as in a recipe. Raises ValueError where a run's task names code or a data set of
+    the hub that no setting says again."""
     trained = {label: found for label, model in named.items() if (found := _trained_on(model)) is not None}
     known = [found for found in trained.values() if task in (None, found["name"])]
     if any(found != known[0] for found in known):

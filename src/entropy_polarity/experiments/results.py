@@ -27,10 +27,8 @@ def write_document(path: Path, document: dict[str, Any]) -> None:
 
 
 def read_document(file: Path, kind: str, versions: tuple[int, ...] = (1,)) -> dict[str, Any]:
-    """The document of a result file; its key `kind` holds the version of the layout.
-
-    Raises FileNotFoundError or ValueError, in a line, for anything else than a `kind`.json that papo wrote.
-    """
+    """The document of a result file, whose key `kind` holds the version of the layout. Raises FileNotFoundError or
+    ValueError for anything else than a `kind`.json that papo wrote."""
     expected = f"expected a file {kind}.json that papo wrote"
     try:
         document = parsed(file.read_bytes())

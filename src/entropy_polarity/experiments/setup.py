@@ -39,10 +39,8 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Everything that a training from a recipe needs; `trainer.train()` is all that is left to do.
-
-    `reward.judged` holds the texts and verdicts of the last rollout.
-    """
+    """Everything that a training from a recipe needs; `trainer.train()` is all that is left to do. `reward.judged` has
+    the texts and verdicts of the last rollout."""
 
     recipe: Recipe
     task: Task
@@ -54,12 +52,7 @@ class TrainingRun:
 
     @classmethod
     def from_recipe(
-        cls,
-        recipe: Recipe,
-        folder: Path,
-        *,
-        task: Task | None = None,
-        policy: tuple[Any, Any] | None = None,
+        cls, recipe: Recipe, folder: Path, *, task: Task | None = None, policy: tuple[Any, Any] | None = None
     ) -> "TrainingRun":
         """Set a training up whose checkpoints go into `folder`.
 
@@ -137,10 +130,8 @@ def prompts_of(task: Task, tokenizer: Any, config: PolarityConfig, seed: int) ->
 def quiet_trainer(
     model: Any, tokenizer: Any, config: PolarityConfig, dataset: Dataset, reward: Reward
 ) -> PolarityTrainer:
-    """The trainer of a run, without the lines that TRL would print.
-
-    Raises ValueError where the task has tools and the tokenizer has no way to call them.
-    """
+    """The trainer of a run, without the lines that TRL would print. Raises ValueError where the task has tools and the
+    tokenizer has no way to call them."""
     if reward.tools:
         check_tool_support(tokenizer)
     trainer = PolarityTrainer(

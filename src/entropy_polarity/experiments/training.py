@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -28,6 +28,8 @@ from entropy_polarity.trainers.trl.recording import RunRecorder
 
 Say = Callable[[str], None]
 Watch = Callable[[dict[str, Any]], None]
+# A run that is set up, its writer, the checkpoint to go on from, and what is known of its summary.
+Begun = tuple[TrainingRun, RunWriter, Path | None, dict[str, Any]]
 
 
 def train(
@@ -49,8 +51,8 @@ def train(
     quiet()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("papo train runs in one process: for several, use PolarityTrainer in a script of your own")
-    with _resumed(recipe, output, from_step, say) if resume else _begun(recipe, output) as begun:
-        run, writer, checkpoint, summary = begun
+    begun = _resumed(recipe, output, from_step, say) if resume else _begun(recipe, output)
+    with begun as (run, writer, checkpoint, summary):
 
         def held_out(policy: Any) -> dict[str, Any]:
             say(f"evaluating on {recipe.evaluation.problems} held-out problems x {recipe.evaluation.samples} samples")
@@ -74,43 +76,30 @@ def train(
         return summary
 
 
-class _Begun(NamedTuple):
-    """A run that is set up, its writer, the checkpoint to go on from, and what is known of its summary."""
-
-    run: TrainingRun
-    writer: RunWriter
-    checkpoint: Path | None
-    summary: dict[str, Any]
-
-
 @contextmanager
-def _begun(recipe: Recipe, output: Path) -> Iterator[_Begun]:
+def _begun(recipe: Recipe, output: Path) -> Iterator[Begun]:
     refuse_occupied(output)
     run = TrainingRun.from_recipe(recipe, output / CHECKPOINTS)
     with locked(output):
-        yield _Begun(run, RunWriter.create(output, recipe.to_dict(), recipe.seed), None, {})
+        yield run, RunWriter.create(output, recipe.to_dict(), recipe.seed), None, {}
 
 
 @contextmanager
-def _resumed(recipe: Recipe, output: Path, from_step: int | None, say: Say) -> Iterator[_Begun]:
+def _resumed(recipe: Recipe, output: Path, from_step: int | None, say: Say) -> Iterator[Begun]:
     read_config(output)  # a lock is put into no other folder
     with locked(output):
         refuse_renamed(output)
-        summary = _summary_to_resume(output, recipe.trainer.get("max_steps", 0), from_step)
+        summary = read_summary(output)
+        ended = summary.get("status") == "finished" and summary["steps"] >= recipe.trainer.get("max_steps", 0)
+        if from_step is None and ended:
+            raise ValueError(
+                f"{output} is finished at step {summary['steps']}: a larger --max-steps lengthens it, "
+                f"papo report {output} writes its page again"
+            )
         run = TrainingRun.from_recipe(recipe, output / CHECKPOINTS)
         writer, checkpoint = resume_run(output, recipe.to_dict(), from_step, say)
-        yield _Begun(run, writer, checkpoint, summary)
-
-
-def _summary_to_resume(output: Path, max_steps: int, from_step: int | None) -> dict[str, Any]:
-    """What is still true of the summary of a run that goes on. Raises ValueError if there is nothing left to do."""
-    summary = read_summary(output)
-    if from_step is None and summary.get("status") == "finished" and summary["steps"] >= max_steps:
-        raise ValueError(
-            f"{output} is finished at step {summary['steps']}: a larger --max-steps lengthens it, "
-            f"papo report {output} writes its page again"
-        )
-    return {name: summary[name] for name in ("before",) if name in summary}
+        still_true = {"before": summary["before"]} if "before" in summary else {}
+        yield run, writer, checkpoint, still_true
 
 
 def _trained(run: TrainingRun, writer: RunWriter, checkpoint: Path | None, watch: Watch, say: Say) -> tuple[Any, int]:

@@ -16,12 +16,26 @@ _BOUND = 0.4  # nats: what is beyond has the last colour
 
 
 def map_chart(cells: dict[str, Any]) -> Chart:
+    figure = blank_figure(height=380)
+    p, entropy, count = _measured(cells)
+    figure.add_heatmap(
+        x=p,
+        y=entropy,
+        z=_drawn(np.log10(np.where(count > 0, count, np.nan))),
+        colorscale="Blues",
+        colorbar={"title": "tokens", "tickvals": list(range(6)), "ticktext": ["1", "10", "100", "10³", "10⁴", "10⁵"]},
+        hovertemplate="p %{x}, H %{y}<extra></extra>",
+    )
+    figure.add_scatter(**_border(cells["entropy"][-1]))
+    figure.update_layout(
+        xaxis_title="p of the sampled token", yaxis_title="entropy of its state, nats", hovermode="closest"
+    )
     return Chart(
         "Where a run's tokens lie",
         "Shade: how many tokens, on a logarithmic scale, by the probability of the sampled token and the entropy "
         "of its state. Left of the line p = e^-H a reinforced token expands the entropy; right of it, and a little "
         "further for what C adds, it contracts.",
-        _map(cells),
+        figure,
     )
 
 
@@ -40,29 +54,6 @@ def family_chart(cells: dict[str, Any] | None = None, vocabulary: int | None = N
     )
 
 
-def _map(cells: dict[str, Any]) -> go.Figure:
-    figure = blank_figure(height=380)
-    p, entropy, count = _measured(cells)
-    shade = np.log10(np.where(count > 0, count, np.nan))
-    figure.add_heatmap(
-        x=p,
-        y=entropy,
-        z=_drawn(shade),
-        colorscale="Blues",
-        colorbar={
-            "title": "tokens",
-            "tickvals": [0, 1, 2, 3, 4, 5],
-            "ticktext": ["1", "10", "100", "10³", "10⁴", "10⁵"],
-        },
-        hovertemplate="p %{x}, H %{y}<extra></extra>",
-    )
-    figure.add_scatter(**_border(cells["entropy"][-1]))
-    figure.update_layout(
-        xaxis_title="p of the sampled token", yaxis_title="entropy of its state, nats", hovermode="closest"
-    )
-    return figure
-
-
 def _families(cells: dict[str, Any] | None, own: int) -> go.Figure:
     figure = make_subplots(
         rows=len(TAILS),
@@ -74,8 +65,8 @@ def _families(cells: dict[str, Any] | None, own: int) -> go.Figure:
         horizontal_spacing=0.02,
         vertical_spacing=0.05,
     )
-    layout = blank_figure(height=520).layout
-    figure.update_layout(layout, margin={"t": 30, "l": 60, "r": 60}, hovermode="closest", showlegend=False)
+    margin = {"t": 30, "l": 60, "r": 60}
+    figure.update_layout(blank_figure(height=520).layout, margin=margin, hovermode="closest", showlegend=False)
     p = (np.arange(_CELLS) + 0.5) / _CELLS
     highest = _HIGHEST if cells is None else max(_HIGHEST, cells["entropy"][-1])
     entropy = p * highest
@@ -124,13 +115,8 @@ def _measured(cells: dict[str, Any]) -> tuple[list[float], list[float], np.ndarr
 
 def _border(highest: float) -> dict[str, Any]:
     heights = np.linspace(0, highest, 100)
-    return {
-        "x": [*map(short, np.exp(-heights))],
-        "y": [*map(short, heights)],
-        "mode": "lines",
-        "line": {"color": INK},
-        "name": "p = e^-H",
-    }
+    x, y = ([*map(short, values)] for values in (np.exp(-heights), heights))
+    return {"x": x, "y": y, "mode": "lines", "line": {"color": INK}, "name": "p = e^-H"}
 
 
 def _drawn(values: np.ndarray) -> list[list[float | None]]:

@@ -16,7 +16,7 @@ _LEVELS = ("local", "shared", "preconditioned", "exact")
 
 
 def render_audit(document: dict[str, Any]) -> str:
-    """The page of an audit document (audit.json). All text is escaped."""
+    """The page of an audit document (audit.json)."""
     title, runs = f"Audit on {document['recipe']['task']['name']}", document["runs"]
     updates, seeds = sum(len(run["updates"]) for run in runs), [run["seed"] for run in runs]
     charts, tables = audit_charts(document), audit_tables(document)
@@ -66,8 +66,8 @@ def _scatter(runs: list[dict[str, Any]]) -> go.Figure:
                     row=1,
                     col=column,
                 )
-    figure.update_xaxes(zeroline=True, zerolinecolor=INK, zerolinewidth=1)
-    figure.update_yaxes(zeroline=True, zerolinecolor=INK, zerolinewidth=1)
+    for update in (figure.update_xaxes, figure.update_yaxes):
+        update(zeroline=True, zerolinecolor=INK, zerolinewidth=1)
     figure.update_yaxes(title="realised change, nats", col=1)
     return figure
 

@@ -9,15 +9,15 @@ import plotly.graph_objects as go
 from entropy_polarity.report.forest import forest_plot
 from entropy_polarity.report.html import (
     Chart,
+    add_curve_over_k,
     blank_figure,
+    label_of,
     legend_beside,
-    pass_at_k_axes,
     render,
     short,
     smoothed,
     thinned,
 )
-from entropy_polarity.report.html import label as label_of
 from entropy_polarity.report.palette import GREY, Look, looks_of, transparent
 from entropy_polarity.report.tables.comparison import comparison_tables, score_names
 
@@ -25,7 +25,7 @@ _SMOOTH = 10  # rollouts
 
 
 def render_comparison(document: dict[str, Any]) -> str:
-    """The page of a comparison document (comparison.json). Labels and all other text are escaped."""
+    """The page of a comparison document (comparison.json)."""
     title, charts = f"Comparison on {document['plan']['recipe']}", comparison_charts(document)
     commits = sorted({run["commit"] or "installed package" for run in document["runs"]})
     tables = comparison_tables(document["summary"])
@@ -42,16 +42,14 @@ def _forests(summary: dict[str, Any]) -> Iterator[Chart]:
     looks = looks_of(list(summary["methods"]))
     names = [name for name in score_names(summary) if name != "greedy"]
     for baseline, rows in summary["against"].items():
-        paired = {label: row for label, row in rows.items() if row["seeds"]}
-        if not paired:
-            continue
-        yield Chart(
-            f"Difference to {baseline}, held out",
-            f"Each method minus {baseline} on the same seeds and problems; right of zero is better. Thick: 95 % "
-            "bootstrap interval over seeds and problems. Thin: 95 % interval of Student's t over seeds, not drawn for "
-            "a single seed.",
-            forest_plot(paired, names, looks),
-        )
+        if paired := {label: row for label, row in rows.items() if row["seeds"]}:
+            yield Chart(
+                f"Difference to {baseline}, held out",
+                f"Each method minus {baseline} on the same seeds and problems; right of zero is better. Thick: 95 % "
+                "bootstrap interval over seeds and problems. Thin: 95 % interval of Student's t over seeds, not drawn "
+                "for a single seed.",
+                forest_plot(paired, names, looks),
+            )
 
 
 def _curves(runs: list[dict[str, Any]]) -> Iterator[Chart]:
@@ -80,12 +78,11 @@ def _seed_curves(runs: list[dict[str, Any]], name: str) -> go.Figure:
         rows = np.array([smoothed(list(row), _SMOOTH) for row in values])
         line = {"color": look.colour, "width": 2, "dash": look.dash}
         shared = {"x": steps, "mode": "lines", "legendgroup": label}
-        edge = shared | {"line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
         if len(rows) > 1:
+            edge = shared | {"line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+            band = {"fill": "tonexty", "fillcolor": transparent(look.colour, 0.12)}
             figure.add_scatter(y=_shown(rows.min(axis=0)), **edge)
-            figure.add_scatter(
-                y=_shown(rows.max(axis=0)), fill="tonexty", fillcolor=transparent(look.colour, 0.12), **edge
-            )
+            figure.add_scatter(y=_shown(rows.max(axis=0)), **edge, **band)
         figure.add_scatter(y=_shown(rows.mean(axis=0)), name=label_of(label), line=line, **shared)
     legend_beside(figure, len(labels))
     figure.update_layout(xaxis_title="step", showlegend=True)
@@ -93,22 +90,12 @@ def _seed_curves(runs: list[dict[str, Any]], name: str) -> go.Figure:
 
 
 def _pass_at_k(summary: dict[str, Any]) -> Chart:
-    methods = summary["methods"]
-    figure = blank_figure()
+    methods, figure = summary["methods"], blank_figure()
     before = next(iter(methods.values()))["pass_at"]["before"]
     lines = [("before training", before, Look(GREY, "dot", "circle"))]
-    looks = looks_of(list(methods))
-    lines += [(label, method["pass_at"]["after"], looks[label]) for label, method in methods.items()]
+    lines += [(label, methods[label]["pass_at"]["after"], look) for label, look in looks_of(list(methods)).items()]
     for label, curve, look in lines:
-        figure.add_scatter(
-            x=[int(k) for k in curve],
-            y=list(curve.values()),
-            name=label_of(label),
-            mode="lines+markers",
-            line={"color": look.colour, "dash": look.dash},
-            marker={"symbol": look.marker},
-        )
-    pass_at_k_axes(figure, list(before))
+        add_curve_over_k(figure, label, {k: {"value": value} for k, value in curve.items()}, look)
     legend_beside(figure, len(methods))
     figure.update_layout(showlegend=True, yaxis_range=None, yaxis_rangemode="normal")
     return Chart(

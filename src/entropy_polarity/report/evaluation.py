@@ -6,11 +6,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from entropy_polarity.report.forest import forest_plot
-from entropy_polarity.report.html import Chart, blank_figure, legend_beside, pass_at_k_axes, render
-from entropy_polarity.report.html import label as label_of
-from entropy_polarity.report.intervals import bars
+from entropy_polarity.report.html import Chart, add_curve_over_k, blank_figure, legend_beside, render
 from entropy_polarity.report.palette import Look, looks_of
-from entropy_polarity.report.tables.evaluation import evaluation_tables, shown_names, verdict_table
+from entropy_polarity.report.tables.evaluation import evaluation_tables, over_what, shown_names, verdict_table
 from entropy_polarity.support.success import degree
 from entropy_polarity.support.text import cut
 
@@ -18,8 +16,7 @@ MAX_SHOWN_CHARACTERS = 1500  # of a completion
 
 
 def render_evaluation(document: dict[str, Any], examples: list[dict[str, Any]]) -> str:
-    """The page of an evaluation document (evaluation.json) with a few problems. All text, the models' first of all, is
-    escaped."""
+    """The page of an evaluation document (evaluation.json) with a few problems."""
     title, tables = f"Evaluation on {document['task']['name']}", [*evaluation_tables(document), verdict_table(document)]
     shown = [_shown(example) for example in examples]
     return render("evaluation.html", title, document, evaluation_charts(document), tables=tables, examples=shown)
@@ -27,10 +24,7 @@ def render_evaluation(document: dict[str, Any], examples: list[dict[str, Any]]) 
 
 def evaluation_charts(document: dict[str, Any]) -> list[Chart]:
     models, against = document["models"], document["against"]
-    looks = looks_of(list(models))
-    many = len(document["settings"]["seeds"]) > 1
-    over = "problems and sampling seeds" if many else "problems"
-    charts = []
+    looks, over, charts = looks_of(list(models)), over_what(document), []
     if against:
         names = _headlines(shown_names(document))
         panels = ["success rate" if name == "pass@1" and document["game"] else name for name in names]
@@ -46,12 +40,10 @@ def evaluation_charts(document: dict[str, Any]) -> list[Chart]:
                 forest_plot(rows, panels, looks),
             )
         )
-    for kind, text in (
-        ("pass", "The chance that at least one of k samples is right"),
-        ("maj", "The chance that the most frequent final answer of k samples is right"),
-    ):
+    for kind, what in (("pass", "at least one of k samples"), ("maj", "the most frequent final answer of k samples")):
         if sum(name.startswith(f"{kind}@") for name in next(iter(models.values()))["scores"]) > 1:
-            charts.append(Chart(f"{kind}@k", f"{text}, with 95 % intervals over {over}.", _curve(models, kind, looks)))
+            text = f"The chance that {what} is right, with 95 % intervals over {over}."
+            charts.append(Chart(f"{kind}@k", text, _curve(models, kind, looks)))
     return charts
 
 
@@ -63,21 +55,9 @@ def _headlines(names: list[str]) -> list[str]:
 
 def _curve(models: dict[str, Any], kind: str, looks: dict[str, Look]) -> go.Figure:
     figure = blank_figure()
-    sizes: list[str] = []
     for label, model in models.items():
         points = {name.partition("@")[2]: e for name, e in model["scores"].items() if name.startswith(f"{kind}@")}
-        sizes = list(points)
-        values = [e["value"] for e in points.values()]
-        figure.add_scatter(
-            x=[int(k) for k in points],
-            y=values,
-            name=label_of(label),
-            mode="lines+markers",
-            line={"color": looks[label].colour, "dash": looks[label].dash},
-            marker={"symbol": looks[label].marker},
-            error_y=bars(points.values()),
-        )
-    pass_at_k_axes(figure, sizes)
+        add_curve_over_k(figure, label, points, looks[label])
     legend_beside(figure, len(models), lowest=320)
     return figure
 

@@ -6,17 +6,14 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from entropy_polarity.report.html import blank_figure
-from entropy_polarity.report.html import label as label_of
+from entropy_polarity.report.html import blank_figure, label_of
 from entropy_polarity.report.intervals import between
 from entropy_polarity.report.palette import INK, Look
 
 
 def forest_plot(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str], looks: Mapping[str, Look]) -> go.Figure:
-    """For each label of `rows` its differences, one panel for each of `names`.
-
-    A difference holds "difference", "bootstrap" and "t": (low, high), or None where it is not known.
-    """
+    """For each label of `rows` its differences, one panel for each of `names`. A difference holds "difference",
+    "bootstrap" and "t": (low, high), or None where it is not known."""
     figure = make_subplots(
         rows=1, cols=len(names), shared_yaxes=True, subplot_titles=[*map(label_of, names)], horizontal_spacing=0.03
     )
@@ -40,13 +37,12 @@ def _interval_traces(label: str, number: Mapping[str, Any], look: Look) -> Itera
         if bounds:
             line = {"color": look.colour, "width": width}
             yield go.Scatter(x=bounds, y=[label_of(label)] * 2, mode="lines", line=line, hoverinfo="skip")
-    shown = between(number["bootstrap"])
     yield go.Scatter(
         x=[number["difference"]],
         y=[label_of(label)],
         mode="markers",
         marker={"color": "white", "size": 9, "symbol": look.marker, "line": {"color": look.colour, "width": 2}},
-        hovertemplate=f"%{{y}}: %{{x:+.3f}} {shown}<extra></extra>",
+        hovertemplate=f"%{{y}}: %{{x:+.3f}} {between(number['bootstrap'])}<extra></extra>",
     )
 
 

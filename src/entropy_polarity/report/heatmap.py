@@ -50,8 +50,14 @@ class Heatmap(NamedTuple):
 def heatmap_of(run: Run, count: int = 12) -> Heatmap:
     """About `count` recorded rollouts, from the beginning, the middle and the end of the run."""
     by_step = _rows_of_shown_steps(run)
-    read = {step: _tokens_or_error(run, step) for step in by_step}
-    tokens = {step: found for step, found in read.items() if isinstance(found, list)}
+    odd = sum(not row.keys() >= _KEYS for row in run.rollouts)
+    left_out = [f"{odd} rows of {ROLLOUTS}: they lack one of {', '.join(sorted(_KEYS))}"] if odd else []
+    tokens = {}
+    for step in by_step:
+        try:
+            tokens[step] = run.tokens(step)
+        except (OSError, ValueError) as error:
+            left_out.append(str(error))
     strengths = [abs(t["polarity"]) for ts in tokens.values() for t in ts if math.isfinite(t["polarity"])]
     # One scale for the page; the strongest few saturate, so that the others can be told apart.
     scale = float(np.quantile([s for s in strengths if s > 0] or [1.0], 0.9))
@@ -62,9 +68,7 @@ def heatmap_of(run: Run, count: int = 12) -> Heatmap:
         # Where the whole group has one reward there is nothing to see: those come last.
         for row in sorted(rows, key=lambda row: row["advantage"] == 0)[: count // len(by_step)]
     ]
-    odd = sum(not row.keys() >= _KEYS for row in run.rollouts)
-    lines = [f"{odd} rows of {ROLLOUTS}: they lack one of {', '.join(sorted(_KEYS))}"] if odd else []
-    return Heatmap(rollouts, [*lines, *(error for error in read.values() if isinstance(error, str))])
+    return Heatmap(rollouts, left_out)
 
 
 def _rollout(row: dict[str, Any], tokens: list[ColouredToken]) -> ColouredRollout:
@@ -83,18 +87,10 @@ def _rows_of_shown_steps(run: Run) -> dict[int, list[dict[str, Any]]]:
     return {steps[round(place)]: by_step[steps[round(place)]] for place in places}
 
 
-def _tokens_or_error(run: Run, step: int) -> list[dict[str, Any]] | str:
-    try:
-        return run.tokens(step)
-    except (OSError, ValueError) as error:
-        return str(error)
-
-
 def _turns(tokens: list[ColouredToken]) -> list[list[ColouredToken]]:
     turns: list[list[ColouredToken]] = [[]]
     for token in _bounded(tokens):
-        answered = turns[-1] and turns[-1][-1].colour is not None
-        if token.colour is None and answered:
+        if token.colour is None and turns[-1] and turns[-1][-1].colour is not None:
             turns.append([])
         turns[-1].append(token)
     return turns

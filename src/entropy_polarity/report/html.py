@@ -18,6 +18,8 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from entropy_polarity.report.intervals import bars
+from entropy_polarity.report.palette import Look
 from entropy_polarity.support.text import cut, one_line, printable
 
 MAX_TEXT = 4000  # characters of one text
@@ -41,10 +43,7 @@ class Chart(NamedTuple):
 
 
 def render(template: str, title: str, document: Any, charts: Sequence[Chart], **values: Any) -> str:
-    """The page `template` of a result document or a run, with everything it needs inside.
-
-    All text that is not ours is escaped, made printable, and cut where it is longer than `MAX_TEXT`.
-    """
+    """The page `template` of a result document or a run, with everything it needs inside."""
     templates = Environment(
         loader=PackageLoader("entropy_polarity.report"),
         autoescape=True,
@@ -52,28 +51,25 @@ def render(template: str, title: str, document: Any, charts: Sequence[Chart], **
         undefined=ChainableUndefined,  # files of other versions lack some keys
     )
     templates.filters["listed"] = _listed
-    drawn = [{"title": chart.title, "text": chart.text, "figure": _figure(chart.figure)} for chart in charts]
-    plotly, policy = _scripts()
-    page = templates.get_template(template)
-    return page.render(
-        title=title, document=document, charts=drawn, plotly=plotly, draw=Markup(_DRAW), policy=policy, **values
-    )
+    values["charts"] = [chart._asdict() | {"figure": _as_json(chart.figure)} for chart in charts]
+    return templates.get_template(template).render(title=title, document=document, **_scripts(), **values)
 
 
 @functools.cache
-def _scripts() -> tuple[Markup, Markup]:
-    """Plotly, and the policy of a page that runs it and draws: scripts are known by their hashes."""
+def _scripts() -> dict[str, Markup]:
+    """Plotly, what draws with it, and the policy of a page that runs both: scripts are known by their hashes."""
     plotly = get_plotlyjs().replace("\r\n", "\n").replace("\r", "\n")  # as a browser reads it
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in (plotly, _DRAW))
     allowed = " ".join(f"'sha256-{found}'" for found in hashes)
-    return Markup(plotly), Markup(
+    policy = (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
         "form-action 'none'"
     )
+    return {"plotly": Markup(plotly), "draw": Markup(_DRAW), "policy": Markup(policy)}
 
 
-def _figure(figure: go.Figure) -> Markup:
-    """As JSON in an element that no browser runs; nothing in it can end that element."""
+def _as_json(figure: go.Figure) -> Markup:
+    """For an element that no browser runs; nothing in it can end that element."""
     return Markup(str(figure.to_json()).replace("<", "\\u003c"))
 
 
@@ -88,7 +84,7 @@ def _listed(settings: Any) -> str:
     return ", ".join(f"{name} = {value}" for name, value in settings.items())
 
 
-def label(text: Any) -> str:
+def label_of(text: Any) -> str:
     """A name as plotly may have it, which takes some tags in a text for markup."""
     return html.escape(one_line(text, MAX_LABEL))
 
@@ -119,9 +115,20 @@ def blank_figure(height: int = 280) -> go.Figure:
     )
 
 
-def pass_at_k_axes(figure: go.Figure, sizes: Sequence[str]) -> None:
-    """k as powers of two, probabilities from 0 to 1."""
-    figure.update_xaxes(type="log", tickvals=[int(k) for k in sizes], ticktext=list(sizes))
+def add_curve_over_k(figure: go.Figure, name: str, points: Mapping[str, Mapping[str, Any]], look: Look) -> None:
+    """Add a line through the value at each k, with its interval where `points` has one: k on a logarithmic axis,
+    probabilities from 0 to 1."""
+    sizes = [int(k) for k in points]
+    figure.add_scatter(
+        x=sizes,
+        y=[point["value"] for point in points.values()],
+        name=label_of(name),
+        mode="lines+markers",
+        line={"color": look.colour, "dash": look.dash},
+        marker={"symbol": look.marker},
+        error_y=bars(points.values()) if any("low" in point for point in points.values()) else None,
+    )
+    figure.update_xaxes(type="log", tickvals=sizes, ticktext=list(points))
     figure.update_layout(xaxis_title="k", yaxis_rangemode="tozero", yaxis_range=[0, 1])
 
 

@@ -2,8 +2,7 @@
 
 import sys
 import time
-from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -69,11 +68,9 @@ class LiveOrLines:
             self.live.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self.live is not None:
-            self.live.__exit__(kind, error, trace)
+            self.live.__exit__(*error)
 
     def line(self, text: str) -> None:
         self.console.print(printable(text), highlight=False, soft_wrap=True, markup=False)

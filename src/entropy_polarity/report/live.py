@@ -2,7 +2,6 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any, TextIO
 
 from rich.console import Group
@@ -37,55 +36,47 @@ class LiveView(LiveOrLines):
         self.title, self.max_steps = one_line(title), max_steps
         self.latest: dict[str, float] = {}
         self.row: dict[str, Any] = {}
-        self.entropies: list[float] = []
-        self.rewards: list[float] = []
+        self.curves: dict[str, list[float]] = {"reward": [], "polarity/entropy": []}
         self.ticks: deque[tuple[int, float]] = deque(maxlen=21)
         self.stage = ""
 
     def say(self, line: str) -> None:
         self.stage = one_line(line)
+        self._say_or_draw(line)
+
+    def show(self, text: str) -> None:
+        self.stage = text
+        self._say_or_draw(text)
+
+    def watch(self, row: dict[str, Any]) -> None:
+        """A step's metrics. Where several updates are made on a rollout, its reward and polarity are in the first row
+        alone; "update" and "updates" say which of them this is."""
+        self.row = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        self.latest |= self.row
+        self.ticks.append((int(self.row["step"]), time.monotonic()))
+        for name, values in self.curves.items():
+            if name in self.row:
+                values.append(self.row[name])
+        self._say_or_draw(self._line())
+
+    def _say_or_draw(self, line: str) -> None:
         if self.live is None:
             self.line(line)
         else:
             self.live.update(self._panel())
 
-    def show(self, text: str) -> None:
-        assert self.live is not None
-        self.stage = text
-        self.live.update(self._panel())
-
-    def watch(self, row: dict[str, Any]) -> None:
-        """A step's metrics. Where several updates are made on a rollout, its reward and polarity are in the first row
-        alone; "update" and "updates" say which of them this is."""
-        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
-        self.latest |= numbers
-        self.row = numbers
-        self.ticks.append((int(numbers["step"]), time.monotonic()))
-        if "polarity/entropy" in numbers:
-            self.entropies.append(numbers["polarity/entropy"])
-        if "reward" in numbers:
-            self.rewards.append(numbers["reward"])
-        if self.live is None:
-            self.line(self._line())
-        else:
-            self.live.update(self._panel())
-
     def _line(self) -> str:
-        fields: list[tuple[str, str, Callable[[float], str]]] = [
-            ("reward", "reward", "{:.3f}".format),
-            ("entropy", "polarity/entropy", "{:.3f}".format),
-            ("lambda", "polarity/lambda", "{:+.3f}".format),
-            ("D+", "polarity/positive_flow", "{:.4f}".format),
-            ("D-", "polarity/negative_flow", "{:.4f}".format),
+        fields = [
+            ("reward", "reward", ".3f"),
+            ("entropy", "polarity/entropy", ".3f"),
+            ("lambda", "polarity/lambda", "+.3f"),
+            ("D+", "polarity/positive_flow", ".4f"),
+            ("D-", "polarity/negative_flow", ".4f"),
         ]
-        if self._again:  # what belongs to the rollout was said with its first update
-            fields = [("entropy", "entropy", "{:.3f}".format), ("gradient norm", "grad_norm", "{:.3f}".format)]
-        known = [f"{label} {show(self.row[key])}" for label, key, show in fields if key in self.row]
+        if self.row.get("update", 1) > 1:  # what belongs to the rollout was said with its first update
+            fields = [("entropy", "entropy", ".3f"), ("gradient norm", "grad_norm", ".3f")]
+        known = [f"{label} {self.row[key]:{form}}" for label, key, form in fields if key in self.row]
         return "  ".join([self._place(), *known, f"left {self._left()}"])
-
-    @property
-    def _again(self) -> bool:
-        return self.row.get("update", 1) > 1
 
     def _place(self) -> str:
         """Which step this is, and where several updates are made on a rollout, which of them."""
@@ -97,8 +88,7 @@ class LiveView(LiveOrLines):
         if len(self.ticks) < 2:
             return "?"
         (first, start), (last, end) = self.ticks[0], self.ticks[-1]
-        seconds = (end - start) / max(1, last - first) * max(0, self.max_steps - last)
-        return clock(seconds)
+        return clock((end - start) / max(1, last - first) * max(0, self.max_steps - last))
 
     def _panel(self) -> Panel:
         step = int(self.latest.get("step", 0))
@@ -107,16 +97,12 @@ class LiveView(LiveOrLines):
         grid.add_column(justify="right", min_width=8)
         grid.add_column()
 
-        def add(label: str, key: str, shown: str, extra: str | Text = "") -> None:
-            grid.add_row(label, shown.format(self.latest[key]) if key in self.latest else "-", extra)
+        def add(label: str, key: str, shown: str, extra: str = "", colour: str = "") -> None:
+            curve = Text(sparkline(self.curves[key]), colour) if self.curves.get(key) else extra
+            grid.add_row(label, shown.format(self.latest[key]) if key in self.latest else "-", curve)
 
-        add("reward", "reward", "{:.3f}", Text(sparkline(self.rewards), "green") if self.rewards else "")
-        add(
-            "entropy",
-            "polarity/entropy",
-            "{:.3f}",
-            Text(sparkline(self.entropies), "blue") if self.entropies else "",
-        )
+        add("reward", "reward", "{:.3f}", colour="green")
+        add("entropy", "polarity/entropy", "{:.3f}", colour="blue")
         add("λ", "polarity/lambda", "{:+.3f}", "above 0: towards expansion, below: towards contraction")
         add("D+ expands", "polarity/positive_flow", "{:.4f}")
         add("D- contracts", "polarity/negative_flow", "{:.4f}")

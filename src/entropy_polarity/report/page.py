@@ -1,70 +1,59 @@
 """The page: one self-contained HTML file that tells what happened in a run and opens from disk."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
 from entropy_polarity.report.heatmap import heatmap_of
-from entropy_polarity.report.html import Chart, blank_figure, pass_at_k_axes, render, smoothed, thinned
-from entropy_polarity.report.intervals import bars, estimated
-from entropy_polarity.report.palette import CONTRACTS, EXPANDS, GREEN, GREY, LIGHT_GREY, VIOLET
+from entropy_polarity.report.html import Chart, add_curve_over_k, blank_figure, render, smoothed, thinned
+from entropy_polarity.report.intervals import estimated
+from entropy_polarity.report.palette import CONTRACTS, EXPANDS, GREEN, GREY, LIGHT_GREY, VIOLET, Look
 from entropy_polarity.report.tables.evaluation import is_of_game, name_of_pass
 from entropy_polarity.runs.record import Run
 
 
 def render_page(run: Run) -> str:
-    """The report of a run as HTML. All text that is not ours, model output first of all, is escaped."""
+    """The page of a run."""
     title = run.config["title"] or f"{run.config['task']['name']}, {Path(run.config['policy']['model']).name}"
     return render("page.html", title, run, _charts(run), cards=_cards(run), heatmap=heatmap_of(run))
 
 
-def _cards(run: Run) -> list[dict[str, str]]:
+class _Card(NamedTuple):
+    name: str
+    value: str
+    text: str
+
+
+def _cards(run: Run) -> Iterator[_Card]:
     """The few numbers a reader wants first, each with the sentence that says what it is."""
     before, after = run.summary.get("before"), run.summary.get("after")
-    cards = []
     for k in ("1", "16"):
         if before and k in before["pass_at"]:
             one, right = ("episode", "a success") if is_of_game(before) else ("sampled answer", "right")
             meaning = f"one {one} is {right}" if k == "1" else f"at least one of {k} {one}s is {right}"
-            cards.append(
-                {
-                    "name": f"{name_of_pass(k, before)}, held out",
-                    "value": _arrow(before["pass_at"][k], after and after["pass_at"][k]),
-                    "text": f"The chance that {meaning}, on {before['problems']} problems that training never draws "
-                    "(before → after, with 95 % bootstrap intervals over problems).",
-                }
+            yield _Card(
+                f"{name_of_pass(k, before)}, held out",
+                _arrow(before["pass_at"][k], after and after["pass_at"][k]),
+                f"The chance that {meaning}, on {before['problems']} problems that training never draws "
+                "(before → after, with 95 % bootstrap intervals over problems).",
             )
     for name, count in (before or {}).get("facts", {}).items():
-        cards.append(
-            {
-                "name": f"{name.replace('_', ' ')}, held out",
-                "value": _arrow(count, after and after["facts"].get(name)),
-                "text": "Mean over held-out samples (before → after, with 95 % bootstrap intervals): "
-                "turns that were played and what the environment counts, or calls of tools.",
-            }
+        yield _Card(
+            f"{name.replace('_', ' ')}, held out",
+            _arrow(count, after and after["facts"].get(name)),
+            "Mean over held-out samples (before → after, with 95 % bootstrap intervals): "
+            "turns that were played and what the environment counts, or calls of tools.",
         )
-    steps, entropy = run.series("polarity/entropy")
-    if steps:
+    if entropy := run.series("polarity/entropy")[1]:
         tenth = max(1, len(entropy) // 10)
         first, last = sum(entropy[:tenth]) / tenth, sum(entropy[-tenth:]) / tenth
-        cards.append(
-            {
-                "name": "entropy",
-                "value": f"{first:.2f} → {last:.2f} nats",
-                "text": "Mean entropy of the policy at the tokens it wrote: first tenth of the run → last tenth.",
-            }
-        )
-    _, seconds = run.series("step_time")
-    if seconds:
-        cards.append(
-            {
-                "name": "training",
-                "value": f"{run.summary.get('steps', len(seconds))} steps, {sum(seconds) / 60:.1f} min",
-                "text": "Optimiser steps and the time spent in them, generation included.",
-            }
-        )
-    return cards
+        text = "Mean entropy of the policy at the tokens it wrote: first tenth of the run → last tenth."
+        yield _Card("entropy", f"{first:.2f} → {last:.2f} nats", text)
+    if seconds := run.series("step_time")[1]:
+        value = f"{run.summary.get('steps', len(seconds))} steps, {sum(seconds) / 60:.1f} min"
+        yield _Card("training", value, "Optimiser steps and the time spent in them, generation included.")
 
 
 def _arrow(before: dict[str, float], after: dict[str, float] | None) -> str:
@@ -111,40 +100,29 @@ def _charts(run: Run) -> list[Chart]:
             ),
         ),
     ]
-    return [*charts, *_turn_charts(run), *_held_out_charts(run)]
-
-
-def _turn_charts(run: Run) -> list[Chart]:
-    """The entropy of each turn, where there are several."""
-    drawn = _of_turns(run)
-    if not drawn:
-        return []
-    text = (
-        "Mean entropy of the policy at the tokens of each turn, in nats: early turns, which every episode has, are the "
-        "first to collapse."
-    )
-    return [Chart("Entropy by turn", text, _lines(run, drawn))]
-
-
-def _held_out_charts(run: Run) -> list[Chart]:
-    if not run.summary.get("before"):
-        return []
-    text = (
-        "Unbiased pass@k on problems that training never draws, before and after, with 95 % intervals. pass@1 is what "
-        "reinforcement raises; a falling pass@k at large k means that exploration died."
-    )
-    return [Chart("pass@k, held out", text, _pass_at_k(run.summary))]
+    if turns := _of_turns(run):
+        text = (
+            "Mean entropy of the policy at the tokens of each turn, in nats: early turns, which every episode has, "
+            "are the first to collapse."
+        )
+        charts.append(Chart("Entropy by turn", text, _lines(run, turns)))
+    if run.summary.get("before"):
+        text = (
+            "Unbiased pass@k on problems that training never draws, before and after, with 95 % intervals. pass@1 is "
+            "what reinforcement raises; a falling pass@k at large k means that exploration died."
+        )
+        charts.append(Chart("pass@k, held out", text, _pass_at_k(run.summary)))
+    return charts
 
 
 def _of_turns(run: Run) -> list[tuple[str, str, str]]:
-    """The entropy of at most eight turns, from dark to light."""
+    """Where there are turns, the entropy of at most eight of them, from dark to light."""
     prefix = "polarity/entropy_turn_"
     turns = sorted({int(name.removeprefix(prefix)) for row in run.metrics for name in row if name.startswith(prefix)})
     shown = list(dict.fromkeys(turns[round(i * (len(turns) - 1) / 7)] for i in range(8))) if turns else []
-    shades = (20 + 60 * place / max(1, len(shown) - 1) for place in range(len(shown)))
     return [
-        (f"{prefix}{turn}", f"turn {turn}", f"hsl(214, 70%, {shade:.0f}%)")
-        for turn, shade in zip(shown, shades, strict=True)
+        (f"{prefix}{turn}", f"turn {turn}", f"hsl(214, 70%, {20 + 60 * place / max(1, len(shown) - 1):.0f}%)")
+        for place, turn in enumerate(shown)
     ]
 
 
@@ -171,18 +149,6 @@ def _lines(run: Run, series: list[tuple[str, str, str]], smooth: int = 0, zero: 
 def _pass_at_k(summary: dict[str, Any]) -> go.Figure:
     figure = blank_figure()
     for label, colour in (("before", GREY), ("after", GREEN)):
-        evaluation = summary.get(label)
-        if evaluation is None:
-            continue
-        estimates = evaluation["pass_at"]
-        values = [e["value"] for e in estimates.values()]
-        figure.add_scatter(
-            x=[int(k) for k in estimates],
-            y=values,
-            name=label,
-            mode="lines+markers",
-            line={"color": colour},
-            error_y=bars(estimates.values()),
-        )
-        pass_at_k_axes(figure, list(estimates))
+        if summary.get(label) is not None:
+            add_curve_over_k(figure, label, summary[label]["pass_at"], Look(colour, "solid", "circle"))
     return figure

@@ -56,8 +56,7 @@ class ComparisonView(LiveOrLines):
             run = (state.label, state.seed)
             if self.said.get(run, "waiting") != state.kind:
                 note = f": {one_line(state.note)}" if state.note else ""
-                line = f"[{ended}/{len(states)}] {one_line(state.label)}, seed {state.seed}: {state.kind}{note}"
-                self.line(line)
+                self.line(f"[{ended}/{len(states)}] {one_line(state.label)}, seed {state.seed}: {state.kind}{note}")
             self.said[run] = state.kind
 
     def _table(self, states: Sequence[RunState]) -> Table:

@@ -10,7 +10,7 @@ from rich.table import Table
 from entropy_polarity.report.intervals import estimated
 from entropy_polarity.report.tables.audit import audit_tables
 from entropy_polarity.report.tables.comparison import comparison_tables, search_table
-from entropy_polarity.report.tables.evaluation import evaluation_tables, name_of_pass
+from entropy_polarity.report.tables.evaluation import evaluation_tables, name_of_pass, over_what
 from entropy_polarity.report.tables.text import TextTable
 from entropy_polarity.support.text import one_line, printable
 
@@ -27,7 +27,8 @@ def print_estimates(evaluations: dict[str, dict[str, Any]]) -> None:
         for name, found in evaluations.items()
     }
     for row in next(iter(estimates.values())):
-        table.add_row(_cell(row), *(_estimate(found.get(row)) for found in estimates.values()))
+        cells = (found.get(row) for found in estimates.values())  # evaluations of older runs have no greedy answers
+        table.add_row(_cell(row), *("-" if estimate is None else estimated(estimate) for estimate in cells))
     Console().print(table)
 
 
@@ -47,11 +48,10 @@ def print_evaluation(document: dict[str, Any]) -> None:
         print(one_line(f"{label}: {shares}"))
     used = document["settings"]
     seeds = ", ".join(map(str, used["seeds"]))
-    over = "problems and sampling seeds" if len(used["seeds"]) > 1 else "problems"
     cut = "" if used["top_p"] == 1 else f", top-p {used['top_p']:g}"
     print(
         f"{used['problems']} problems x {used['samples']} samples, sampling seeds {seeds}, temperature "
-        f"{used['temperature']:g}{cut}; 95 % bootstrap intervals over {over}"
+        f"{used['temperature']:g}{cut}; 95 % bootstrap intervals over {over_what(document)}"
     )
 
 
@@ -91,8 +91,3 @@ def _print_table(table: TextTable) -> None:
 
 def _cell(text: str) -> str:
     return escape(printable(text))
-
-
-def _estimate(estimate: dict[str, float] | None) -> str:
-    """Evaluations of older runs have no greedy answers."""
-    return "-" if estimate is None else estimated(estimate)

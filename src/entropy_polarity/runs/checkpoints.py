@@ -52,10 +52,8 @@ def strangers(folder: Path) -> list[Path]:
 
 
 def refuse_in_the_way(folder: Path, reached: int, last: float, cure: str = "") -> None:
-    """Raise ValueError where a path that is not ours has the name of a checkpoint after step `reached`, up to `last`.
-
-    Training may come to it, or it was the last checkpoint of the run. `cure` is said in place of moving it away.
-    """
+    """Raise ValueError where a path that is not ours has the name of a checkpoint after step `reached`, up to `last`:
+    training may come to it, or it was the last of the run. `cure` is said in place of moving it away."""
     for path in strangers(folder):
         empty = path.is_dir() and not any(path.iterdir())
         if reached < checkpoint_step(path) <= last and not empty:
@@ -64,10 +62,8 @@ def refuse_in_the_way(folder: Path, reached: int, last: float, cure: str = "") -
 
 
 def finished(checkpoint: Path, resumable: bool = False) -> bool:
-    """Whether a checkpoint was saved to its end, and with `resumable` between rollouts.
-
-    A checkpoint whose own file is damaged counts: what is wrong with it has to be said.
-    """
+    """Whether a checkpoint was saved to its end, and with `resumable` between rollouts. One whose own file is damaged
+    counts: what is wrong with it has to be said."""
     try:
         saved = read_state(checkpoint)
     except ValueError:
@@ -76,11 +72,8 @@ def finished(checkpoint: Path, resumable: bool = False) -> bool:
 
 
 def last_of(folder: Path, *, resumable: bool = False) -> Path | None:
-    """The newest checkpoint in `folder` that was saved to its end; None if there is none.
-
-    With `resumable` only those that fall between rollouts: a run that ended inside one keeps its last policy, but
-    goes on from before.
-    """
+    """The newest checkpoint in `folder` that was saved to its end, with `resumable` between rollouts; None if there is
+    none. A run that ended inside a rollout keeps its last policy, but goes on from before."""
     return max((c for c in own_checkpoints(folder) if finished(c, resumable)), key=checkpoint_step, default=None)
 
 
@@ -90,15 +83,12 @@ def last_checkpoint(run: Path) -> Path | None:
 
 
 def begin(folder: Path) -> None:
-    """Make the folder of a checkpoint, marked as unfinished.
-
-    A checkpoint of ours with the same name is deleted before. Raises OSError where the folder is somebody else's, or a
-    link.
-    """
+    """Make the folder of a checkpoint, marked as unfinished, in place of one of ours with the same name. Raises OSError
+    where the folder is somebody else's, or a link."""
     if folder.is_symlink():
         raise OSError(f"{folder} is a link, and no checkpoint is written through one: remove it")
     if _ours(folder):
-        remove(folder)
+        remove_folder(folder)
     if folder.exists():
         refuse_links(folder)
         if any(folder.iterdir()):
@@ -120,9 +110,7 @@ def finish(folder: Path, method: str, settings: dict[str, Any], state: dict[str,
 
 def check(folder: Path, *, policy_only: bool = False) -> bool:
     """Whether the files of a checkpoint are those that were saved; False if an older version saved it, without sums.
-
-    With `policy_only` the files of training do not matter. Raises ValueError or OSError, which names the file.
-    """
+    With `policy_only` the files of training do not matter. Raises ValueError or OSError, which names the file."""
     saved = read_state(folder)
     if saved == UNFINISHED:
         raise ValueError(f"{folder} was not saved to its end")
@@ -164,11 +152,9 @@ def refuse_broken(
 
 
 def rotate(newest: Path, limit: int | None, best: Path | None = None) -> None:
-    """Delete the checkpoints of the lowest steps until `limit` are left; the one that was just written stays, and the
-    best. No limit, or one below 1, deletes nothing.
-
-    By step, not by date: a clock can be set back. A higher step is not of this run, which has not come that far.
-    """
+    """Delete the checkpoints of the lowest steps until `limit` are left, but never the newest and the best. No limit,
+    or one below 1, deletes nothing. By step, not by date: a clock can be set back. A higher step is not of this run,
+    which has not come that far."""
     if limit is None or limit < 1:
         return
     there = [path for path in own_checkpoints(newest.parent) if checkpoint_step(path) <= checkpoint_step(newest)]
@@ -177,13 +163,8 @@ def rotate(newest: Path, limit: int | None, best: Path | None = None) -> None:
     # A save that was cut off is worth nothing and is deleted first.
     old.sort(key=lambda path: (finished(path), checkpoint_step(path)))
     for path in old[: max(0, len(there) - max(limit, len(kept)))]:
-        remove(path)
+        remove_folder(path)
     remove_drafts(newest.parent)
-
-
-def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint of ours. It loses its name first, so that a kill leaves only a draft."""
-    remove_folder(checkpoint)
 
 
 def remove_drafts(folder: Path) -> None:

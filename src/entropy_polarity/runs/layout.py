@@ -25,11 +25,8 @@ _CURE = "write {} into it to go on without"
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The resolved recipe of a run.
-
-    Raises FileNotFoundError if `directory` holds no run, ValueError if the file is damaged or cut off: a run would go
-    on under defaults for what is lost.
-    """
+    """The resolved recipe of a run. Raises FileNotFoundError if `directory` holds no run, ValueError if the file is
+    damaged or cut off: a run would go on under defaults for what is lost."""
     path = directory / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no run: {CONFIG} is missing")

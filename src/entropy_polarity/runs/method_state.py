@@ -23,13 +23,10 @@ def save_state(
     resumable: bool = True,
     files: dict[str, list[Any]] | None = None,
 ) -> None:
-    """Write the state of a method into `folder`, in one move, so that a file that is there is whole.
-
-    `resumable` says that no rollout was in progress. `files` are those of the checkpoint, with size and SHA-256
-    (`checkpoints.finish`); a framework that sums its own files gives none.
-    """
-    saved: dict[str, Any] = {"method": method, "settings": settings, "state": state, "resumable": resumable}
-    saved["folder"] = folder.name
+    """Write the state of a method into `folder`, in one move, so that a file that is there is whole. `resumable` says
+    that no rollout was in progress. `files` are those of the checkpoint, with size and SHA-256 (`checkpoints.finish`);
+    a framework that sums its own files gives none."""
+    saved = {"method": method, "settings": settings, "state": state, "resumable": resumable, "folder": folder.name}
     if files is not None:
         saved["files"] = files
     saved = json.loads(json.dumps(saved))  # what will be read again, tuples as lists

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,7 @@ from entropy_polarity.support.errors import unknown_name
 from entropy_polarity.support.text import valid
 
 DEFAULT_RECIPE = "countdown"
-
-
-def _at_least(key: str, value: int, low: int) -> None:
-    if value < low:
-        raise ValueError(f"recipe key {key!r} is {value}; expected at least {low}")
+_LEAST = {"seed": 0, "evaluation.problems": 1, "evaluation.samples": 1, "evaluation.seed": 0, "record.completions": 0}
 
 
 @dataclass(frozen=True)
@@ -42,18 +39,10 @@ class HeldOut:
     samples: int = 16
     seed: int = 0  # which problems, and of their sampling; the recipe's own seed leaves both as they are
 
-    def __post_init__(self) -> None:
-        _at_least("evaluation.problems", self.problems, 1)
-        _at_least("evaluation.samples", self.samples, 1)
-        _at_least("evaluation.seed", self.seed, 0)
-
 
 @dataclass(frozen=True)
 class Recorded:
     completions: int = 4
-
-    def __post_init__(self) -> None:
-        _at_least("record.completions", self.completions, 0)
 
 
 @dataclass(frozen=True)
@@ -70,7 +59,10 @@ class Recipe:
     record: Recorded = Recorded()
 
     def __post_init__(self) -> None:
-        _at_least("seed", self.seed, 0)
+        values = flattened(self.to_dict())
+        for key, low in _LEAST.items():
+            if values[key] < low:
+                raise ValueError(f"recipe key {key!r} is {values[key]}; expected at least {low}")
         if text := next(_no_text(self.to_dict()), None):
             raise ValueError(f"recipe value {text!r} is no text that a file can hold (it has half a character, or NUL)")
 
@@ -80,10 +72,9 @@ class Recipe:
 
 def _no_text(value: Any) -> Iterator[str]:
     """The texts in it that are none: an argument of the command line can have bytes that the locale does not know."""
-    if isinstance(value, dict):
-        yield from (text for pair in value.items() for part in pair for text in _no_text(part))
-    elif isinstance(value, list | tuple):
-        yield from (text for part in value for text in _no_text(part))
+    if isinstance(value, dict | list | tuple):
+        parts = chain.from_iterable(value.items()) if isinstance(value, dict) else value
+        yield from chain.from_iterable(map(_no_text, parts))
     elif isinstance(value, str) and valid(value) != value:
         yield value
 
@@ -132,6 +123,7 @@ def load_recipe(
 
 
 def _what_holds(document: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    """`document` without the words of the recipe as `written` that do not fit it any more."""
     stale = set() if document == written else {"cost", "expected"}
     if any(document.get(table) != written.get(table) for table in ("task", "policy")):
         stale.add("title")
@@ -191,10 +183,9 @@ def flattened(table: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _recipe(document: dict[str, Any]) -> Recipe:
-    for key, section in _SECTIONS.items():
-        if key in document:
-            document = document | {key: typed_table(section, document[key], f"{key}.")}
-    recipe = typed_table(Recipe, document)
+    given = {key: section for key, section in _SECTIONS.items() if key in document}
+    tables = {key: typed_table(section, document[key], f"{key}.") for key, section in given.items()}
+    recipe = typed_table(Recipe, document | tables)
     for table in ("task", "method"):
         if "name" not in getattr(recipe, table):
             raise ValueError(f"recipe table [{table}] has no name")
@@ -217,13 +208,9 @@ def typed_table(kind: type, values: Any, prefix: str = "", file: str = "recipe")
 
 
 def with_flags(
-    recipe: Recipe,
-    *,
-    max_steps: int | None = None,
-    seed: int | None = None,
-    model: str | None = None,
+    recipe: Recipe, *, max_steps: int | None = None, seed: int | None = None, model: str | None = None
 ) -> Recipe:
-    """The recipe with what the command line said; what was not said stays, but for words that no longer hold."""
+    """The recipe with the values that the command line gave, without the words that no longer hold."""
     if max_steps is not None:
         recipe = replace(recipe, trainer=recipe.trainer | {"max_steps": max_steps}, cost="", expected="")
     if seed is not None:

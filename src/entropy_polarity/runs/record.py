@@ -42,11 +42,11 @@ TOKEN_COLUMNS = pa.schema(
 )
 
 
+@dataclass(frozen=True)
 class RunWriter:
     """Writes a run directory. Nothing is ever overwritten but summary and report, and those in one move."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    directory: Path
 
     @classmethod
     def create(cls, directory: Path, config: dict[str, Any], seed: int) -> "RunWriter":

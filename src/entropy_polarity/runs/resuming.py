@@ -13,12 +13,11 @@ from entropy_polarity.runs.checkpoints import (
     own_checkpoints,
     refuse_broken,
     refuse_in_the_way,
-    remove,
     remove_drafts,
 )
 from entropy_polarity.runs.layout import CHECKPOINTS, FILES, METRICS, ROLLOUTS, TOKENS, read_config
 from entropy_polarity.runs.record import RunWriter
-from entropy_polarity.support.files import DRAFT, refuse_links, write_text
+from entropy_polarity.support.files import DRAFT, refuse_links, remove_folder, write_text
 from entropy_polarity.support.json_files import json_rows
 
 Rows = list[dict[str, Any]]
@@ -27,10 +26,7 @@ _OLD_DRAFT = re.compile(r"\d{6,}\.part")  # of versions before the random names
 
 
 def resume_run(
-    directory: Path,
-    config: dict[str, Any],
-    step: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    directory: Path, config: dict[str, Any], step: int | None = None, say: Callable[[str], None] = lambda line: None
 ) -> tuple[RunWriter, Path | None]:
     """The writer of an existing run and its last whole checkpoint; what was written after that is dropped.
 
@@ -57,12 +53,11 @@ def resume_run(
 
 
 def _checkpoint_to_resume(directory: Path, step: int | None, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from, that of `step` or the last, with its files checked; None for the beginning.
-
-    Raises ValueError, which offers the last whole checkpoint, where its files are not those that were saved.
-    """
-    checkpoint = last_of(directory / CHECKPOINTS, resumable=True)
-    if step is not None:
+    """The checkpoint to go on from, that of `step` or the last, with its files checked; None for the beginning. Raises
+    ValueError, which offers the last whole checkpoint, where its files are not those that were saved."""
+    if step is None:
+        checkpoint = last_of(directory / CHECKPOINTS, resumable=True)
+    else:
         ours = own_checkpoints(directory / CHECKPOINTS)
         there = {checkpoint_step(path): path for path in ours if finished(path, resumable=True)}
         if step and step not in there:
@@ -90,9 +85,7 @@ def _rows_until(path: Path, step: int) -> tuple[Rows, str | None]:
     return [row for row in rows if isinstance(row, dict) and row["step"] <= step], damage
 
 
-def _refuse_lost_rows(
-    directory: Path, reached: int, kept: dict[str, tuple[Rows, str | None]], recorded: bool = True
-) -> None:
+def _refuse_lost_rows(directory: Path, reached: int, kept: dict[str, tuple[Rows, str | None]], recorded: bool) -> None:
     """Raise ValueError where the record does not come as far as the checkpoint of step `reached`, or a line of it is
     damaged. `recorded`: whether the run keeps rollouts; the first of them is there before the first step ends."""
     go_on = f"{_command(directory, reached)} goes on without what is lost"
@@ -101,10 +94,8 @@ def _refuse_lost_rows(
             raise ValueError(f"{damage}, or {go_on}")
     ends = {name: rows[-1]["step"] if rows else 0 for name, (rows, _) in kept.items()}
     tokens = (_TOKENS_OF_STEP.fullmatch(path.name) for path in (directory / TOKENS).glob("*.parquet"))
-    due = max(
-        [int(found[1]) for found in tokens if found and int(found[1]) <= reached],
-        default=int(recorded and reached > 0),
-    )
+    written = [int(found[1]) for found in tokens if found and int(found[1]) <= reached]
+    due = max(written, default=int(recorded and reached > 0))
     for name, last in ((METRICS, reached), (ROLLOUTS, due)):
         if ends[name] < last:
             what = f"{name} ends at step {ends[name]}, the checkpoint is of step {reached}"
@@ -126,7 +117,7 @@ def _drop_after(directory: Path, step: int) -> None:
             path.unlink()
     for path in own_checkpoints(directory / CHECKPOINTS):
         if checkpoint_step(path) > step or not finished(path):
-            remove(path)
+            remove_folder(path)
     remove_drafts(directory / CHECKPOINTS)
 
 

@@ -8,8 +8,6 @@ from safetensors import SafetensorError, safe_open
 
 from entropy_polarity.support.json_files import parsed
 
-_ZIPPED = (".bin", ".pt", ".pth")
-
 
 def damaged_file(folder: Path) -> str | None:
     """A line that names the first file in `folder` that does not read as its name says; None if all do.
@@ -18,11 +16,10 @@ def damaged_file(folder: Path) -> str | None:
     checksums. A changed number in a tensor is seen in the last alone.
     """
     for file in sorted(folder.iterdir()):
-        look = _LOOKS.get(file.suffix)
-        if look is None or not file.is_file():
+        if file.suffix not in _LOOKS or not file.is_file():
             continue
         try:
-            wrong = look(file)
+            wrong = _LOOKS[file.suffix](file)
         except (ValueError, OSError, SafetensorError, zipfile.BadZipFile) as error:
             wrong = " ".join(str(error).split()) or type(error).__name__
         if wrong:
@@ -50,4 +47,4 @@ def _archive(file: Path) -> str | None:
 
 
 _LOOKS: dict[str, Callable[[Path], str | None]] = {".safetensors": _safetensors, ".json": _json}
-_LOOKS |= dict.fromkeys(_ZIPPED, _archive)
+_LOOKS |= dict.fromkeys((".bin", ".pt", ".pth"), _archive)

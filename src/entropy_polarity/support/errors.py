@@ -33,8 +33,7 @@ def check_settings(owner: str, build: Callable[..., Any], settings: Mapping[str,
     for name, value in settings.items():
         if name not in hints:
             raise unknown_name(f"setting of {owner}", name, [*hints, *also])
-        if not _fits(value, hints[name]):
-            hint = hints[name]
+        if not _fits(value, hint := hints[name]):
             wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
             raise ValueError(f"setting {name!r} of {owner} is {value!r}; expected {wanted}")
         if isinstance(value, float) and not math.isfinite(value):

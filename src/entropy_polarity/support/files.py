@@ -110,19 +110,15 @@ def sync_folder(path: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise OSError if `folder` holds, at any depth, a link that leads out of it, or a pipe or a device.
-
-    A folder of somebody else's could have us write into, or delete, what is ours. The folder itself may be a link: the
-    user named that one.
-    """
+    """Raise OSError if `folder` holds, at any depth, a link that leads out of it, or a pipe or a device: we could write
+    into, or delete, what is not its own. The folder itself may be a link: the user named that one."""
     root = os.path.realpath(folder)
     for parent, folders, files in os.walk(root):
         for name in (*folders, *files):
             path = os.path.join(parent, name)
             if not os.path.lexists(path):  # a draft of another process, moved meanwhile
                 continue
-            target = os.path.realpath(path)
-            if os.path.islink(path) and os.path.commonpath([root, target]) != root:
+            if os.path.islink(path) and os.path.commonpath([root, os.path.realpath(path)]) != root:
                 raise OSError(f"{path} is a link that leads out of {folder}: put the file or folder itself there")
             mode = os.lstat(path).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):

@@ -14,11 +14,10 @@ def is_path(name: Any) -> bool:
 
 
 def why_not_asked() -> str | None:
-    """None where the hub can be asked. Otherwise why not, in words: then this process asks it nothing, and takes what
-    is in the cache of this machine.
+    """None where the hub can be asked. Otherwise why not, in words: then this process takes what is in the cache of
+    this machine.
 
-    One request, so that a hub that cannot be reached is a matter of seconds: its own client would ask six times, with
-    pauses, for every file of a model or a data set.
+    One request, and so a matter of seconds: the hub's own client would ask six times, with pauses, for every file.
     """
     global _silent
     from huggingface_hub import constants, get_session

@@ -29,11 +29,9 @@ def json_object(path: Path, cure: str) -> dict[str, Any]:
 
 
 def json_rows(path: Path) -> list[dict[str, Any] | str]:
-    """The rows of a file with one JSON object per line, each with a whole number `step`.
-
-    A damaged line is replaced by a text that says what is wrong with it. A last line without an end was cut off by a
-    kill and is left out. Where there is no file there are no rows.
-    """
+    """The rows of a file with one JSON object per line, each with a whole number `step`; none where there is no file. A
+    damaged line is replaced by a text that says what is wrong with it. A last line without an end was cut off by a kill
+    and is left out."""
     if not path.is_file():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]
@@ -66,12 +64,12 @@ def without_nan(document: Any) -> Any:
 def _row(path: Path, number: int, line: bytes) -> dict[str, Any] | str:
     try:
         row = _object(line)
-        wrong = None if type(row.get("step")) is int else "it has no step"
+        if type(row.get("step")) is int:
+            return row
+        wrong = "it has no step"
     except ValueError as error:
-        row, wrong = {}, str(error)
-    return (
-        row if wrong is None else f"{path} is damaged in line {number} ({wrong}): delete that line to go on without it"
-    )
+        wrong = str(error)
+    return f"{path} is damaged in line {number} ({wrong}): delete that line to go on without it"
 
 
 def _object(text: bytes) -> dict[str, Any]:

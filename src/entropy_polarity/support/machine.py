@@ -34,11 +34,11 @@ def kept_memory() -> Iterator[None]:
 
     glibc maps every tensor of more than 32 MB anew, and each time the system has to clear its pages. The price is
     memory in pieces that fit nothing; benchmarks/kept_memory.py has both. Does not nest. Nothing is changed where the
-    allocator is another, or was told what to do by its environment variables (MALLOC_TRIM_THRESHOLD_ and the like).
+    allocator is another, or has its settings from the environment.
     """
     libc = ctypes.CDLL(None)
-    ours = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
-    if not ours or any(name in os.environ for name in _OVERRULING):
+    is_glibc = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
+    if not is_glibc or any(name in os.environ for name in _OVERRULING):
         yield
         return
     for option, value in _WITHIN.items():

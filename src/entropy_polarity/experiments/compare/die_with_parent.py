@@ -1,9 +1,8 @@
 """Run a command that dies with the process that started it: `python -P die_with_parent.py PARENT COMMAND ...`.
 
-A comparison that is killed (SIGKILL, out of memory) cannot stop its runs any more, and a run that lives on would
-race the comparison that resumes it. Linux can be asked to kill a child when its parent ends; elsewhere this only
-runs the command, and the lock that the run holds open keeps the next comparison out. A program of its own, because
-code between fork and exec is not safe beside threads.
+A comparison that is killed cannot stop its runs, and a run that lives on would race the comparison that resumes it.
+Linux can be asked to kill a child when its parent ends; elsewhere the lock that the run holds open keeps the next
+comparison out. A program of its own, because code between fork and exec is not safe beside threads.
 """
 
 import ctypes

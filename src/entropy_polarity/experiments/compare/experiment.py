@@ -3,11 +3,11 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 
-from entropy_polarity.experiments.compare.plan import Plan
+from entropy_polarity.experiments.compare.plan import Plan, naming_method
 from entropy_polarity.experiments.compare.runs import Job, Queue, claim, locked, refuse_others
 from entropy_polarity.experiments.compare.search import candidates_of, choose, judge, search_plan, unseen_problems
 from entropy_polarity.experiments.compare.summary import RunResults, summarise
@@ -59,25 +59,19 @@ def compare(plan: Plan, output: Path, **how: Unpack[How]) -> dict[str, Any]:
 
 
 def search(plan: Plan, output: Path, **how: Unpack[How]) -> dict[str, Any]:
-    """Try the values of [search.values] on the search's seeds and problems; runs go into `output`/search.
-
-    Returns the document that is written to search.json: one row per candidate, and the method tables of the chosen.
-    Raises as `compare`.
-    """
+    """Try the values of [search.values] on the search's seeds and problems; runs go into `output`/search. Returns the
+    document that is written to search.json. Raises as `compare`."""
     trial = search_plan(plan)
     kept = unseen_problems(plan, trial)
     made = _run(trial, output / "search", output, **how)
     rows = judge(candidates_of(plan), made.runs, trial.seeds, kept)
-    document = _document(
-        "search",
-        plan,
-        trial,
-        made,
-        criterion="highest mean over the search's seeds of the final held-out pass@1; ties: of pass@16",
-        problems=len(kept),
-        rows=rows,
-        chosen={row["label"]: trial.methods[row["run_label"]] for row in choose(rows).values() if row},
-    )
+    found = {
+        "criterion": "highest mean over the search's seeds of the final held-out pass@1; ties: of pass@16",
+        "problems": len(kept),
+        "rows": rows,
+        "chosen": {row["label"]: trial.methods[row["run_label"]] for row in choose(rows).values() if row},
+    }
+    document = _document("search", plan, trial, made, **found)
     write_document(output / SEARCH, document)
     if made.stopped:
         raise KeyboardInterrupt
@@ -92,19 +86,19 @@ def _document(kind: str, plan: Plan, trained: Plan, made: _Made, **results: Any)
         "environment": provenance(),
         "failed": made.failed,
         **results,
-        "runs": [run.to_json() for run in made.runs],
+        "runs": [asdict(run) for run in made.runs],
     }
 
 
 def read_comparison(file: Path, baselines: Sequence[str] = ()) -> dict[str, Any]:
     """The document of a comparison, summarised again, with other baselines if any are given."""
     document = read_document(file, "comparison")
-    used = list(baselines) or document["plan"]["baselines"]
-    for label in used:
-        if label not in document["plan"]["methods"]:
-            raise unknown_name("baseline", label, document["plan"]["methods"])
-    plan = document["plan"] | {"baselines": used}
-    return document | {"plan": plan, "summary": summarise([RunResults(**run) for run in document["runs"]], used)}
+    plan = document["plan"] | ({"baselines": list(baselines)} if baselines else {})
+    for label in plan["baselines"]:
+        if label not in plan["methods"]:
+            raise unknown_name("baseline", label, plan["methods"])
+    summary = summarise([RunResults(**run) for run in document["runs"]], plan["baselines"])
+    return document | {"plan": plan, "summary": summary}
 
 
 def write_page(document: dict[str, Any], output: Path) -> Path:
@@ -143,9 +137,8 @@ def _run(
         failed, stopped = {}, False
     else:
         failed, stopped = _train(jobs, root, output, at_once or default_jobs(), watch)
-    results |= {
-        (job.label, job.seed): RunResults.of(job.label, Run.read(job.directory)) for job in jobs if job.finished
-    }
+    ended = [job for job in jobs if job.finished]
+    results |= {(job.label, job.seed): RunResults.of(job.label, Run.read(job.directory)) for job in ended}
     runs = [results[pair] for pair in pairs if pair in results]
     if stopped and not runs:
         raise KeyboardInterrupt
@@ -177,10 +170,8 @@ def _known(files: Sequence[Path], plan: Plan) -> dict[tuple[str, int], RunResult
         if not isinstance(document, dict) or "runs" not in document:
             raise ValueError(f"{file} is no result of papo compare: give a comparison.json or a search.json")
         with as_written(file):
-            resolved = document.get("plan", {}).get("resolved")
-        if resolved != parsed(json.dumps(_portable(plan)["resolved"])):
-            raise ValueError(f"{file} is of another recipe than the plan: its runs cannot be taken over")
-        with as_written(file):
+            if document.get("plan", {}).get("resolved") != parsed(json.dumps(_portable(plan)["resolved"])):
+                raise ValueError(f"{file} is of another recipe than the plan: its runs cannot be taken over")
             for run in (RunResults(**run) for run in document["runs"]):
                 # By what was run, not by its label: a search calls the candidates of a method by numbers.
                 method = run.method | {"name": name_of(run.method["name"], run.date)}
@@ -192,11 +183,8 @@ def _known(files: Sequence[Path], plan: Plan) -> dict[tuple[str, int], RunResult
 def _check(plan: Plan) -> None:
     """Everything that a run would refuse in its first seconds, for every method, before any starts."""
     for label, table in plan.methods.items():
-        settings = {key: value for key, value in table.items() if key != "name"}
-        try:
-            make_transform(table["name"], settings)
-        except ValueError as error:
-            raise ValueError(f"[methods.{label}] {error}") from None
+        with naming_method(label):
+            make_transform(table["name"], {key: value for key, value in table.items() if key != "name"})
     from entropy_polarity.experiments.setup import check_recipe, quiet  # TRL: seconds that none of the above need wait
 
     quiet()
@@ -208,4 +196,4 @@ def _portable(plan: Plan) -> dict[str, Any]:
     """The plan with the recipe itself beside its name: a path of this machine says nothing elsewhere."""
     recipe = plan.recipe_of(next(iter(plan.methods)), plan.seeds[0]).to_dict()
     kept = {key: recipe[key] for key in ("task", "policy", "trainer", "evaluation", "record")}
-    return plan.to_json() | {"recipe": Path(plan.recipe).stem, "resolved": kept}
+    return asdict(plan) | {"recipe": Path(plan.recipe).stem, "resolved": kept}

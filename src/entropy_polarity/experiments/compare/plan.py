@@ -16,8 +16,9 @@ is read, before anything runs.
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from entropy_polarity.methods import check_name, given_beside
@@ -53,7 +54,10 @@ class Search:
     values: dict[str, Any] = field(default_factory=dict)  # label -> Choice
 
     def __post_init__(self) -> None:
-        choices = {label: _choice(label, value) for label, value in self.values.items()}
+        choices = {
+            label: value if isinstance(value, Choice) else typed_table(Choice, value, f"search.values.{label}.", "plan")
+            for label, value in self.values.items()
+        }
         object.__setattr__(self, "values", choices)
         for label, choice in choices.items():
             if bool(choice.key) != bool(choice.values):
@@ -62,10 +66,6 @@ class Search:
         if len(set(sizes.values())) > 1:
             shown = ", ".join(f"{label}: {size}" for label, size in sizes.items())
             raise ValueError(f"every method gets the same budget, but the numbers of values differ ({shown})")
-
-
-def _choice(label: str, value: Any) -> Choice:
-    return value if isinstance(value, Choice) else typed_table(Choice, value, f"search.values.{label}.", "plan")
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,6 @@ class Plan:
         base = load_recipe(self.recipe, self.set)
         return replace(base, title=f"{label}, seed {seed}", cost="", expected="", seed=seed, method=self.methods[label])
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def load_plan(
     source: str,
@@ -115,7 +112,10 @@ def load_plan(
     document = read_recipe(source)
     if not document.keys() & {f.name for f in fields(Plan)}:
         own, tables = load_recipe(source).method, methods_of(methods)
-        document = {"recipe": source, "methods": {label: _beside(own, label, tables[label], say) for label in tables}}
+        for label, given in tables.items():
+            with naming_method(label):
+                tables[label] = given_beside(own, given, say, f"methods.{label}")
+        document = {"recipe": source, "methods": tables}
     elif methods:
         raise ValueError(f"--methods cannot be given with a plan: {source} names them in [methods.LABEL] tables")
     if isinstance(document.get("search"), dict):
@@ -133,9 +133,18 @@ def load_plan(
 
 
 def checked_plan(plan: Plan) -> Plan:
-    """The plan with its defaults filled in. Raises as `load_plan`."""
+    """The plan with nothing left to defaults that a reader of the results would have to look up elsewhere.
+
+    As with `papo train --method`, a method that is only named has the recipe's settings if the recipe is about it.
+    Raises as `load_plan`.
+    """
     _check(plan)
-    return _resolved(plan)
+    methods = {
+        label: dict(table) if len(table) > 1 else load_recipe(plan.recipe, plan.set, table["name"]).method
+        for label, table in plan.methods.items()
+    }
+    usual = [label for label in _USUAL_BASELINES if label in methods]
+    return replace(plan, methods=methods, baselines=plan.baselines or usual or [next(iter(methods))])
 
 
 def methods_of(specifications: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -159,10 +168,11 @@ def methods_of(specifications: Sequence[str]) -> dict[str, dict[str, Any]]:
     return tables
 
 
-def _beside(own: dict[str, Any], label: str, given: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """The method of the recipe with what was given for `label`."""
+@contextmanager
+def naming_method(label: str) -> Iterator[None]:
+    """A context whose ValueErrors name the table of the method that they are about."""
     try:
-        return given_beside(own, given, say, f"methods.{label}")
+        yield
     except ValueError as error:
         raise ValueError(f"[methods.{label}] {error}") from None
 
@@ -179,20 +189,16 @@ def _check(plan: Plan) -> None:
             raise ValueError(
                 f"plan key 'methods.{label}' is {table!r}; expected a table with a name, as in papo methods"
             )
-        try:
+        with naming_method(label):
             check_name(table["name"])
-        except ValueError as error:
-            raise ValueError(f"[methods.{label}] {error}") from None
     _check_seeds("seeds", plan.seeds)
+    _check_labels(plan, "seeds_of", plan.seeds_of)
     for label, seeds in plan.seeds_of.items():
-        if label not in plan.methods:
-            raise unknown_name("plan key", f"seeds_of.{label}", [f"seeds_of.{m}" for m in plan.methods])
         _check_seeds(f"seeds_of.{label}", seeds)
         if stray := sorted({*seeds} - {*plan.seeds}):
             raise ValueError(f"plan key 'seeds_of.{label}' has seeds {stray}, which are not in seeds ({plan.seeds})")
+    _check_labels(plan, "notes", plan.notes)
     for label, note in plan.notes.items():
-        if label not in plan.methods:
-            raise unknown_name("plan key", f"notes.{label}", [f"notes.{m}" for m in plan.methods])
         if not isinstance(note, str):
             raise ValueError(f"plan key 'notes.{label}' is {note!r}; expected a text")
     _check_overrides("set", plan.set)
@@ -207,9 +213,7 @@ def _check(plan: Plan) -> None:
 def _check_search(plan: Plan) -> None:
     _check_seeds("search.seeds", plan.search.seeds)
     _check_overrides("search.set", plan.search.set)
-    for label in plan.search.values:
-        if label not in plan.methods:
-            raise unknown_name("plan key", f"search.values.{label}", [f"search.values.{m}" for m in plan.methods])
+    _check_labels(plan, "search.values", plan.search.values)
     if both := sorted({*plan.seeds} & {*plan.search.seeds}):
         raise ValueError(
             f"seeds {both} are in both seeds and search.seeds: what is chosen on a seed must not be judged on it"
@@ -220,6 +224,12 @@ def _check_search(plan: Plan) -> None:
             f"the search would be judged on the problems of the comparison: both have evaluation.seed={final}; "
             'add "evaluation.seed=1000" to search.set'
         )
+
+
+def _check_labels(plan: Plan, table: str, labels: Iterable[str]) -> None:
+    for label in labels:
+        if label not in plan.methods:
+            raise unknown_name("plan key", f"{table}.{label}", [f"{table}.{method}" for method in plan.methods])
 
 
 def _check_seeds(key: str, seeds: Any) -> None:
@@ -235,16 +245,3 @@ def _check_overrides(key: str, overrides: list[Any]) -> None:
         section = override.partition("=")[0].partition(".")[0].strip()
         if section in ("seed", "method"):
             raise ValueError(f"override {override!r} of plan key {key!r} would not last: the plan has {section}s")
-
-
-def _resolved(plan: Plan) -> Plan:
-    """The plan with nothing left to defaults that a reader of the results would have to look up elsewhere.
-
-    As with `papo train --method`, a method that is only named has the recipe's settings if the recipe is about it.
-    """
-    methods = {
-        label: dict(table) if len(table) > 1 else load_recipe(plan.recipe, plan.set, table["name"]).method
-        for label, table in plan.methods.items()
-    }
-    usual = [label for label in _USUAL_BASELINES if label in methods]
-    return replace(plan, methods=methods, baselines=plan.baselines or usual or [next(iter(methods))])

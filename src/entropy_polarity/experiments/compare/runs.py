@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,22 +91,16 @@ def claim(directory: Path) -> None:
     (directory / LOCK).touch()
 
 
-@contextmanager
-def locked(directory: Path) -> Iterator[int]:
-    """Hold the lock of a comparison directory; runs that inherit the handle hold it as long as they live.
-
-    Raises BlockingIOError if another comparison, or a run that it left behind, works there.
-    """
+def locked(directory: Path) -> AbstractContextManager[int]:
+    """Hold the lock of a comparison directory; runs that inherit the handle hold it as long as they live. Raises
+    BlockingIOError if another comparison, or a run that it left behind, works there."""
     claim(directory)
-    with locked_folder(directory, "comparison", patience=_LET_GO) as handle:
-        yield handle
+    return locked_folder(directory, "comparison", patience=_LET_GO)
 
 
 def refuse_others(jobs: Sequence[Job]) -> None:
     """Raise ValueError if a run directory holds a run with other settings than the plan's, or something else."""
     for job in jobs:
-        if not job.directory.exists():
-            continue
         if (job.directory / CONFIG).is_file():
             refuse_renamed(job.directory)
             there = flattened(load_recipe(str(job.directory / CONFIG)).to_dict())
@@ -127,11 +121,9 @@ def _of_unborn(name: str) -> bool:
 
 
 class Queue:
-    """Runs jobs, `at_once` of them at a time, in the given order. `watch` gets the state of all, again and again.
-
-    The first SIGINT or SIGTERM starts nothing more and passes one SIGINT on: each run stops with a checkpoint at its
-    next rollout boundary. Another one is passed on too: then they stop at once.
-    """
+    """Runs jobs, `at_once` of them at a time, in the given order. `watch` gets the state of all, again and again. The
+    first SIGINT or SIGTERM starts nothing more and passes one SIGINT on: each run stops with a checkpoint at its next
+    rollout boundary. Another one is passed on too: then they stop at once."""
 
     def __init__(self, jobs: Sequence[Job], at_once: int, lock: int, watch: Callable[[list[RunState]], None]) -> None:
         self.jobs, self.at_once, self.lock, self.watch = jobs, at_once, lock, watch
@@ -141,10 +133,8 @@ class Queue:
         self.states = {job.name: job.state("finished" if job.finished else "waiting") for job in jobs}
 
     def run(self) -> dict[str, str]:
-        """Work until nothing is left; the last line of the log of each run that failed, by name.
-
-        Raises KeyboardInterrupt after a stop, when all runs have ended.
-        """
+        """Work until nothing is left; the last line of the log of each run that failed, by name. Raises
+        KeyboardInterrupt after a stop, when all runs have ended."""
         waiting = deque(job for job in self.jobs if self.states[job.name].kind == "waiting")
         previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:

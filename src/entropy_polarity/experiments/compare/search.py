@@ -1,8 +1,8 @@
 """One constant per method, chosen with one budget for all on seeds and problems that the comparison never uses."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,8 +12,7 @@ from entropy_polarity.statistics.success import pass_at_k
 from entropy_polarity.tasks import distinct_problems, make_task
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A method with one value of its constant; `run_label` names its runs."""
 
     label: str
@@ -60,14 +59,12 @@ def judge(
     candidates: Sequence[Candidate], runs: Sequence[RunResults], seeds: Sequence[int], kept: Sequence[int]
 ) -> list[dict[str, Any]]:
     """One row per candidate: means over seeds of the final pass@1, of pass@16 (or as many as were sampled) and entropy.
-
-    Only the problems `kept` count. A candidate whose runs have not all finished has no numbers.
-    """
+    Only the problems `kept` count. A candidate whose runs have not all finished has no numbers."""
     rows = []
     for candidate in candidates:
         own = [run for run in runs if run.label == candidate.run_label]
-        row: dict[str, Any] = {"label": candidate.label, "key": candidate.key, "value": candidate.value}
-        row |= {"run_label": candidate.run_label, "seeds": [run.seed for run in own]}
+        row: dict[str, Any] = {name: getattr(candidate, name) for name in ("label", "key", "value", "run_label")}
+        row["seeds"] = [run.seed for run in own]
         if {*row["seeds"]} == {*seeds}:
             right = np.array([run.after["successes"] for run in own])[:, list(kept)]
             samples = own[0].samples

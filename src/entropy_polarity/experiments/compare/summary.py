@@ -1,11 +1,8 @@
-"""From the results of single runs to means over seeds, paired differences, and how sure they are.
-
-Two methods are compared on the seeds that both have finished, on the same held-out problems. `summarise` is a pure
-function of the results: a committed result file can be summarised again.
-"""
+"""From the results of single runs to means over seeds, paired differences on the same seeds and held-out problems, and
+how sure they are. It needs nothing but the results: a committed result file can be summarised again."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,7 +45,6 @@ class RunResults:
         held_out = {
             when: {name: run.summary[when][name] for name in ("successes", "greedy")} for when in ("before", "after")
         }
-        curves = {name: _curve(run, key) for name, key in (("reward", "reward"), ("entropy", "polarity/entropy"))}
         return cls(
             label,
             run.config["seed"],
@@ -57,7 +53,8 @@ class RunResults:
             run.environment.get("commit"),
             run.summary["after"]["samples"],
             **held_out,
-            **{name: {"steps": steps, "values": _shortened(values)} for name, (steps, values) in curves.items()},
+            reward=_curve(run, "reward"),
+            entropy=_curve(run, "polarity/entropy"),
             step_seconds=_shortened(run.series("step_time")[1], digits=4),
             counted={
                 when: {name: rounded(count["value"]) for name, count in run.summary[when].get("facts", {}).items()}
@@ -65,14 +62,11 @@ class RunResults:
             },
         )
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     def scores(self, when: str = "after") -> dict[str, np.ndarray]:
         """One value per problem: pass@k for the compared k, and whether the greedy answer is right."""
         held_out = self.before if when == "before" else self.after
-        sizes = [k for k in HEADLINES if k <= self.samples]
-        passes = {f"pass@{k}": pass_at_k(np.array(held_out["successes"]), self.samples, k) for k in sizes}
+        successes = np.array(held_out["successes"])
+        passes = {f"pass@{k}": pass_at_k(successes, self.samples, k) for k in HEADLINES if k <= self.samples}
         return passes | {"greedy": np.array(held_out["greedy"], dtype=float)}
 
     def best_reward(self) -> float:
@@ -88,10 +82,8 @@ class RunResults:
 
 
 def summarise(runs: Sequence[RunResults], baselines: Sequence[str]) -> dict[str, Any]:
-    """The summary of every method: alone, and against each of `baselines` that has finished runs.
-
-    Raises ValueError where runs were not evaluated alike.
-    """
+    """The summary of every method: alone, and against each of `baselines` that has finished runs. Raises ValueError
+    where runs were not evaluated alike."""
     if len({(run.samples, len(run.after["successes"])) for run in runs}) > 1:
         raise ValueError("the runs were evaluated on other numbers of problems or samples: they cannot be paired")
     by_label: dict[str, dict[int, RunResults]] = {}
@@ -100,9 +92,7 @@ def summarise(runs: Sequence[RunResults], baselines: Sequence[str]) -> dict[str,
     return {
         "methods": {label: _alone([*seeds.values()]) for label, seeds in by_label.items()},
         "against": {
-            baseline: {
-                label: _against(seeds, by_label[baseline]) for label, seeds in by_label.items() if label != baseline
-            }
+            baseline: {label: _against(by_label[label], by_label[baseline]) for label in by_label if label != baseline}
             for baseline in baselines
             if baseline in by_label
         },
@@ -114,8 +104,8 @@ def _alone(runs: list[RunResults]) -> dict[str, Any]:
 
     def over_seeds(number: Callable[[RunResults], float]) -> dict[str, float | None]:
         values = [number(run) for run in runs]
-        spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        return {"mean": rounded(float(np.mean(values))), "sd": spread if spread is None else rounded(spread)}
+        spread = rounded(float(np.std(values, ddof=1))) if len(values) > 1 else None
+        return {"mean": rounded(float(np.mean(values))), "sd": spread}
 
     names = runs[0].scores()
     entropy = {run.seed: np.array(run.entropy["values"], dtype=float) for run in runs}  # null is NaN
@@ -159,30 +149,25 @@ def _against(method: dict[int, RunResults], baseline: dict[int, RunResults]) -> 
         name: _difference(np.stack([s[name] for s in mine]), np.stack([s[name] for s in theirs])) for name in mine[0]
     }
     areas = np.array([[area_under_curve(np.array(run.reward["values"])) for run in pair] for pair in pairs])
-    area = areas[:, 0] - areas[:, 1]
     return {
         "seeds": [run.seed for run, _ in pairs],
         **differences,
-        "reward_area": {"difference": rounded(float(area.mean())), "t": _t(area)},
+        "reward_area": _mean_difference(areas[:, 0] - areas[:, 1]),
         "reach": _reach(pairs),
         "counted": {
-            name: _counted_difference(pairs, name) for name in _counted([run for pair in pairs for run in pair])
+            name: _mean_difference(np.array([a.counted["after"][name] - b.counted["after"][name] for a, b in pairs]))
+            for name in _counted([run for pair in pairs for run in pair])
         },
     }
 
 
-def _counted_difference(pairs: list[tuple[RunResults, RunResults]], name: str) -> dict[str, Any]:
-    differences = np.array([run.counted["after"][name] - other.counted["after"][name] for run, other in pairs])
+def _mean_difference(differences: np.ndarray) -> dict[str, Any]:
     return {"difference": rounded(float(differences.mean())), "t": _t(differences)}
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-    bootstrap = paired_bootstrap(a, b, within=DIFFERENCE)
-    return {
-        "difference": rounded(bootstrap.value),
-        "bootstrap": bounds(bootstrap),
-        "t": _t((a - b).mean(axis=1)),
-    }
+    found = paired_bootstrap(a, b, within=DIFFERENCE)
+    return {"difference": rounded(found.value), "bootstrap": bounds(found), "t": _t((a - b).mean(axis=1))}
 
 
 def _t(differences: np.ndarray) -> list[float] | None:
@@ -213,10 +198,10 @@ def _reach(pairs: list[tuple[RunResults, RunResults]]) -> dict[str, Any]:
     }
 
 
-def _curve(run: Run, key: str) -> tuple[list[int], list[float | None]]:
+def _curve(run: Run, key: str) -> dict[str, list[Any]]:
     """The steps at which a metric was logged and its values, None where it was not a number: no step is left out."""
     rows = [row for row in run.metrics if key in row]
-    return [row["step"] for row in rows], [row[key] for row in rows]
+    return {"steps": [row["step"] for row in rows], "values": _shortened([row[key] for row in rows])}
 
 
 def _shortened(values: Sequence[float | None], digits: int = 5) -> list[float | None]:

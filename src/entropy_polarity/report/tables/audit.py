@@ -12,9 +12,6 @@ _LEVELS = {
     "preconditioned": "preconditioned: -η <g, M G>",
     "exact": "exact: <g, δθ>",
 }
-_STATES = {"batch": "on the states that were trained on", "held_out": "on held-out states"}
-
-
 _INTERVALS = (
     "in brackets 95 % block-bootstrap intervals, which are short where updates hang together for long; a dash for runs "
     "of too few updates"
@@ -26,21 +23,15 @@ _MISSING = "-"  # not known of this audit
 def audit_tables(document: dict[str, Any]) -> list[TextTable]:
     """The levels on both sets of states, what each explains, the forecasts, the tokens, and what each tenth does."""
     constants = document["constants"]
+    states = {"on the states that were trained on": document, "on held-out states": document["held_out"]}
     return [
-        *(_levels(_of(document, states), f"Predicted and realised change, {text}") for states, text in _STATES.items()),
-        *(_cheap(_of(document, states)["cheap"], f"Forecasts, {text}", constants) for states, text in _STATES.items()),
-        *(
-            _explained(_of(document, states)["explained"], f"r² of each level, {text}")
-            for states, text in _STATES.items()
-        ),
+        *(_levels(found, f"Predicted and realised change, {where}") for where, found in states.items()),
+        *(_cheap(found["cheap"], f"Forecasts, {where}", constants) for where, found in states.items()),
+        *(_explained(found["explained"], f"r² of each level, {where}") for where, found in states.items()),
         _tokens(document["tokens"], constants),
         _threshold(document["asymmetry"]),
         _by_probability(document["asymmetry"]),
     ]
-
-
-def _of(document: dict[str, Any], states: str) -> dict[str, Any]:
-    return document if states == "batch" else document[states]
 
 
 def _levels(levels: dict[str, Any], title: str) -> TextTable:
@@ -99,12 +90,10 @@ def _cheap(cheap: dict[str, Any], title: str, constants: dict[str, Any]) -> Text
         if name == "falls":
             continue
         figures = [_estimate(found[key]) for key in ("spearman", "detrended_spearman", "sign_agreement")]
+        error = "" if name in ("local", "momentum") else _estimate(found["error"])
         fitted = found["fitted"] or {"sign_agreement": None, "error": None}
-        errors = [
-            _estimate(found["error"]) if name not in ("local", "momentum") else "",
-            *(_estimate(fitted[key]) for key in ("sign_agreement", "error")),
-        ]
-        rows.append([name, costs.get(name, "a measurement"), *figures, *errors])
+        of_line = (_estimate(fitted[key]) for key in ("sign_agreement", "error"))
+        rows.append([name, costs.get(name, "a measurement"), *figures, error, *of_line])
     return TextTable(title, columns, [*rows, ['"it falls"', "nothing", "", "", f"{cheap['falls']:.3g}", "", "", ""]])
 
 
@@ -147,31 +136,24 @@ def _tokens(tokens: dict[str, float | None], constants: dict[str, Any]) -> TextT
     for name, text in pairs.items():
         if tokens[f"{name}_spearman"] is None:
             continue
-        none = "" if name == "sensitivity" else _MISSING
-        cells = {figure: tokens.get(f"{name}_{figure}") for figure in figures}
-        rows.append([text, *(_share(value, none if "falls" in key else _MISSING) for key, value in cells.items())])
+        cells = [text]
+        for figure in figures:
+            value = tokens.get(f"{name}_{figure}")
+            none = "" if name == "sensitivity" and "falls" in figure else _MISSING
+            cells.append(none if value is None else f"{value:.3f}")
+        rows.append(cells)
     return TextTable("Tokens", columns, rows)
-
-
-def _share(value: float | None, none: str) -> str:
-    return none if value is None else f"{value:.3f}"
 
 
 def _threshold(asymmetry: dict[str, Any]) -> TextTable:
     quantiles = asymmetry["threshold_over_exp_minus_entropy"]
+    meaning = "Quantile over tokens of p* e^H: by what factor C moves the threshold p* up from e^-H."
     columns = [
-        *(
-            Column(
-                f"{float(name):.0%}",
-                "Quantile over tokens of p* e^H: by what factor C moves the threshold p* up from e^-H.",
-            )
-            for name in quantiles
-        ),
+        *(Column(f"{float(name):.0%}", meaning) for name in quantiles),
         Column("between", "Share of tokens with e^-H < p < p*: they would be misjudged without C."),
     ]
-    return TextTable(
-        "The threshold", columns, [[*(f"{value:.3f}" for value in quantiles.values()), f"{asymmetry['between']:.1%}"]]
-    )
+    row = [*(f"{value:.3f}" for value in quantiles.values()), f"{asymmetry['between']:.1%}"]
+    return TextTable("The threshold", columns, [row])
 
 
 def _by_probability(asymmetry: dict[str, Any]) -> TextTable:

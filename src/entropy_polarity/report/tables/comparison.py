@@ -42,19 +42,18 @@ def search_table(document: dict[str, Any]) -> TextTable:
 
 
 def _method_table(methods: dict[str, Summary]) -> TextTable:
-    names = list(next(iter(methods.values()))["after"])
+    start = next(iter(methods.values()))
+    names, counted = list(start["after"]), list(_counted(start))
     columns = [
         Column("method", "Label of the method in the plan; the first row is the policy before training."),
         Column("seeds", "Seeds that have finished. All means are over them, ± their standard deviation."),
         *(Column(name, _meaning(name)) for name in names),
+        *(Column(name, _counted_meaning(name)) for name in counted),
         Column("reward", "Mean reward of all that was sampled in training: the area under the reward curve."),
         Column("entropy", "Mean entropy of the policy over the whole run, in nats, at the tokens that it wrote."),
         Column("entropy at the end", "The same over the last ten rollouts."),
         Column("seconds", "Seconds a run, in training steps; evaluation is left out."),
     ]
-    start = next(iter(methods.values()))
-    counted = list(_counted(start))
-    columns[2 + len(names) : 2 + len(names)] = [Column(name, _counted_meaning(name)) for name in counted]
     first = [start["before"][name] for name in names] + [start["counted"]["before"][name] for name in counted]
     rows = [["before training", "", *(_mean(number | {"sd": None}) for number in first), "", "", "", ""]]
     for label, method in methods.items():
@@ -66,10 +65,9 @@ def _method_table(methods: dict[str, Summary]) -> TextTable:
 
 
 def _difference_table(baseline: str, rows: dict[str, Summary]) -> TextTable:
-    paired = [row for row in rows.values() if row["seeds"]]
-    apart = ("seeds", "reward_area", "reach", "counted")
-    names = [name for name in paired[0] if name not in apart] if paired else []
-    counted = list(paired[0].get("counted", {})) if paired else []
+    paired = next((row for row in rows.values() if row["seeds"]), {})
+    names = [name for name in paired if name not in ("seeds", "reward_area", "reach", "counted")]
+    counted = list(paired.get("counted", {}))
     columns = [
         Column("method", f"Compared with {baseline} on the same seeds and the same held-out problems."),
         Column("pairs", "Seeds that both have finished."),

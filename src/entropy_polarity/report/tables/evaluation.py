@@ -6,7 +6,6 @@ from entropy_polarity.report.intervals import between, estimated
 from entropy_polarity.report.tables.text import Column, TextTable
 
 Document = dict[str, Any]
-_OVER = {False: "over problems", True: "over problems and sampling seeds"}
 
 
 def evaluation_tables(document: Document) -> list[TextTable]:
@@ -32,6 +31,11 @@ def shown_names(document: Document) -> list[str]:
     names = [name for name in next(iter(models))["scores"] if not name.startswith("avg@")]
     same = all(model["scores"]["reward"]["value"] == model["scores"]["pass@1"]["value"] for model in models)
     return [name for name in names if name != "reward" or document["game"] or not same]
+
+
+def over_what(document: Document) -> str:
+    """What the intervals are over."""
+    return "problems and sampling seeds" if len(document["settings"]["seeds"]) > 1 else "problems"
 
 
 def is_of_game(evaluation: dict[str, Any]) -> bool:
@@ -79,7 +83,9 @@ def meaning_of(name: str, document: Document) -> str:
 def _score_table(document: Document) -> TextTable:
     models, names = document["models"], shown_names(document)
     counts = list(next(iter(models.values()))["facts"])
-    brackets = f"In brackets the 95 % bootstrap interval {_over(document)}; a dash where there are too few to say."
+    brackets = (
+        f"In brackets the 95 % bootstrap interval over {over_what(document)}; a dash where there are too few to say."
+    )
     columns = [
         Column("model", f"Its label, as given with --model. {brackets}"),
         *(Column(title_of(name, document), meaning_of(name, document)) for name in [*names, *counts]),
@@ -87,8 +93,8 @@ def _score_table(document: Document) -> TextTable:
     rows = [
         [
             label,
-            *(_estimate(model["scores"][name]) for name in names),
-            *(_estimate(model["facts"][name]) if name in model["facts"] else "-" for name in counts),
+            *(estimated(model["scores"][name], joint="\n") for name in names),
+            *(estimated(model["facts"][name], joint="\n") if name in model["facts"] else "-" for name in counts),
         ]
         for label, model in models.items()
     ]
@@ -97,28 +103,18 @@ def _score_table(document: Document) -> TextTable:
 
 def _difference_table(document: Document) -> TextTable:
     baseline, against = document["baseline"], document["against"]
-    counts = [
-        name for name in next(iter(document["models"].values()))["facts"] if all(name in r for r in against.values())
-    ]
-    names = [*shown_names(document), *counts]
+    counts = next(iter(document["models"].values()))["facts"]
+    names = [*shown_names(document), *(name for name in counts if all(name in row for row in against.values()))]
     columns = [
         Column(
             "model",
             f"Each model minus {baseline}, on the same problems; in brackets the 95 % interval of a paired bootstrap "
-            f"{_over(document)}. An interval that holds 0 leaves open which of the two is better.",
+            f"over {over_what(document)}. An interval that holds 0 leaves open which of the two is better.",
         ),
         *(Column(f"Δ {title_of(name, document)}", meaning_of(name, document)) for name in names),
     ]
     rows = [[label, *(_difference(found[name]) for name in names)] for label, found in against.items()]
     return TextTable(f"Against {baseline}", columns, rows)
-
-
-def _over(document: Document) -> str:
-    return _OVER[len(document["settings"]["seeds"]) > 1]
-
-
-def _estimate(estimate: dict[str, float | None]) -> str:
-    return estimated(estimate, joint="\n")
 
 
 def _difference(number: dict[str, Any]) -> str:
