@@ -43,7 +43,7 @@ def refuse_what_cannot_resume(trainer: Any, checkpoint: Path) -> None:
             warnings.warn(f"{checkpoint} has no sums of its files: an older version saved it", stacklevel=3)
             if (damage := damaged_file(checkpoint)) is not None:
                 raise ValueError(f"{damage}: resume from another checkpoint")
-    load_state(checkpoint, trainer.args.method, trainer.args.settings, _saved(None, trainer.transform.init()))
+    load_state(checkpoint, trainer.args.method, trainer.args.settings, trainer.checkpoint_state)
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # these keep files of their own, and miss them
         return
     for name, pattern in (("optimizer.pt", "optimizer.*"), ("scheduler.pt",) * 2, ("rng_state.pth", "rng_state*.pth")):
@@ -92,11 +92,6 @@ class RolloutBoundaries(TrainerCallback):
             control.should_save, self.waiting = False, True
 
 
-def _saved(entropy: float | None, state: State) -> State:
-    """The state in a checkpoint of what decides and what measures."""
-    return {"entropy": entropy, "inner": state}
-
-
 class CheckpointedTrainer(GRPOTrainer):
     """GRPOTrainer with checkpoints that are whole or refused, and the state of the method in them."""
 
@@ -123,7 +118,7 @@ class CheckpointedTrainer(GRPOTrainer):
     @property
     def checkpoint_state(self) -> State:
         """What a checkpoint holds of the method: its state, and the monitor's last entropy."""
-        return _saved(self.monitor.entropy, self.method_state)
+        return {"entropy": self.monitor.entropy, "inner": self.method_state}
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As GRPOTrainer's. A checkpoint to resume from must be whole: ValueError names the file that is missing or was
@@ -170,8 +165,7 @@ class CheckpointedTrainer(GRPOTrainer):
         with naming_the_file(checkpoint, "optimizer.pt", "scheduler.pt"):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            beginning = _saved(None, self.transform.init())
-            saved = load_state(Path(checkpoint), self.args.method, self.args.settings, beginning)
+            saved = load_state(Path(checkpoint), self.args.method, self.args.settings, self.checkpoint_state)
             self.monitor, self.method_state = Monitor(saved["entropy"]), saved["inner"]
 
     def _load_rng_state(self, checkpoint):

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback
 
-from entropy_polarity.runs.record import TOKEN_COLUMNS, RunWriter
+from entropy_polarity.runs.record import RunWriter
 from entropy_polarity.support.text import valid, valid_parts
 from entropy_polarity.trainers.trl.rollout import Rollout
 from entropy_polarity.trainers.trl.trainer import PolarityTrainer
@@ -64,11 +63,6 @@ class RunRecorder(TrainerCallback):
             return
         stride = responses // count
         picked = [number * stride + step % stride for number in range(count)]
-        columns: dict[str, list[Any]] = {name: [] for name in TOKEN_COLUMNS.names}
-        for number, row in enumerate(picked):
-            for name, values in self._token_columns(rollout, row).items():
-                columns[name] += values
-            columns["rollout"] += [number] * (len(columns["token"]) - len(columns["rollout"]))
         judged = self.judged()
         rows = [
             {
@@ -80,18 +74,18 @@ class RunRecorder(TrainerCallback):
             }
             for number, row in enumerate(picked)
         ]
-        self.writer.rollouts(rows, columns)
+        self.writer.rollouts(rows, self._token_columns(rollout, picked))
 
-    def _token_columns(self, rollout: Rollout, row: int) -> dict[str, list[Any]]:
-        """The columns of one completion: its model tokens, and between them what an environment said."""
+    def _token_columns(self, rollout: Rollout, picked: list[int]) -> dict[str, list[Any]]:
+        """The columns of some completions: their model tokens, and between them what an environment said."""
         tokens, inputs = rollout.tokens, rollout.inputs
-        own = tokens.response == row
-        learnt = torch.zeros_like(inputs["completion_mask"][row], dtype=torch.bool)
-        learnt[tokens.position[own]] = True
+        shape = tuple(inputs["completion_ids"].shape)
+        learnt = tokens.unpack(torch.ones_like(tokens.response, dtype=torch.bool), shape)
         heard = torch.zeros_like(learnt)
         if "tool_mask" in inputs:
-            heard = inputs["completion_mask"][row].bool() & ~inputs["tool_mask"][row].bool()
-        kept = (learnt | heard).nonzero().flatten()
+            heard = inputs["completion_mask"].bool() & ~inputs["tool_mask"].bool()
+        number, position = (learnt | heard)[picked].nonzero().unbind(1)
+        places = number.new_tensor(picked)[number], position
         decode: Callable[..., str] = self.trainer.processing_class.decode  # type: ignore[union-attr,assignment]
         values = {
             "logp": tokens.require("logp"),
@@ -100,15 +94,10 @@ class RunRecorder(TrainerCallback):
             "polarity": token_polarity(tokens),
             "weight": rollout.weight,
         }
-
-        def column(of_tokens: Tensor) -> list[float]:
-            padded = of_tokens.new_full(learnt.shape, torch.nan)
-            padded[learnt] = of_tokens[own]
-            return padded[kept].tolist()
-
         return {
-            "position": kept.tolist(),
-            "token": [valid(decode([token])) for token in inputs["completion_ids"][row, kept].tolist()],
-            **{name: column(of_tokens) for name, of_tokens in values.items()},
-            "from_policy": learnt[kept].tolist(),
+            "rollout": number.tolist(),
+            "position": position.tolist(),
+            "token": [valid(decode([token])) for token in inputs["completion_ids"][places].tolist()],
+            **{name: tokens.unpack(column, shape, torch.nan)[places].tolist() for name, column in values.items()},
+            "from_policy": learnt[places].tolist(),
         }
