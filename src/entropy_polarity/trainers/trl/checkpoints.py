@@ -3,7 +3,6 @@
 TRL takes what it finds in a checkpoint and is silent about the rest, and lets old ones go by their date.
 """
 
-import json
 import math
 import pickle
 import warnings
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
@@ -128,9 +127,8 @@ class CheckpointedTrainer(GRPOTrainer):
             resume_from_checkpoint = last_of(Path(str(self.args.output_dir)), resumable=True) or True
         if isinstance(resume_from_checkpoint, str | Path):
             refuse_what_cannot_resume(self, Path(resume_from_checkpoint))
-            state = (Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8")
-            reached = json.loads(state)["global_step"]
             resume_from_checkpoint = str(resume_from_checkpoint)
+            reached = TrainerState.load_from_json(f"{resume_from_checkpoint}/{TRAINER_STATE_NAME}").global_step
         # Now, and not after hours of training, when it is to be saved there.
         last = self.args.max_steps if self.args.max_steps > 0 else math.inf
         refuse_in_the_way(Path(str(self.args.output_dir)), reached, last)

@@ -136,6 +136,4 @@ def own_part(accelerator: Accelerator, whole: Tokens, after: Tokens) -> Tokens:
 
 
 def _gathered(accelerator: Accelerator, value: Tensor) -> Tensor:
-    whole = accelerator.gather(value.contiguous())
-    assert isinstance(whole, Tensor)
-    return whole
+    return accelerator.gather(value.contiguous())  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""From a trainer's callbacks to the run directory: metrics a step, sampled rollouts with their token columns."""
+"""From a trainer's callbacks to the run directory: metrics of each step, sampled rollouts with their token columns."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,12 +8,10 @@ from transformers import TrainerCallback
 
 from entropy_polarity.runs.record import RunWriter
 from entropy_polarity.support.text import valid, valid_parts
+from entropy_polarity.trainers.trl.packing import loss_mask
 from entropy_polarity.trainers.trl.rollout import Rollout
 from entropy_polarity.trainers.trl.trainer import PolarityTrainer
 from entropy_polarity.transforms import token_polarity
-
-# Hugging Face's closing log line has this; it is about the whole run and goes nowhere near the steps.
-_CLOSING = "train_runtime"
 
 
 class Judged(NamedTuple):
@@ -33,11 +31,7 @@ class RunRecorder(TrainerCallback):
     """
 
     def __init__(
-        self,
-        writer: RunWriter,
-        completions: int,
-        judged: Callable[[], list[Judged]],
-        watch: Callable[[dict], None],
+        self, writer: RunWriter, completions: int, judged: Callable[[], list[Judged]], watch: Callable[[dict], None]
     ) -> None:
         self.writer, self.completions, self.judged, self.watch = writer, completions, judged, watch
 
@@ -47,7 +41,8 @@ class RunRecorder(TrainerCallback):
         trainer.on_rollout = self.record_rollout
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs):
-        if logs and state.is_world_process_zero and _CLOSING not in logs:
+        # The closing line has "train_runtime": it is about the whole run, and no row of a step.
+        if logs and state.is_world_process_zero and "train_runtime" not in logs:
             row = {"step": state.global_step, **logs}
             self.writer.metrics(row)
             if control.should_save:
@@ -81,19 +76,12 @@ class RunRecorder(TrainerCallback):
         tokens, inputs = rollout.tokens, rollout.inputs
         shape = tuple(inputs["completion_ids"].shape)
         learnt = tokens.unpack(torch.ones_like(tokens.response, dtype=torch.bool), shape)
-        heard = torch.zeros_like(learnt)
-        if "tool_mask" in inputs:
-            heard = inputs["completion_mask"].bool() & ~inputs["tool_mask"].bool()
+        heard = inputs["completion_mask"].bool() & ~loss_mask(inputs)
         number, position = (learnt | heard)[picked].nonzero().unbind(1)
         places = number.new_tensor(picked)[number], position
         decode: Callable[..., str] = self.trainer.processing_class.decode  # type: ignore[union-attr,assignment]
-        values = {
-            "logp": tokens.require("logp"),
-            "entropy": tokens.require("entropy"),
-            "sensitivity": tokens.require("sensitivity"),
-            "polarity": token_polarity(tokens),
-            "weight": rollout.weight,
-        }
+        values = {name: tokens.require(name) for name in ("logp", "entropy", "sensitivity")}
+        values |= {"polarity": token_polarity(tokens), "weight": rollout.weight}
         return {
             "rollout": number.tolist(),
             "position": position.tolist(),

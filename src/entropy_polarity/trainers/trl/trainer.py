@@ -65,10 +65,10 @@ class PolarityTrainer(CheckpointedTrainer):
     """GRPOTrainer whose advantages go through a method of `entropy_polarity.methods`.
 
     Takes GRPOTrainer's arguments; `args` is a PolarityConfig, or what `polarity_config` makes one of. With λ = 0 and
-    `statistics_head="trl"` it is GRPOTrainer to the last bit; with our head, whose sums are more exact, to the
-    rounding of float32. What it loads by name must have all its weights: ValueError otherwise. The state
-    of the method is in every checkpoint (`polarity_state.json`); metrics appear under `polarity/`,
-    those of an evaluation under `eval_polarity/`.
+    `statistics_head="trl"` it is GRPOTrainer to the last bit; with our head, whose sums are more exact, to the rounding
+    of float32. What it loads by name must have all its weights: ValueError otherwise. The state of the method is in
+    every checkpoint (`polarity_state.json`); metrics appear under `polarity/` and `eval_polarity/`.
+
     `on_rollout`, if set, is called with each `Rollout` when the first pass over it was made; `on_loss` with each
     micro-batch as TRL trained on it, and its tokens as they went into the loss.
     """
