@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
@@ -66,8 +67,6 @@ def naming_the_file(checkpoint: str | None, *names: str) -> Iterator[None]:
 
 
 def _unreadable(file: Path) -> str | None:
-    from transformers.trainer_pt_utils import safe_globals
-
     try:
         with safe_globals():
             torch.load(file, map_location="cpu", weights_only=True)
@@ -132,13 +131,13 @@ class CheckpointedTrainer(GRPOTrainer):
         # Now, and not after hours of training, when it is to be saved there.
         last = self.args.max_steps if self.args.max_steps > 0 else math.inf
         refuse_in_the_way(Path(str(self.args.output_dir)), reached, last)
-        self._limit = limit = self.args.save_total_limit
-        if limit == 1 and self.args.metric_for_best_model:
-            self.args.save_total_limit = None  # TRL would end by deleting all that is called checkpoint-* but the best
+        # Old checkpoints go only when the new one is whole: TRL's own rotation would come before, goes by date, and may
+        # end by deleting all that is called checkpoint-* but the best.
+        self._limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit = self._limit
 
     def _save_checkpoint(self, model, trial):
         run = Path(self._get_output_dir(trial=trial))
@@ -146,12 +145,7 @@ class CheckpointedTrainer(GRPOTrainer):
         if self.args.should_save:
             begin(folder)
         self.accelerator.wait_for_everyone()
-        # Old checkpoints go only when the new one is whole: TRL's own rotation would come before, and goes by date.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+        super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             finish(folder, self.args.method, self.args.settings, self.checkpoint_state, self.at_rollout_boundary)

@@ -131,13 +131,13 @@ class PolarityTrainer(CheckpointedTrainer):
             found, rollout.statistics = rollout.statistics, None
             if found is None or found.logp is not batch.get("old_per_token_logps"):  # TRL made no such pass
                 found = self._statistics_of(batch)
-            rollout.tokens = self._tokens(rollout.inputs, *found)
+            tokens = self._tokens(rollout.inputs, *found)
             every = self.transform.exact_every
             done = self.state.global_step * self.args.gradient_accumulation_steps // self.micro_steps_per_rollout
             if every > 0 and done % every == 0:
-                inputs, tokens = rollout.inputs, rollout.tokens
-                exact = exact_sensitivity_of(self.accelerator, self.model, inputs, tokens, self.temperature)
-                rollout.tokens = replace(tokens, exact_sensitivity=exact)
+                exact = exact_sensitivity_of(self.accelerator, self.model, rollout.inputs, tokens, self.temperature)
+                tokens = replace(tokens, exact_sensitivity=exact)
+            rollout.tokens = tokens
         return self._decided(rollout)
 
     def _decided(self, rollout: Rollout) -> dict[str, Any]:
