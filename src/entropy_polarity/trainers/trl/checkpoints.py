@@ -60,19 +60,14 @@ def naming_the_file(checkpoint: str | None, *names: str) -> Iterator[None]:
     try:
         yield
     except _UNREADABLE:
-        for file in (Path(str(checkpoint), name) for name in names):
-            if file.is_file() and (wrong := _unreadable(file)):
+        for file in filter(Path.is_file, (Path(str(checkpoint), name) for name in names)):
+            try:
+                with safe_globals():
+                    torch.load(file, map_location="cpu", weights_only=True)
+            except _UNREADABLE as error:
+                wrong = str(error).partition(".")[0].partition("\n")[0]
                 raise ValueError(f"{file} cannot be read as PyTorch's tensors and numbers ({wrong})") from None
         raise
-
-
-def _unreadable(file: Path) -> str | None:
-    try:
-        with safe_globals():
-            torch.load(file, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        return str(error).partition(".")[0].partition("\n")[0]
-    return None
 
 
 class RolloutBoundaries(TrainerCallback):

@@ -20,6 +20,7 @@ from entropy_polarity.kernels import linear_token_stats
 from entropy_polarity.support.weights import load_whole
 
 logger = logging.getLogger("entropy_polarity")
+warn_once = cache(logger.warning)
 
 TESTED_TRL = ("1.16", "1.17")
 
@@ -131,11 +132,6 @@ class StatisticsHead:
             with torch.no_grad():
                 stats = linear_token_stats(hidden, weight, targets, **head, check=False)
         return logp, entropy, None, stats.sensitivity if request.statistics else None, None
-
-
-@cache
-def warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def why_not_fused(weight: Tensor, softcap: float | None, logit_scale: float) -> str | None:

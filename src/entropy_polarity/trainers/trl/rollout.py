@@ -63,4 +63,4 @@ class MicroBatch:
 
     model: Any
     inputs: dict[str, Any]
-    tokens: Tokens | None = None
+    tokens: Tokens = field(init=False)

@@ -160,7 +160,6 @@ class PolarityTrainer(CheckpointedTrainer):
         if not self.model.training:
             return loss
         tokens = micro_batch.tokens
-        assert tokens is not None
         if (terms := loss_terms(tokens)) is not None:
             loss = loss + averaged(self, terms, tokens, inputs)
         if self.on_loss is not None:

@@ -107,8 +107,7 @@ class Reweighting:
     def __init__(self, method: str, settings: dict[str, Any], transform: Transform) -> None:
         self.method, self.settings, self.transform = method, settings, transform
         self.monitor, self.method_state = Monitor(), transform.init()
-        # Of the last batch, where responses of it were dropped, until the actor is updated on it.
-        self.masks: dict[str, Tensor] = {}
+        self.masks: dict[str, Tensor] = {}  # of the last batch, until the actor is updated on it
 
     def rewrite(self, data: Any, batch: Any, metrics: Metrics) -> dict[str, Tensor]:
         """Rewrite the advantages in verl's padded `data`, whose keys and tags `batch` has. Returns the columns to put
