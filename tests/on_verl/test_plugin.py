@@ -106,10 +106,10 @@ def test_another_version_is_left_alone_says_so_and_refuses_the_settings(version,
     with caplog.at_level(logging.ERROR):
         plugin.activate()
     assert f"verl 0.9, but verl {version} is installed" in caplog.text
-    assert {hook.replacement for hook, _ in put} == {hooks.refuse_run}
+    assert {hook.replacement for hook, _ in put} - {hooks.refuse_workers} == {hooks.refuse_run}
     trainers = [
         lambda asked: hooks.refuse_run(lambda self, config: None, None, asked),
-        lambda asked: hooks.refuse_run(lambda self: None, SimpleNamespace(config=asked)),
+        lambda asked: hooks.refuse_workers(lambda self: None, SimpleNamespace(config=asked)),
     ]
     for start in trainers:
         start(config())
@@ -123,8 +123,9 @@ def test_the_version_of_a_checkout_is_that_of_its_module(monkeypatch):
 
     monkeypatch.setattr(hooks, "version", missing)
     monkeypatch.setitem(sys.modules, "verl", SimpleNamespace(__version__="0.9.3.dev"))
-    assert hooks.installed_version() == "0.9.3.dev"
     assert hooks.untested_version() is None
+    monkeypatch.setitem(sys.modules, "verl", SimpleNamespace(__version__="0.8.3.dev"))
+    assert "verl 0.8.3.dev is installed" in str(hooks.untested_version())
 
 
 def test_a_run_is_refused_where_a_hook_is_missing(monkeypatch):

@@ -31,7 +31,7 @@ from entropy_polarity.policy.tokenizer import character_tokenizer
 from entropy_polarity.runs.method_state import STATE_FILE
 from entropy_polarity.tasks.countdown import Countdown
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
-from entropy_polarity.trainers.trl.head import StatisticsHead, check_trl
+from entropy_polarity.trainers.trl.head import check_trl, warn_once
 from entropy_polarity.transforms import token_polarity
 
 TASK = Countdown(numbers=(3,))
@@ -192,7 +192,7 @@ def test_the_loss_multiplies_with_the_head_once(tmp_path):
 def test_a_sharded_head_falls_back_to_trls_and_says_so_once(tmp_path, caplog):
     trainer = make_trainer(PolarityTrainer, tmp_path, max_steps=2)
     trainer.model.get_output_embeddings().weight.ds_id = 0  # what DeepSpeed's ZeRO-3 marks its shards with
-    StatisticsHead._told.clear()
+    warn_once.cache_clear()
     trainer.train()
     told = [record.message for record in caplog.records if record.name == "entropy_polarity"]
     assert len(told) == 1

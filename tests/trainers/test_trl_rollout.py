@@ -9,10 +9,19 @@ import torch
 from test_trl import make_trainer, recorded
 
 from entropy_polarity.tokens import Tokens
-from entropy_polarity.trainers.trl import PolarityTrainer
-from entropy_polarity.trainers.trl.packing import WRITTEN, advantages_for_trl, at, for_the_loss, packed, without_dropped
-from entropy_polarity.trainers.trl.ranks import gather_columns, gather_tokens, own_part
-from entropy_polarity.trainers.trl.rollout import Rollout, as_decided
+from entropy_polarity.trainers.trl import PolarityTrainer, Rollout
+from entropy_polarity.trainers.trl.packing import (
+    WRITTEN,
+    advantages_for_trl,
+    as_decided,
+    at,
+    for_the_loss,
+    gather_columns,
+    gather_tokens,
+    own_part,
+    packed,
+    without_dropped,
+)
 
 
 def batch_of(lengths: list[int], width: int, first: int = 0) -> Tokens:
@@ -24,7 +33,7 @@ def batch_of(lengths: list[int], width: int, first: int = 0) -> Tokens:
 
 
 class Process:
-    """What `ranks` uses of an accelerator, for one of several processes that are threads; `sent` counts values."""
+    """What `packing` uses of an accelerator, for one of several processes that are threads; `sent` counts values."""
 
     def __init__(self, index: int, slots: list, barrier: threading.Barrier) -> None:
         self.process_index, self.num_processes = index, len(slots)

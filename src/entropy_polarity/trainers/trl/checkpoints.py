@@ -3,7 +3,6 @@
 TRL takes what it finds in a checkpoint and is silent about the rest, and lets old ones go by their date.
 """
 
-import json
 import math
 import pickle
 import warnings
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
@@ -43,7 +43,7 @@ def refuse_what_cannot_resume(trainer: Any, checkpoint: Path) -> None:
             warnings.warn(f"{checkpoint} has no sums of its files: an older version saved it", stacklevel=3)
             if (damage := damaged_file(checkpoint)) is not None:
                 raise ValueError(f"{damage}: resume from another checkpoint")
-    load_state(checkpoint, trainer.args.method, trainer.args.settings, _saved(None, trainer.transform.init()))
+    load_state(checkpoint, trainer.args.method, trainer.args.settings, trainer.checkpoint_state)
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # these keep files of their own, and miss them
         return
     for name, pattern in (("optimizer.pt", "optimizer.*"), ("scheduler.pt",) * 2, ("rng_state.pth", "rng_state*.pth")):
@@ -60,21 +60,14 @@ def naming_the_file(checkpoint: str | None, *names: str) -> Iterator[None]:
     try:
         yield
     except _UNREADABLE:
-        for file in (Path(str(checkpoint), name) for name in names):
-            if file.is_file() and (wrong := _unreadable(file)):
+        for file in filter(Path.is_file, (Path(str(checkpoint), name) for name in names)):
+            try:
+                with safe_globals():
+                    torch.load(file, map_location="cpu", weights_only=True)
+            except _UNREADABLE as error:
+                wrong = str(error).partition(".")[0].partition("\n")[0]
                 raise ValueError(f"{file} cannot be read as PyTorch's tensors and numbers ({wrong})") from None
         raise
-
-
-def _unreadable(file: Path) -> str | None:
-    from transformers.trainer_pt_utils import safe_globals
-
-    try:
-        with safe_globals():
-            torch.load(file, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        return str(error).partition(".")[0].partition("\n")[0]
-    return None
 
 
 class RolloutBoundaries(TrainerCallback):
@@ -90,11 +83,6 @@ class RolloutBoundaries(TrainerCallback):
             self.waiting = False
         elif control.should_save and state.global_step < state.max_steps:
             control.should_save, self.waiting = False, True
-
-
-def _saved(entropy: float | None, state: State) -> State:
-    """The state in a checkpoint of what decides and what measures."""
-    return {"entropy": entropy, "inner": state}
 
 
 class CheckpointedTrainer(GRPOTrainer):
@@ -123,7 +111,7 @@ class CheckpointedTrainer(GRPOTrainer):
     @property
     def checkpoint_state(self) -> State:
         """What a checkpoint holds of the method: its state, and the monitor's last entropy."""
-        return _saved(self.monitor.entropy, self.method_state)
+        return {"entropy": self.monitor.entropy, "inner": self.method_state}
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As GRPOTrainer's. A checkpoint to resume from must be whole: ValueError names the file that is missing or was
@@ -133,19 +121,18 @@ class CheckpointedTrainer(GRPOTrainer):
             resume_from_checkpoint = last_of(Path(str(self.args.output_dir)), resumable=True) or True
         if isinstance(resume_from_checkpoint, str | Path):
             refuse_what_cannot_resume(self, Path(resume_from_checkpoint))
-            state = (Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8")
-            reached = json.loads(state)["global_step"]
             resume_from_checkpoint = str(resume_from_checkpoint)
+            reached = TrainerState.load_from_json(f"{resume_from_checkpoint}/{TRAINER_STATE_NAME}").global_step
         # Now, and not after hours of training, when it is to be saved there.
         last = self.args.max_steps if self.args.max_steps > 0 else math.inf
         refuse_in_the_way(Path(str(self.args.output_dir)), reached, last)
-        self._limit = limit = self.args.save_total_limit
-        if limit == 1 and self.args.metric_for_best_model:
-            self.args.save_total_limit = None  # TRL would end by deleting all that is called checkpoint-* but the best
+        # Old checkpoints go only when the new one is whole: TRL's own rotation would come before, goes by date, and may
+        # end by deleting all that is called checkpoint-* but the best.
+        self._limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self.args.save_total_limit = limit
+            self.args.save_total_limit = self._limit
 
     def _save_checkpoint(self, model, trial):
         run = Path(self._get_output_dir(trial=trial))
@@ -153,12 +140,7 @@ class CheckpointedTrainer(GRPOTrainer):
         if self.args.should_save:
             begin(folder)
         self.accelerator.wait_for_everyone()
-        # Old checkpoints go only when the new one is whole: TRL's own rotation would come before, and goes by date.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+        super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             finish(folder, self.args.method, self.args.settings, self.checkpoint_state, self.at_rollout_boundary)
@@ -170,8 +152,7 @@ class CheckpointedTrainer(GRPOTrainer):
         with naming_the_file(checkpoint, "optimizer.pt", "scheduler.pt"):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            beginning = _saved(None, self.transform.init())
-            saved = load_state(Path(checkpoint), self.args.method, self.args.settings, beginning)
+            saved = load_state(Path(checkpoint), self.args.method, self.args.settings, self.checkpoint_state)
             self.monitor, self.method_state = Monitor(saved["entropy"]), saved["inner"]
 
     def _load_rng_state(self, checkpoint):

@@ -4,7 +4,8 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -12,7 +13,6 @@ import torch
 import trl
 from packaging.version import Version
 from torch import Tensor
-from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer import utils as trl_utils
 
@@ -20,39 +20,36 @@ from entropy_polarity.kernels import linear_token_stats
 from entropy_polarity.support.weights import load_whole
 
 logger = logging.getLogger("entropy_polarity")
+warn_once = cache(logger.warning)
 
 TESTED_TRL = ("1.16", "1.17")
 
 
+_SEAMS = {
+    grpo_trainer: {
+        "GRPOTrainer._compute_loss": {"model", "inputs"},
+        "GRPOTrainer._get_per_token_logps_and_entropies": {"model", "input_ids", "logits_to_keep", "compute_entropy"},
+        "GRPOTrainer._generate_and_score_completions": {"inputs"},
+        "GRPOTrainer._calculate_rewards": {"inputs", "prompts"},
+        "GRPOTrainer._save_checkpoint": {"model", "trial"},
+        "GRPOTrainer._load_optimizer_and_scheduler": {"checkpoint"},
+        "GRPOTrainer._load_rng_state": {"checkpoint"},
+        "GRPOTrainer._get_output_dir": {"trial"},
+        "create_model_from_path": {"model_id", "kwargs"},
+    },
+    trl_utils: {
+        "_ChunkedLogProbFunction.forward": {"hidden", "weight", "bias", "targets", "temperature", "outputs"},
+    },
+}
+
+
 def seams() -> dict[str, set[str]]:
     """What is hooked in TRL, and the parameters that each part should have but does not."""
-    wanted = {
-        "GRPOTrainer._compute_loss": (GRPOTrainer._compute_loss, {"model", "inputs"}),
-        "GRPOTrainer._get_per_token_logps_and_entropies": (
-            GRPOTrainer._get_per_token_logps_and_entropies,
-            {"model", "input_ids", "logits_to_keep", "compute_entropy"},
-        ),
-        "GRPOTrainer._generate_and_score_completions": (
-            GRPOTrainer._generate_and_score_completions,
-            {"inputs"},
-        ),
-        "GRPOTrainer._calculate_rewards": (GRPOTrainer._calculate_rewards, {"inputs", "prompts"}),
-        "ChunkedLogProbFunction": (
-            trl_utils._ChunkedLogProbFunction.forward,
-            {"hidden", "weight", "bias", "targets", "temperature", "outputs"},
-        ),
-        **{
-            f"GRPOTrainer.{name}": (getattr(GRPOTrainer, name), names)
-            for name, names in {
-                "_save_checkpoint": {"model", "trial"},
-                "_load_optimizer_and_scheduler": {"checkpoint"},
-                "_load_rng_state": {"checkpoint"},
-                "_get_output_dir": {"trial"},
-            }.items()
-        },
-        "create_model_from_path": (grpo_trainer.create_model_from_path, {"model_id", "kwargs"}),
+    return {
+        name: wanted - inspect.signature(attrgetter(name)(module)).parameters.keys()
+        for module, parts in _SEAMS.items()
+        for name, wanted in parts.items()
     }
-    return {name: names - inspect.signature(hooked).parameters.keys() for name, (hooked, names) in wanted.items()}
 
 
 def check_trl() -> None:
@@ -104,7 +101,6 @@ class StatisticsHead:
 
     forward = _TRL_LOG_PROB.forward  # what `check_trl` and TRL may inspect
     _request: Request | None = None
-    _told: set[str] = set()  # noqa: RUF012
 
     @classmethod
     @contextmanager
@@ -129,19 +125,13 @@ class StatisticsHead:
             logp, entropy = stats.logp, stats.entropy
         else:
             if reason is not None and request.head == "fused":
-                StatisticsHead._tell(f"TRL's own output head is used, and a second product: {reason}")
+                warn_once(f"TRL's own output head is used, and a second product: {reason}")
             logp, entropy, *rest = _TRL_LOG_PROB.apply(*trl_arguments, ("log_probs", "entropy"))
             if not request.statistics:
                 return logp, entropy, *rest
             with torch.no_grad():
                 stats = linear_token_stats(hidden, weight, targets, **head, check=False)
         return logp, entropy, None, stats.sensitivity if request.statistics else None, None
-
-    @classmethod
-    def _tell(cls, message: str) -> None:
-        if message not in cls._told:
-            cls._told.add(message)
-            logger.warning(message)
 
 
 def why_not_fused(weight: Tensor, softcap: float | None, logit_scale: float) -> str | None:

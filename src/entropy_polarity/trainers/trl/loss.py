@@ -12,7 +12,7 @@ from trl import GRPOConfig
 
 from entropy_polarity.maths import surviving_ratio
 from entropy_polarity.tokens import Tokens, mean
-from entropy_polarity.trainers.loss_settings import to_set
+from entropy_polarity.trainers.loss import to_set
 from entropy_polarity.trainers.trl.packing import at
 from entropy_polarity.transforms import LossOverrides
 
@@ -83,21 +83,20 @@ def _vespo_weight(trainer: Any, tokens: Tokens, log_ratio: Tensor, correction: T
 
 def _sequence_mean(values: Float[Tensor, " N"], tokens: Tokens) -> Float[Tensor, " N"]:
     """The mean over the tokens of each response, repeated."""
-    sums, counts = (_segment_sums(x, tokens, tokens.responses) for x in (values, torch.ones_like(values)))
-    return (sums / counts)[tokens.response]
+    return _response_means(values, tokens, tokens.responses)[tokens.response]
 
 
-def _segment_sums(values: Float[Tensor, " N"], tokens: Tokens, rows: int) -> Float[Tensor, " B"]:
-    """The sum over each response, in the precision of the values, as TRL sums."""
-    return values.new_zeros(rows).index_add(0, tokens.response, values)
+def _response_means(values: Float[Tensor, " N"], tokens: Tokens, rows: int) -> Float[Tensor, " B"]:
+    """The mean over each response, 0 of none, summed in the precision of the values, as TRL sums."""
+    sums, counts = (values.new_zeros(rows).index_add(0, tokens.response, x) for x in (values, torch.ones_like(values)))
+    return sums / counts.clamp(min=1)
 
 
 def averaged(trainer: Any, values: Float[Tensor, " N"], tokens: Tokens, inputs: dict[str, Any]) -> Float[Tensor, ""]:
     """`values` of the `tokens` of a micro-batch, averaged as TRL averages its policy loss, accumulation included."""
     accumulation, rows = trainer.current_gradient_accumulation_steps, len(inputs["completion_ids"])
     if trainer.loss_type in ("grpo", "sapo"):
-        sums, counts = (_segment_sums(x, tokens, rows) for x in (values, torch.ones_like(values)))
-        return (sums / counts.clamp(min=1)).mean() / accumulation
+        return _response_means(values, tokens, rows).mean() / accumulation
     if trainer.loss_type == "luspo":
         return values.sum() / rows / accumulation
     if trainer.loss_type == "bnpo":

@@ -1,20 +1,17 @@
-"""From a trainer's callbacks to the run directory: metrics a step, sampled rollouts with their token columns."""
+"""From a trainer's callbacks to the run directory: metrics of each step, sampled rollouts with their token columns."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback
 
-from entropy_polarity.runs.record import TOKEN_COLUMNS, RunWriter
+from entropy_polarity.runs.record import RunWriter
 from entropy_polarity.support.text import valid, valid_parts
+from entropy_polarity.trainers.trl.packing import loss_mask
 from entropy_polarity.trainers.trl.rollout import Rollout
 from entropy_polarity.trainers.trl.trainer import PolarityTrainer
 from entropy_polarity.transforms import token_polarity
-
-# Hugging Face's closing log line has this; it is about the whole run and goes nowhere near the steps.
-_CLOSING = "train_runtime"
 
 
 class Judged(NamedTuple):
@@ -34,11 +31,7 @@ class RunRecorder(TrainerCallback):
     """
 
     def __init__(
-        self,
-        writer: RunWriter,
-        completions: int,
-        judged: Callable[[], list[Judged]],
-        watch: Callable[[dict], None],
+        self, writer: RunWriter, completions: int, judged: Callable[[], list[Judged]], watch: Callable[[dict], None]
     ) -> None:
         self.writer, self.completions, self.judged, self.watch = writer, completions, judged, watch
 
@@ -48,7 +41,8 @@ class RunRecorder(TrainerCallback):
         trainer.on_rollout = self.record_rollout
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs):
-        if logs and state.is_world_process_zero and _CLOSING not in logs:
+        # The closing line has "train_runtime": it is about the whole run, and no row of a step.
+        if logs and state.is_world_process_zero and "train_runtime" not in logs:
             row = {"step": state.global_step, **logs}
             self.writer.metrics(row)
             if control.should_save:
@@ -64,11 +58,6 @@ class RunRecorder(TrainerCallback):
             return
         stride = responses // count
         picked = [number * stride + step % stride for number in range(count)]
-        columns: dict[str, list[Any]] = {name: [] for name in TOKEN_COLUMNS.names}
-        for number, row in enumerate(picked):
-            for name, values in self._token_columns(rollout, row).items():
-                columns[name] += values
-            columns["rollout"] += [number] * (len(columns["token"]) - len(columns["rollout"]))
         judged = self.judged()
         rows = [
             {
@@ -80,35 +69,23 @@ class RunRecorder(TrainerCallback):
             }
             for number, row in enumerate(picked)
         ]
-        self.writer.rollouts(rows, columns)
+        self.writer.rollouts(rows, self._token_columns(rollout, picked))
 
-    def _token_columns(self, rollout: Rollout, row: int) -> dict[str, list[Any]]:
-        """The columns of one completion: its model tokens, and between them what an environment said."""
+    def _token_columns(self, rollout: Rollout, picked: list[int]) -> dict[str, list[Any]]:
+        """The columns of some completions: their model tokens, and between them what an environment said."""
         tokens, inputs = rollout.tokens, rollout.inputs
-        own = tokens.response == row
-        learnt = torch.zeros_like(inputs["completion_mask"][row], dtype=torch.bool)
-        learnt[tokens.position[own]] = True
-        heard = torch.zeros_like(learnt)
-        if "tool_mask" in inputs:
-            heard = inputs["completion_mask"][row].bool() & ~inputs["tool_mask"][row].bool()
-        kept = (learnt | heard).nonzero().flatten()
+        shape = tuple(inputs["completion_ids"].shape)
+        learnt = tokens.unpack(torch.ones_like(tokens.response, dtype=torch.bool), shape)
+        heard = inputs["completion_mask"].bool() & ~loss_mask(inputs)
+        number, position = (learnt | heard)[picked].nonzero().unbind(1)
+        places = number.new_tensor(picked)[number], position
         decode: Callable[..., str] = self.trainer.processing_class.decode  # type: ignore[union-attr,assignment]
-        values = {
-            "logp": tokens.require("logp"),
-            "entropy": tokens.require("entropy"),
-            "sensitivity": tokens.require("sensitivity"),
-            "polarity": token_polarity(tokens),
-            "weight": rollout.weight,
-        }
-
-        def column(of_tokens: Tensor) -> list[float]:
-            padded = of_tokens.new_full(learnt.shape, torch.nan)
-            padded[learnt] = of_tokens[own]
-            return padded[kept].tolist()
-
+        values = {name: tokens.require(name) for name in ("logp", "entropy", "sensitivity")}
+        values |= {"polarity": token_polarity(tokens), "weight": rollout.weight}
         return {
-            "position": kept.tolist(),
-            "token": [valid(decode([token])) for token in inputs["completion_ids"][row, kept].tolist()],
-            **{name: column(of_tokens) for name, of_tokens in values.items()},
-            "from_policy": learnt[kept].tolist(),
+            "rollout": number.tolist(),
+            "position": position.tolist(),
+            "token": [valid(decode([token])) for token in inputs["completion_ids"][places].tolist()],
+            **{name: tokens.unpack(column, shape, torch.nan)[places].tolist() for name, column in values.items()},
+            "from_policy": learnt[places].tolist(),
         }

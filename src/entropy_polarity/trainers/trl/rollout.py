@@ -1,6 +1,6 @@
-"""What lives as long as one rollout batch: from its generation to the last update on it."""
+"""What lives as long as one rollout batch, from its generation to the last update on it, or one micro-batch of it."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -8,16 +8,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entropy_polarity.controllers import Metrics, State
-from entropy_polarity.tokens import Tokens, concatenate
-from entropy_polarity.trainers.trl.passes import Statistics
+from entropy_polarity.tokens import Tokens
 
 
-class Decision(NamedTuple):
-    """What a method made of the tokens of all processes, and its own metrics."""
+class Statistics(NamedTuple):
+    """Padded columns of a forward pass, (B, T) each, without gradient."""
 
-    before: Tokens
-    after: Tokens
-    metrics: Metrics
+    logp: Tensor
+    entropy: Tensor
+    sensitivity: Tensor | None = None
 
 
 @dataclass(repr=False, eq=False)
@@ -32,7 +31,8 @@ class Rollout:
     after       what the method made of them; those that it left, where it dropped some (`index`)
     following   the method's state for the next rollout
     seen, made  the micro-batches of the first pass, before and after a method that decides there, until its end
-    decision    of all processes; held until it is measured, at the end of the first pass
+    decision    (tokens, what the method made of them, its metrics) of all processes; held until it is measured, at the
+                end of the first pass
     metrics     of the batch of all processes: the monitor's and the method's own
     """
 
@@ -44,7 +44,7 @@ class Rollout:
     following: State = field(init=False)
     seen: list[Tokens] = field(default_factory=list)
     made: list[Tokens] = field(default_factory=list)
-    decision: Decision = field(init=False)
+    decision: tuple[Tokens, Tokens, Metrics] = field(init=False)
     metrics: Metrics = field(default_factory=dict)
 
     @property
@@ -58,31 +58,9 @@ class Rollout:
 
 @dataclass
 class MicroBatch:
-    """What goes through TRL's loss in place of the model, which it only hands on to the hook of the forward pass.
-
-    `inputs` is the copy of the batch that TRL reads; `tokens` are those of its loss, once the pass was made.
-    """
+    """A micro-batch in the loss: the model, the copy of the batch that TRL reads, and the tokens of its loss, which are
+    there once the forward pass was made."""
 
     model: Any
     inputs: dict[str, Any]
-    tokens: Tokens | None = None
-
-
-def in_order(parts: list[Tokens]) -> Tokens:
-    """The tokens of all micro-batches of a rollout, in the order of generation."""
-    tokens = concatenate(parts)
-    return tokens.of_responses(tokens.require("sample_id").argsort())
-
-
-def made_columns(tokens: Tokens) -> dict[str, Tensor]:
-    """The columns that a method makes."""
-    columns = {name: getattr(tokens, name) for name in ("advantages", "entropy_bonus", "ratio_penalty")}
-    return {name: column for name, column in columns.items() if column is not None}
-
-
-def as_decided(before: Tokens, after: Tokens) -> Tokens:
-    """What became of the tokens `before` in the decision `after`, which was made on fewer of their columns."""
-    if after.index is not None:
-        kept = torch.zeros_like(before.response, dtype=torch.bool)
-        before = before.select(kept.index_fill(0, after.index, True))
-    return replace(before, **made_columns(after))
+    tokens: Tokens = field(init=False)

@@ -1,4 +1,4 @@
-"""PolarityTrainer: TRL's GRPOTrainer with the advantages rewritten token by token. Nothing else differs.
+"""TRL's GRPOTrainer with the advantages rewritten token by token. Nothing else differs.
 
 One rollout, top to bottom: TRL generates and rewards it, its model tokens are packed, a method decides on their
 advantages, TRL's loss trains on them, the batch is measured and recorded. A method decides at one of three times:
@@ -16,8 +16,7 @@ Three seams of TRL are used, none of its logic is copied:
 3. `_get_per_token_logps_and_entropies`, which TRL calls just before it reads them, is where the statistics of the
    current forward pass appear. No second forward pass is made.
 
-Loss terms beside the policy's are added after TRL's loss, averaged as TRL averages. All the seams are private to TRL,
-hence the version check.
+All of them are private to TRL, hence the version check.
 """
 
 import inspect
@@ -31,49 +30,45 @@ import torch
 
 try:
     from trl import GRPOTrainer
+    from trl.trainer import grpo_trainer
 except ModuleNotFoundError as error:
     raise ImportError(f"PolarityTrainer needs TRL ({error}): pip install 'entropy-polarity[trl]'") from None
 
 from entropy_polarity.methods import make_transform
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.tokens import Tokens
-from entropy_polarity.trainers.trl.checkpoints import RolloutBoundaries
+from entropy_polarity.trainers.trl.checkpoints import CheckpointedTrainer, RolloutBoundaries
 from entropy_polarity.trainers.trl.config import PolarityConfig, polarity_config
 from entropy_polarity.trainers.trl.evaluation import EvaluatedTokens
-from entropy_polarity.trainers.trl.head import StatisticsHead, loading_whole
+from entropy_polarity.trainers.trl.head import Request, StatisticsHead, loading_whole
 from entropy_polarity.trainers.trl.loss import averaged, importance
 from entropy_polarity.trainers.trl.packing import (
-    GROUP,
-    REWARD,
-    SAMPLE_ID,
+    COLUMNS,
     advantages_for_trl,
+    as_decided,
     at,
     for_the_loss,
+    gather_columns,
+    gather_tokens,
+    in_order,
+    made_columns,
+    own_part,
     packed,
     without_dropped,
 )
-from entropy_polarity.trainers.trl.passes import StatisticsTrainer
-from entropy_polarity.trainers.trl.ranks import gather_columns, gather_tokens, own_part
-from entropy_polarity.trainers.trl.rollout import (
-    Decision,
-    MicroBatch,
-    Rollout,
-    as_decided,
-    in_order,
-    made_columns,
-)
+from entropy_polarity.trainers.trl.rollout import MicroBatch, Rollout, Statistics
 from entropy_polarity.trainers.trl.sequences import exact_sensitivity_of
 from entropy_polarity.transforms import Monitor, loss_terms
 
 
-class PolarityTrainer(StatisticsTrainer):
+class PolarityTrainer(CheckpointedTrainer):
     """GRPOTrainer whose advantages go through a method of `entropy_polarity.methods`.
 
     Takes GRPOTrainer's arguments; `args` is a PolarityConfig, or what `polarity_config` makes one of. With λ = 0 and
-    `statistics_head="trl"` it is GRPOTrainer to the last bit; with our head, whose sums are more exact, to the
-    rounding of float32. What it loads by name must have all its weights: ValueError otherwise. The state
-    of the method is in every checkpoint (`polarity_state.json`); metrics appear under `polarity/`,
-    those of an evaluation under `eval_polarity/`.
+    `statistics_head="trl"` it is GRPOTrainer to the last bit; with our head, whose sums are more exact, to the rounding
+    of float32. What it loads by name must have all its weights: ValueError otherwise. The state of the method is in
+    every checkpoint (`polarity_state.json`); metrics appear under `polarity/` and `eval_polarity/`.
+
     `on_rollout`, if set, is called with each `Rollout` when the first pass over it was made; `on_loss` with each
     micro-batch as TRL trained on it, and its tokens as they went into the loss.
     """
@@ -126,8 +121,8 @@ class PolarityTrainer(StatisticsTrainer):
         batch = super()._generate_and_score_completions(inputs)
         rows = len(batch["completion_ids"])
         sample_id = torch.arange(rows, device=batch["completion_ids"].device) + rows * self.accelerator.process_index
-        columns = {REWARD: rollout.rewards, GROUP: sample_id // self.num_generations, SAMPLE_ID: sample_id}
-        rollout.inputs = batch | columns
+        own = {"reward": rollout.rewards, "group": sample_id // self.num_generations, "sample_id": sample_id}
+        rollout.inputs = batch | {COLUMNS[name]: column for name, column in own.items()}
         if self.transform.decides_from == "each token":
             return rollout.inputs
         if self.transform.decides_from == "rewards":
@@ -136,19 +131,14 @@ class PolarityTrainer(StatisticsTrainer):
             found, rollout.statistics = rollout.statistics, None
             if found is None or found.logp is not batch.get("old_per_token_logps"):  # TRL made no such pass
                 found = self._statistics_of(batch)
-            rollout.tokens = self._tokens(rollout.inputs, *found)
-            if self._wants_exact:
-                exact = exact_sensitivity_of(
-                    self.accelerator, self.model, rollout.inputs, rollout.tokens, self.temperature
-                )
-                rollout.tokens = replace(rollout.tokens, exact_sensitivity=exact)
+            tokens = self._tokens(rollout.inputs, *found)
+            every = self.transform.exact_every
+            done = self.state.global_step * self.args.gradient_accumulation_steps // self.micro_steps_per_rollout
+            if every > 0 and done % every == 0:
+                exact = exact_sensitivity_of(self.accelerator, self.model, rollout.inputs, tokens, self.temperature)
+                tokens = replace(tokens, exact_sensitivity=exact)
+            rollout.tokens = tokens
         return self._decided(rollout)
-
-    @property
-    def _wants_exact(self) -> bool:
-        every = self.transform.exact_every
-        done = self.state.global_step * self.args.gradient_accumulation_steps // self.micro_steps_per_rollout
-        return every > 0 and done % every == 0
 
     def _decided(self, rollout: Rollout) -> dict[str, Any]:
         """Run the method once on the tokens of all processes; TRL's batch with what it decided.
@@ -157,18 +147,19 @@ class PolarityTrainer(StatisticsTrainer):
         """
         whole = gather_tokens(self.accelerator, rollout.tokens)
         after, rollout.following, metrics = self.transform.update(whole, self.method_state)
-        rollout.decision, rollout.after = Decision(whole, after, metrics), own_part(self.accelerator, whole, after)
+        rollout.decision, rollout.after = (whole, after, metrics), own_part(self.accelerator, whole, after)
         return for_the_loss(rollout.inputs, rollout.after, len(after.response))
 
     # ---- the loss, and decide in it what needs each token alone --------------------------------------------
 
     def _compute_loss(self, model, inputs):
-        micro_batch = MicroBatch(model, dict(inputs))  # TRL serves the same dict again: never rewrite it in place
+        # TRL serves the same dict again: never rewrite it in place. Of `model` its loss makes one use: it hands it to
+        # `_get_per_token_logps_and_entropies`, which knows by the MicroBatch that the pass is this one.
+        micro_batch = MicroBatch(model, dict(inputs))
         loss = super()._compute_loss(micro_batch, micro_batch.inputs)
         if not self.model.training:
             return loss
         tokens = micro_batch.tokens
-        assert tokens is not None
         if (terms := loss_terms(tokens)) is not None:
             loss = loss + averaged(self, terms, tokens, inputs)
         if self.on_loss is not None:
@@ -216,6 +207,39 @@ class PolarityTrainer(StatisticsTrainer):
         tokens = without_dropped(inputs, tokens)
         micro_batch.tokens = replace(tokens, logp=at(tokens, result[0]), entropy=at(tokens, result[1]))
         return result
+
+    # ---- forward passes as TRL makes them, with our statistics ---------------------------------------------
+
+    def _request(self, statistics: bool) -> Request:
+        entropy_grad = self._entropy_bonus_enabled or self.transform.entropy_gradient
+        return Request(self.args.statistics_head, statistics, entropy_grad)
+
+    def _with_statistics(self, model, *args, sensitivity: bool = True, **kwargs) -> tuple[tuple, Statistics]:
+        """What TRL's function gives of a pass, entropies included, and the statistics in it and beside it."""
+        keep, slots = args[2] if len(args) > 2 else kwargs["logits_to_keep"], []
+
+        def watched(**model_inputs):
+            output = model(**model_inputs)
+            slots.append(output.mean_logits)
+            return output
+
+        with StatisticsHead.serving(self._request(sensitivity)):
+            result = super()._get_per_token_logps_and_entropies(watched, *args, compute_entropy=True, **kwargs)
+        beside = torch.cat([slot[:, -keep:] for slot in slots]) if sensitivity else None
+        return result, Statistics(result[0].detach(), result[1].detach(), beside)
+
+    def _statistics_of(self, batch: dict[str, Any]) -> Statistics:
+        """Those of a batch that was generated, from a pass without gradient."""
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        accepted = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+        extra = {name: value for name, value in batch.items() if name in accepted}
+        keep, size = batch["completion_ids"].size(1), self.args.per_device_train_batch_size
+        checkpointing = grpo_trainer.disable_gradient_checkpointing
+        # The fork keeps the pass from moving the random state: dropout afterwards is that of plain GRPO.
+        quiet = checkpointing(self.model, self.args.gradient_checkpointing_kwargs)  # type: ignore[arg-type]
+        with torch.no_grad(), torch.random.fork_rng(), quiet:
+            return self._with_statistics(self.model, ids, attention, keep, batch_size=size, **extra)[1]
 
     # ---- measure and record --------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from entropy_polarity.methods import joined, make_transform
-from entropy_polarity.trainers.loss_settings import to_set
+from entropy_polarity.trainers.loss import to_set
 from entropy_polarity.transforms import Transform
 
 if TYPE_CHECKING:
@@ -50,8 +50,10 @@ def prepare(config: "DictConfig") -> tuple[str, dict[str, Any], Transform] | Non
     name, settings = asked
     transform = make_transform(name, settings)
     _refuse_what_cannot_work(config, name, transform)
-    _fix_loss(config.actor_rollout_ref.actor, name, transform)
-    if transform.several_updates and _updates(config) <= 1:
+    actor = config.actor_rollout_ref.actor
+    _fix_loss(actor, name, transform)
+    updates = (actor.get("ppo_epochs") or 1) * config.data.train_batch_size / actor.ppo_mini_batch_size
+    if transform.several_updates and updates <= 1:
         logger.warning(
             "entropy-polarity: method %r does nothing with a single update on each rollout, where the importance ratio "
             "is 1: use a smaller actor.ppo_mini_batch_size or more actor.ppo_epochs",
@@ -62,7 +64,8 @@ def prepare(config: "DictConfig") -> tuple[str, dict[str, Any], Transform] | Non
 
 def _refuse_what_cannot_work(config: "DictConfig", method: str, transform: Transform) -> None:
     """Raise ValueError for settings of verl's that a method would not survive, or that it would silently undo."""
-    actor, algorithm, loss = config.actor_rollout_ref.actor, config.algorithm, _loss_mode(config)
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    loss = (actor.get("policy_loss") or {}).get("loss_mode", "vanilla")
     bypass = (algorithm.get("rollout_correction") or {}).get("bypass_mode", False)
     distilled = (config.get("distillation") or {}).get("enabled", False)
     refused = (
@@ -104,16 +107,6 @@ def _refuse_what_cannot_work(config: "DictConfig", method: str, transform: Trans
     for holds, reason in refused:
         if holds:
             raise ValueError(f"{KEY}: {reason}")
-
-
-def _loss_mode(config: "DictConfig") -> str:
-    return (config.actor_rollout_ref.actor.get("policy_loss") or {}).get("loss_mode", "vanilla")
-
-
-def _updates(config: "DictConfig") -> float:
-    """On each rollout, where the configuration says."""
-    actor = config.actor_rollout_ref.actor
-    return (actor.get("ppo_epochs") or 1) * config.data.train_batch_size / actor.ppo_mini_batch_size
 
 
 def _fix_loss(actor: "DictConfig", method: str, transform: Transform) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from entropy_polarity.controllers import Metrics, State
 from entropy_polarity.runs.method_state import load_state, save_state
 from entropy_polarity.support.machine import idle_cores
-from entropy_polarity.trainers.loss_terms import BONUS, PENALTY
+from entropy_polarity.trainers.loss import TERMS
 from entropy_polarity.trainers.verl.config import KEY
 from entropy_polarity.trainers.verl.packing import Packing
 from entropy_polarity.trainers.verl.workers import ASKED, DECIDED, ENTROPY, SENSITIVITY
@@ -53,9 +53,9 @@ def apply_method(original, self, batch, metrics):
     return _put(after, columns[0])
 
 
-def rewrite_advantages(original, *arguments, **named):
+def rewrite_advantages(original, data, batch_keys, *arguments, **named):
     """verl's own advantages, rewritten between their making and their writing."""
-    data = original(*arguments, **named)
+    data = original(data, batch_keys, *arguments, **named)
     rewrite = _REWRITE.get()
     if rewrite is not None:
         rewrite(data)
@@ -66,7 +66,8 @@ def restrict_masks(original, self, batch, metrics):
     """The actor's update, on what the method left; a critic, updated before, has learnt from every response."""
     method = _active(self)
     if method is not None:
-        batch = method.restrict(batch)
+        masks, method.masks = method.masks, {}
+        batch = _put(batch, masks)
     return original(self, batch, metrics)
 
 
@@ -106,7 +107,7 @@ class Reweighting:
     def __init__(self, method: str, settings: dict[str, Any], transform: Transform) -> None:
         self.method, self.settings, self.transform = method, settings, transform
         self.monitor, self.method_state = Monitor(), transform.init()
-        self._masks: dict[str, Tensor] = {}  # of the last batch, until the actor is updated on it
+        self.masks: dict[str, Tensor] = {}  # of the last batch, until the actor is updated on it
 
     def rewrite(self, data: Any, batch: Any, metrics: Metrics) -> dict[str, Tensor]:
         """Rewrite the advantages in verl's padded `data`, whose keys and tags `batch` has. Returns the columns to put
@@ -118,13 +119,8 @@ class Reweighting:
         with idle_cores():
             columns, measured = self.rewritten(data.batch, statistics, batch.keys, batch.tags)
         metrics.update(measured)
-        self._masks = {name: columns.pop(name) for name in ("response_mask", "loss_mask") if name in columns}
+        self.masks = {name: columns.pop(name) for name in ("response_mask", "loss_mask") if name in columns}
         return columns
-
-    def restrict(self, batch: Any) -> Any:
-        """Put the masks of the last batch there, where the method dropped responses of it."""
-        masks, self._masks = self._masks, {}
-        return _put(batch, masks)
 
     def rewritten(
         self, batch: Any, statistics: Mapping[str, Tensor], keys: list[str], tags: list[dict[str, Any]]
@@ -148,8 +144,8 @@ class Reweighting:
         def column(values: Tensor) -> Tensor:
             return packing.nested(packing.spread(values, after))
 
-        terms = {BONUS: after.entropy_bonus, PENALTY: after.ratio_penalty}
-        columns = {name: column(term) for name, term in terms.items() if term is not None}
+        terms = {name: getattr(after, name) for name in TERMS}
+        columns = {TERMS[name]: column(term) for name, term in terms.items() if term is not None}
         if after.index is not None:
             kept = torch.ones_like(after.index, dtype=batch["response_mask"].dtype)
             # The second is what verl counts a mini-batch's tokens by.
@@ -164,7 +160,7 @@ class Reweighting:
         save_state(folder, self.method, self.settings, self.state)
 
     def load(self, folder: Path) -> None:
-        state = load_state(folder, self.method, self.settings, {"entropy": None, "inner": self.transform.init()})
+        state = load_state(folder, self.method, self.settings, self.state)
         self.monitor, self.method_state = Monitor(state["entropy"]), state["inner"]
 
 

@@ -41,7 +41,8 @@ class Packing(NamedTuple):
 
     def tokens(self, batch: Any, statistics: Mapping[str, Any], keys: list[str]) -> Tokens:
         """The model's tokens of verl's padded `batch`, with the nested `statistics` of the workers."""
-        parts = [_parts(key) for key in keys]
+        # verl's keys are {prompt}_{session}_{output}
+        parts = [(prompt, int(session), int(output)) for prompt, session, output in (k.rsplit("_", 2) for k in keys)]
         number = {prompt: i for i, prompt in enumerate(sorted({prompt for prompt, _, _ in parts}))}
         rank = {part: i for i, part in enumerate(sorted(parts))}
         importance = batch.get("rollout_is_weights")
@@ -95,9 +96,3 @@ class Packing(NamedTuple):
     def nested(self, values: Tensor) -> Tensor:
         """One value per token of the responses as a nested column."""
         return torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, *self.lengths]).cumsum(0))
-
-
-def _parts(key: str) -> tuple[str, int, int]:
-    """verl's keys are {prompt}_{session}_{output}."""
-    prompt, session, output = key.rsplit("_", 2)
-    return prompt, int(session), int(output)

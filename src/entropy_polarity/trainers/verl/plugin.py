@@ -7,10 +7,6 @@ VERL_USE_EXTERNAL_MODULES=entropy_polarity.trainers.verl. Nothing changes until 
 
 `papo.method` is a name of `papo methods`, all other keys are the method's settings. A run that asks for a method where
 a hook does not work is refused; `papo doctor` says which.
-
-plugin   puts the hooks in place                            hooks     the table of what is hooked, and how
-config   the settings of a run                              packing   verl's batch as Tokens, and back
-driver   the method on the whole batch, its state           workers   statistics and loss terms
 """
 
 import logging

@@ -15,7 +15,7 @@ from torch import Tensor
 from entropy_polarity.kernels import token_stats
 from entropy_polarity.kernels.sharded import sharded_token_stats
 from entropy_polarity.tokens import Tokens, TokenStats
-from entropy_polarity.trainers.loss_terms import BONUS, PENALTY
+from entropy_polarity.trainers.loss import TERMS
 from entropy_polarity.transforms import loss_terms
 
 ASKED, DECIDED = "polarity_statistics", "polarity_decided"
@@ -39,41 +39,34 @@ def add_fsdp_statistics(original, self, output, output_args, micro_batch, logits
     """The outputs of the FSDP engines, with the two columns, nested (B, j) like the log-probs."""
     from verl.utils import tensordict_utils as tu
 
-    if not tu.get_non_tensor_data(micro_batch, ASKED, default=False):
-        return original(self, output, output_args, micro_batch, logits_processor_func)
-    # Before verl's own work, which may overwrite the logits.
-    packed = tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True)
-    made = (_packed if packed else _padded)(self, output, output_args, micro_batch)
-    offsets = micro_batch["input_ids"].offsets()
-    columns = {name: torch.nested.nested_tensor_from_jagged(column, offsets) for name, column in made.items()}
+    columns = {}
+    if tu.get_non_tensor_data(micro_batch, ASKED, default=False):  # before verl's own work, which may overwrite logits
+        packed = tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True)
+        columns = _fsdp_statistics(self, output.logits, output_args, micro_batch, packed)
     return original(self, output, output_args, micro_batch, logits_processor_func) | columns
 
 
 @torch.no_grad()
-def _packed(engine: Any, output: Any, output_args: dict[str, Any], micro_batch: Any) -> dict[str, Tensor]:
-    """All tokens of the batch in one row, without padding; this process may have a part of the row."""
-    tokens = output_args["input_ids_rmpad_rolled"]
-    stats = _of(output.logits.squeeze(0), tokens, one_temperature(micro_batch))
-    pad = output_args["pad_size"]
-    return {name: engine._gather_and_unpad_packed(column, pad) for name, column in _columns(stats).items()}
-
-
-@torch.no_grad()
-def _padded(engine: Any, output: Any, output_args: dict[str, Any], micro_batch: Any) -> dict[str, Tensor]:
-    lengths = micro_batch["input_ids"].offsets().diff()
-    logits = output.logits
-    mask = torch.arange(logits.shape[1], device=logits.device) < lengths[:, None]
-    tokens = torch.zeros_like(mask, dtype=torch.long).masked_scatter(mask, output_args["input_ids_rmpad_rolled"])
-    stats = _of(logits, tokens, one_temperature(micro_batch), mask)
-    return {name: column[mask] for name, column in _columns(stats).items()}
-
-
-def _of(logits: Tensor, tokens: Tensor, temperature: float, mask: Tensor | None = None) -> TokenStats:
+def _fsdp_statistics(
+    engine: Any, logits: Tensor, output_args: dict[str, Any], micro_batch: Any, packed: bool
+) -> dict[str, Tensor]:
+    """Packed logits hold all tokens of the batch in one row, without padding, or this process's part of the row."""
     from torch.distributed.tensor import DTensor
 
     if isinstance(logits, DTensor):  # tensor-parallel: sharded along the vocabulary; verl gathers it whole just after
         logits = logits.full_tensor()
-    return token_stats(logits, tokens, temperature=temperature, mask=mask, check=False)
+    tokens, offsets = output_args["input_ids_rmpad_rolled"], micro_batch["input_ids"].offsets()
+    mask = None
+    if packed:
+        logits = logits.squeeze(0)
+    else:
+        mask = torch.arange(logits.shape[1], device=logits.device) < offsets.diff()[:, None]
+        tokens = torch.zeros_like(mask, dtype=torch.long).masked_scatter(mask, tokens)
+    columns = _columns(token_stats(logits, tokens, temperature=one_temperature(micro_batch), mask=mask, check=False))
+    for name, column in columns.items():
+        column = column[mask] if mask is not None else engine._gather_and_unpad_packed(column, output_args["pad_size"])
+        columns[name] = torch.nested.nested_tensor_from_jagged(column, offsets)
+    return columns
 
 
 def add_megatron_statistics(original, self, logits, label, temperature, *, batch, **arguments):
@@ -97,7 +90,7 @@ def add_loss_terms(original, config, model_output, data, dp_group=None):
     if decided and tu.get_non_tensor_data(data, "batch_num_tokens", default=None) == 0:
         tu.assign_non_tensor(data, batch_num_tokens=1)  # a method dropped all of it: the loss is 0, not 0 / 0
     loss, metrics = original(config=config, model_output=model_output, data=data, dp_group=dp_group)
-    given = [name for name in (BONUS, PENALTY) if name in data]
+    given = [column for column in TERMS.values() if column in data]
     if not given:
         return loss, metrics
     from verl.trainer.ppo.core_algos import agg_loss
@@ -112,8 +105,7 @@ def add_loss_terms(original, config, model_output, data, dp_group=None):
         logp=no_padding_2_padding(model_output["log_probs"], data),
         old_logp=padded["old_log_probs"],
         entropy=None if entropy is None else no_padding_2_padding(entropy, data),
-        entropy_bonus=padded.get(BONUS),
-        ratio_penalty=padded.get(PENALTY),
+        **{name: padded.get(column) for name, column in TERMS.items()},
     )
     terms = loss_terms(tokens)
     assert terms is not None

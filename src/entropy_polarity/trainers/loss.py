@@ -1,7 +1,10 @@
-"""A setting of the loss that a method fixes has one owner: the method."""
+"""What a method makes of a trainer's loss: the settings that it fixes, of which it is the one owner, and its terms."""
 
 from collections.abc import Mapping
 from typing import Any
+
+# Columns of Tokens with a method's terms of the loss, and how they are called in a framework's batch.
+TERMS = {"entropy_bonus": "polarity_entropy_bonus", "ratio_penalty": "polarity_ratio_penalty"}
 
 
 def to_set(
