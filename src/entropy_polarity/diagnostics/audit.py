@@ -20,7 +20,7 @@ And a forecast that is cheap enough for every update of a training:
 Source: ours; the local formula is the paper's polarity (arXiv 2605.11775) as maths.py has it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -125,12 +125,13 @@ def audited(
     before = sequence_stats(model, sequences, **where)
     gradients = {name: entropy_gradient(model, chosen, **where) for name, chosen in states.items()}
     exact = exact_sensitivity(model, sequences, gradient=gradients["batch"], **where).sensitivity
-    audit = Audit(momentum=_momentum(optimizer))
+    known = _known(optimizer)
+    audit = Audit(momentum=None if known is None else _momentum(known.param_groups[0]))
     forecasting = nullcontext() if forecaster is None else forecaster.forecasting(model, sequences, **where)
     with forecasting as forecast, parameter_change(model) as step:
         yield audit
     down = {name: _descent(parameter) for name, parameter in trainable_parameters(model).items()}
-    metric = _without_momentum(optimizer, model)
+    metric = None if known is None else _without_momentum(known, model)
     after = sequence_stats(model, sequences, **where)
     local = (pressure * before.sensitivity).sum().item()
     for name, (entropy, g) in gradients.items():
@@ -142,7 +143,7 @@ def audited(
             preconditioned=None if metric is None else inner_product(g, metric),
             exact=inner_product(g, step),
             forecast=None if forecast is None else forecast.change,
-            realised=_mean(now.entropy, states[name]) - entropy,
+            realised=(now.entropy.double().sum() / states[name].mask.sum()).item() - entropy,
         )
     change = after.entropy - before.entropy
     rest = before.entropy, before.sensitivity, before.correction, exact, pressure, change, _states(sequences)
@@ -164,56 +165,33 @@ def _descent(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else -parameter.grad
 
 
-def _mean(entropy: Float[Tensor, "B S"], states: Sequences) -> float:
-    return (entropy.double().sum() / states.mask.sum()).item()
+def _known(optimizer: Any) -> Any:
+    """The optimiser itself if it minimises and its metric is known here, else None."""
+    plain = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    known = type(plain) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+    return plain if known and not any(group.get("maximize") for group in plain.param_groups) else None
 
 
-def _momentum(optimizer: Any) -> float | None:
-    plain = _known(optimizer)
-    if plain is None:
-        return None
-    group = plain.param_groups[0]
+def _momentum(group: dict[str, Any]) -> float:
     return float(group["betas"][0] if "betas" in group else group["momentum"])
 
 
-def _known(optimizer: Any) -> Any:
-    """The optimiser itself if it minimises and is one of `_METRICS`, else None."""
-    plain = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    known = type(plain) in _METRICS and not any(group.get("maximize") for group in plain.param_groups)
-    return plain if known else None
-
-
-def _without_momentum(optimizer: Any, model: nn.Module) -> Parameters | None:
-    """-η M G, the step that the optimiser would just have made without momentum and weight decay; None if unknown.
+def _without_momentum(optimizer: Any, model: nn.Module) -> Parameters:
+    """-η M G, the step that the optimiser would just have made without momentum and weight decay.
 
     SGD has M = 1, Adam and AdamW have M = 1 / (√v̂ + ε) with v̂ of this step.
     """
-    plain = _known(optimizer)
-    if plain is None:
-        return None
-    rule, steps = _METRICS[type(plain)], {}
-    for group in plain.param_groups:
+    steps = {}
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
-                steps[parameter] = rule(parameter, group, plain.state.get(parameter, {}))
+                steps[parameter] = group["lr"] * _descent(parameter)
+                if "betas" in group:
+                    state = optimizer.state[parameter]
+                    second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+                    corrected = second / (1 - group["betas"][1] ** float(state["step"]))
+                    steps[parameter] = steps[parameter] / (corrected.sqrt() + group["eps"])
     return {
         name: steps[parameter] if parameter in steps else torch.zeros_like(parameter)
         for name, parameter in trainable_parameters(model).items()
     }
-
-
-def _sgd(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
-    return group["lr"] * _descent(parameter)
-
-
-def _adam(parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
-    second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    scale = (second / (1 - group["betas"][1] ** float(state["step"]))).sqrt() + group["eps"]
-    return group["lr"] * _descent(parameter) / scale
-
-
-_METRICS: dict[type, Callable[[nn.Parameter, dict[str, Any], dict[str, Any]], Tensor]] = {
-    torch.optim.SGD: _sgd,
-    torch.optim.Adam: _adam,
-    torch.optim.AdamW: _adam,
-}

@@ -27,8 +27,6 @@ from entropy_polarity.diagnostics.entropy import (
     CHUNK_BYTES,
     Parameters,
     Sequences,
-    accumulation_dtype,
-    aligned,
     check_sequences,
     chunks,
     entropy_gradient,
@@ -37,6 +35,7 @@ from entropy_polarity.diagnostics.entropy import (
     sequence_stats,
     trainable_parameters,
 )
+from entropy_polarity.kernels.state import accumulation_dtype
 
 
 class ExactSensitivity(NamedTuple):
@@ -153,7 +152,7 @@ def _forward_mode(
 
         with sdpa_kernel(SDPBackend.MATH):  # the others have no forward mode
             parts.append(torch.func.jvp(logp, (parameters,), (tangent,))[1].detach())
-    return aligned(torch.cat(parts))
+    return nn.functional.pad(torch.cat(parts), (1, 0))  # 0 at the first tokens, which nothing predicts
 
 
 def _has_forward_mode(model: nn.Module, sequences: Sequences, direction: Parameters, *rest: Any) -> bool:

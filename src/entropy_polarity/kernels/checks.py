@@ -6,7 +6,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from entropy_polarity.kernels.state import Head, accumulator
+from entropy_polarity.kernels.state import Head, accumulation_dtype
 from entropy_polarity.tokens import TokenStats
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -16,7 +16,7 @@ IDS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uin
 def check_head(who: str, head: Head, logits: torch.dtype) -> None:
     """Temperature, cap and scale must be positive numbers that the sums' type holds with all its digits, and so must
     their quotients."""
-    dtype = accumulator(logits)
+    dtype = accumulation_dtype(logits)
     given = {"temperature": head.temperature, "softcap": head.softcap, "logit_scale": head.logit_scale}
     for name, value in given.items():
         if value is not None and not (_is(value, Real) and value > 0 and math.isfinite(value)):

@@ -80,8 +80,9 @@ class Cpu(Chunked):
                 d, e = (buffer.array for buffer in buffers(*x.shape))
                 d = out[rows, piece].numpy() if in_place else d
                 _piece_gradient(_widened(x, d), ids[rows] - piece.start, tile.head, top[rows], rates[:, rows], d, e)
-                if not in_place:
-                    _copy_serially(torch.from_numpy(d), out[rows, piece])
+                if not in_place:  # rounded in parts too small for torch to share between threads
+                    for part in spans(d.shape[1], max(1, SERIAL // len(d))):
+                        out[rows, piece][:, part] = torch.from_numpy(d)[:, part]
 
         _in_threads(work, row_chunks(tile, PIECE_ELEMENTS), maximum.dtype)
         if tile.mask is not None:
@@ -193,12 +194,6 @@ def _dot(a: Buffer, b: Buffer | None = None) -> Array:
 @functools.cache
 def _ones(width: int, dtype: np.dtype) -> Array:
     return np.ones(width, dtype)
-
-
-def _copy_serially(source: Tensor, out: Tensor) -> None:
-    """Copy and round in pieces too small for torch to share between threads."""
-    for piece in spans(out.shape[1], max(1, SERIAL // len(out))):
-        out[:, piece] = source[:, piece]
 
 
 def _in_threads(work: Callable[[slice, Buffers], None], chunks: Iterator[slice], dtype: torch.dtype) -> None:

@@ -50,15 +50,12 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "triton is not installed (pip install triton)"
     if dtype == torch.float64:
         return "Triton's kernels accumulate in float32, float64 needs chunked"
-    if device.type != "cuda" and not _interpreted():
-        return f"the tensors are on {device.type} (TRITON_INTERPRET=1 runs the kernels there, slowly, for tests)"
+    if device.type != "cuda":
+        from triton import knobs
+
+        if not knobs.runtime.interpret:
+            return f"the tensors are on {device.type} (TRITON_INTERPRET=1 runs the kernels there, slowly, for tests)"
     return None
-
-
-def _interpreted() -> bool:
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
 
 
 def engine_for(device: torch.device, dtype: torch.dtype, implementation: str | None = None) -> Engine:

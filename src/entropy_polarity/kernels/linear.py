@@ -71,13 +71,18 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> No
 
 
 class _Factors:
-    """The factors of the logits, in the product's type, and a buffer for the tiles that they make. The last slice of
-    the weights that was cast is kept."""
+    """The factors of the logits, in the product's type, and a buffer for the tiles that they make: the engine's, or
+    chunks of whole rows. The last slice of the weights that was cast is kept."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, plan: Plan, height: int, width: int
-    ) -> None:
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, plan: Plan,
+        chunk_rows: int | None = None,
+    ) -> None:  # fmt: skip
         self.hidden, self.weight, self.bias, self.tokens, self.plan = hidden, weight, bias, tokens, plan
+        height, width = chunk_rows, len(weight)
+        if height is None:
+            height, width = plan.engine.product_tile(len(hidden), width, plan.logits.itemsize, plan.tile_bytes)
+        self.row_slices, self.vocabulary_slices = spans(len(hidden), height), spans(len(weight), width)
         self.buffer = torch.empty(height * width, dtype=plan.logits, device=hidden.device)
         self._slice, self._weights = slice(0, 0), weight
 
@@ -97,15 +102,6 @@ class _Factors:
         return Tile(logits, self.tokens[rows], self.plan.head, ids.start)
 
 
-def _factors_of_tiles(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, plan: Plan
-) -> tuple[_Factors, list[slice], list[slice]]:
-    """The factors, and the rows and the vocabulary slices of the engine's tiles."""
-    height, width = plan.engine.product_tile(len(hidden), len(weight), plan.logits.itemsize, plan.tile_bytes)
-    factors = _Factors(hidden, weight, bias, tokens, plan, height, width)
-    return factors, spans(len(hidden), height), spans(len(weight), width)
-
-
 class LinearStats(torch.autograd.Function):
     """(hidden (N, D), weight (V, D), bias (V,) or None, tokens (N,)) -> the fields of TokenStats, (N,) each.
 
@@ -119,10 +115,10 @@ class LinearStats(torch.autograd.Function):
     ):  # fmt: skip
         ctx.set_materialize_grads(False)
         state, stats = empty_state(len(hidden), plan.logits, hidden.device)
-        factors, row_slices, vocabulary_slices = _factors_of_tiles(hidden, weight, bias, tokens, plan)
+        factors = _Factors(hidden, weight, bias, tokens, plan)
         pull = torch.zeros(hidden.shape, dtype=state.dtype, device=hidden.device) if frozen else None
-        for rows in row_slices:
-            for ids in vocabulary_slices:
+        for rows in factors.row_slices:
+            for ids in factors.vocabulary_slices:
                 tile = factors.tile(rows, ids)
                 before = state[MAXIMUM, rows].clone() if frozen else None
                 last = stats[:, rows] if ids.stop == len(weight) else None
@@ -194,19 +190,19 @@ def _recompute(
 
     Vocabulary slices are the outer loop, so that the float32 sum of one slice is all that dW needs.
     """
-    factors, row_slices, vocabulary_slices = _factors_of_tiles(hidden, weight, bias, tokens, plan)
+    factors = _Factors(hidden, weight, bias, tokens, plan)
     grad_hidden = torch.zeros(hidden.shape, dtype=maximum.dtype, device=hidden.device) if needs[0] else None
-    new = torch.empty_like if row_slices else torch.zeros_like
+    new = torch.empty_like if len(hidden) else torch.zeros_like
     grad_weight = new(weight) if needs[1] else None
     grad_bias = new(bias) if bias is not None and needs[2] else None
-    for ids in vocabulary_slices:
+    for ids in factors.vocabulary_slices:
         of_weights, of_bias = None, torch.zeros((), device=hidden.device)
         if grad_weight is not None:
             # One product of a GPU rounds once; a sum of several is kept in float32 until it is whole.
-            alone = len(row_slices) == 1 and weight.dtype == plan.product and weight.device.type == "cuda"
+            alone = len(factors.row_slices) == 1 and weight.dtype == plan.product and weight.device.type == "cuda"
             exact = alone or weight.dtype == maximum.dtype
             of_weights = grad_weight[ids] if exact else new(weight[ids], dtype=maximum.dtype)
-        for rows in row_slices:
+        for rows in factors.row_slices:
             gradient = _gradient_of(factors.tile(rows, ids), plan, maximum[rows], coefficients[:, rows])
             if grad_hidden is not None:
                 _add_product(grad_hidden[rows], gradient, factors.weights(ids))
@@ -248,17 +244,15 @@ class LinearLoss(torch.autograd.Function):
         plan: Plan, loss: Callable[[TokenStats, slice], Tensor], chunk_rows: int, grad_enabled: bool,
     ):  # fmt: skip
         needs = tuple(grad_enabled and needed for needed in ctx.needs_input_grad[:3])
-        count, vocabulary = len(hidden), len(weight)
-        state, stats = empty_state(count, plan.logits, hidden.device)
-        factors = _Factors(hidden, weight, bias, tokens, plan, min(count, chunk_rows), vocabulary)
+        state, stats = empty_state(len(hidden), plan.logits, hidden.device)
+        factors = _Factors(hidden, weight, bias, tokens, plan, chunk_rows)
         total = torch.zeros((), dtype=state.dtype, device=state.device)
-
-        new = torch.empty_like if count else torch.zeros_like
+        new = torch.empty_like if len(hidden) else torch.zeros_like
         grad_hidden = new(hidden) if needs[0] else None
         grad_weight = new(weight, dtype=state.dtype) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=state.dtype) if bias is not None and needs[2] else None
-        whole = slice(0, vocabulary)
-        for rows in spans(count, chunk_rows):
+        (whole,) = factors.vocabulary_slices
+        for rows in factors.row_slices:
             tile = factors.tile(rows, whole)
             plan.engine.statistics(tile, state[:, rows], stats[:, rows])
             value, grad = _value_and_gradient(loss, stats, rows, any(needs))

@@ -19,7 +19,6 @@ from entropy_polarity.tokens import TokenStats
 # Rows of a state (6, N): the maximum of x, -inf as long as nothing was seen; Σ e^d, Σ e^d d, Σ e^2d, Σ e^2d d without
 # the mode; x of the sampled token, -inf as long as it was not met. A row with NaN ends as NaN.
 MAXIMUM, R, RD, Q, QD, AT_TOKEN = range(6)
-FIELDS = 6
 
 
 class Head(NamedTuple):
@@ -69,15 +68,15 @@ class Head(NamedTuple):
         return 4 * u / (1 + u).square_()
 
 
-def accumulator(logits: torch.dtype) -> torch.dtype:
-    """The type in which logits of a type are summed."""
-    return torch.float64 if logits == torch.float64 else torch.float32
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which numbers of `dtype` are summed: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def empty_state(rows: int, logits: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """The state (6, N) of rows of which no logit was seen yet, and memory (7, N) for their statistics."""
-    dtype = accumulator(logits)
-    state = torch.zeros(FIELDS, rows, dtype=dtype, device=device)
+    dtype = accumulation_dtype(logits)
+    state = torch.zeros(6, rows, dtype=dtype, device=device)
     state[MAXIMUM] = state[AT_TOKEN] = -torch.inf
     return state, torch.empty(len(TokenStats._fields), rows, dtype=dtype, device=device)
 
@@ -101,10 +100,6 @@ def merge_sums(parts: Tensor, head: Head) -> Tensor:
     return torch.cat([maximum, torch.stack([r * weight, rd, q * weight**2, qd], dim=1).sum(0)])
 
 
-def _sampled_distance(state: Tensor, head: Head) -> Tensor:
-    return head.below(state[AT_TOKEN], state[MAXIMUM])
-
-
 def _total(state: Tensor, head: Head) -> Tensor:
     """r, NaN for rows whose largest logit is not finite."""
     top = head.folded(state[MAXIMUM])
@@ -113,8 +108,8 @@ def _total(state: Tensor, head: Head) -> Tensor:
 
 def finish(state: Tensor, head: Head) -> Tensor:
     """The fields of TokenStats (7, N) of rows whose whole vocabulary was folded."""
-    _, _, rd, q, qd = state[:AT_TOKEN]
-    return torch.stack(stats_from_sums(_sampled_distance(state, head), _total(state, head), rd, q, qd))
+    maximum, _, rd, q, qd, x_a = state
+    return torch.stack(stats_from_sums(head.below(x_a, maximum), _total(state, head), rd, q, qd))
 
 
 def separate_fields(ctx: Any, stats: Tensor, differentiable: int) -> tuple[Tensor, ...]:
@@ -134,7 +129,7 @@ def gradient_coefficients(state: Tensor, head: Head, grad_logp: Tensor | None, g
     """
     r, s = state[R], 1 + _total(state, head)
     mean = state[RD] / s
-    d_a = _sampled_distance(state, head)
+    d_a = head.below(state[AT_TOKEN], state[MAXIMUM])
     is_mode = d_a == 0
     d_a = d_a.clamp(min=LOWEST)
     e_a = d_a.exp()
