@@ -100,8 +100,8 @@ def balance(lambda_max: float = 0.8) -> Controller:
     """Make the predicted net flow of this very batch zero: λ = clip((D- - D+) / G, ±lambda_max).
 
     G is what a unit of λ adds to the flow: D- + D+ with the hard sign, from D+ (1 + λ) = D- (1 - λ). With one branch
-    empty there is nothing to balance: λ = 0. Batch.
-    Source: ours; without the clip it is OPEFO's rule (arXiv 2605.11491) with P for its d.
+    empty there is nothing to balance: λ = 0. Batch. Source: ours; without the clip it is OPEFO's rule (arXiv
+    2605.11491) with P for its d.
 
     >>> round(balance().update(Observation(1.0, 0.1, 0.3), {})[0], 6)
     0.5

@@ -36,7 +36,6 @@ class Sequences(NamedTuple):
     attention_mask: Int[Tensor, "B S"] | None = None
 
     def rows(self, index: Int[Tensor, " N"] | slice) -> "Sequences":
-        """Some of the sequences."""
         return Sequences(*(None if column is None else column[index] for column in self))  # type: ignore[arg-type]
 
 

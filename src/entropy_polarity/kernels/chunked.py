@@ -23,8 +23,6 @@ FINISH_ROWS = 2**12
 
 
 class Chunked(Engine):
-    """One chunk of rows after the other."""
-
     name = "chunked"
 
     def product_tile(self, rows: int, vocabulary: int, itemsize: int, tile_bytes: int | None) -> tuple[int, int]:

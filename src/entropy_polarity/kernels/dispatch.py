@@ -14,14 +14,12 @@ IMPLEMENTATIONS = ("chunked", "triton")
 
 
 class Choice(NamedTuple):
-    """The name of an implementation, and why it was chosen."""
-
     name: str
     why: str
 
 
 def choose(device: torch.device, dtype: torch.dtype, implementation: str | None = None) -> Choice:
-    """Which implementation serves tensors of this device and type.
+    """Which implementation serves tensors of this device and type, and why.
 
     `implementation`, or else the environment variable PAPO_KERNEL, forces "chunked" or "triton"; "auto" and None leave
     the choice to the device and type. Raises ValueError for an unknown name, and for one that cannot serve these
@@ -59,7 +57,6 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def engine_for(device: torch.device, dtype: torch.dtype, implementation: str | None = None) -> Engine:
-    """The engine of the implementation that `choose` chooses."""
     return engine_named(choose(device, dtype, implementation).name, device.type)
 
 

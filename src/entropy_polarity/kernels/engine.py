@@ -26,10 +26,7 @@ class Tile(NamedTuple):
 
 
 class Engine(ABC):
-    """The work of one implementation on tiles.
-
-    `state` (6, n) holds six numbers per row (`state.py`), and `stats` (7, n) receives the fields of TokenStats.
-    """
+    """One implementation: `state` (6, n) holds six numbers per row (`state.py`), `stats` (7, n) the TokenStats."""
 
     name: str
     strided_batches = False  # whether `statistics` and `gradient` take logits (b, t, W) with any strides
@@ -45,9 +42,7 @@ class Engine(ABC):
     @abstractmethod
     def fold(self, tile: Tile, state: Tensor, stats: Tensor | None, keep: bool) -> None:
         """Merge a tile without mask into `state`, the tiles of a row in order; with the last one `stats` is filled.
-
-        The logits may be overwritten unless `keep` is True.
-        """
+        The logits may be overwritten unless `keep` is True."""
 
     @abstractmethod
     def gradient(self, tile: Tile, maximum: Tensor, coefficients: Tensor, out: Tensor) -> None:

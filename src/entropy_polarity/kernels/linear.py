@@ -186,10 +186,7 @@ def _recompute(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, maximum: Tensor, coefficients: Tensor,
     plan: Plan, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients from tiles that are made again.
-
-    Vocabulary slices are the outer loop, so that the float32 sum of one slice is all that dW needs.
-    """
+    """The gradients from tiles that are made again, slice by slice: dW needs the float32 sum of one slice alone."""
     factors = _Factors(hidden, weight, bias, tokens, plan)
     grad_hidden = torch.zeros(hidden.shape, dtype=maximum.dtype, device=hidden.device) if needs[0] else None
     new = torch.empty_like if len(hidden) else torch.zeros_like

@@ -58,11 +58,8 @@ class Head(NamedTuple):
         return d.mul_(self.scale)
 
     def bend(self, x: Tensor) -> Tensor:
-        """The factor 1 - tanh² y that a cap leaves of a gradient at x, y = logit_scale x / c.
-
-        It is computed as 4 u / (1 + u)² with u = e^{-2 |y|}: the difference would keep no digit where the cap is nearly
-        reached.
-        """
+        """The factor 1 - tanh² y that a cap leaves of a gradient at x, y = logit_scale x / c: 4 u / (1 + u)² with
+        u = e^{-2 |y|}, since the difference would keep no digit where the cap is nearly reached."""
         assert self.softcap is not None
         u = (x.abs() * (-2 * self.logit_scale / self.softcap)).exp_()
         return 4 * u / (1 + u).square_()

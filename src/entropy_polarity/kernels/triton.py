@@ -5,9 +5,8 @@
 One program reads one row of logits, 16 or 32 bit, once. Every lane keeps its own four sums of the logits below the
 maximum, so that nothing is reduced inside the loop but the block's maximum. Blocks that reach that maximum are few: in
 them the sums are rescaled, and logits equal to it are counted instead of summed. So the mode is never in the sums, no
-tail is added to 1 and rounded away, and a logit that is summed is not too near the maximum for `_line`.
-
-The instructions of its inner loop are counted in docs/performance.md.
+tail is added to 1 and rounded away, and a logit that is summed is not too near the maximum for `_line`. The
+instructions of the inner loop are counted in docs/performance.md.
 """
 
 import functools
