@@ -94,8 +94,8 @@ def polarity(
     >>> polarity(torch.tensor([1.0, -1.0]), torch.tensor([-0.2, -0.2]))
     tensor([-0.2000,  0.2000])
     """
-    if advantages.shape != sensitivity.shape or (ratio is not None and ratio.shape != advantages.shape):
-        shapes = [tuple(x.shape) for x in (advantages, sensitivity, ratio) if x is not None]
+    shapes = [tuple(x.shape) for x in (advantages, sensitivity, ratio) if x is not None]
+    if len(set(shapes)) > 1:
         raise ValueError(
             f"polarity: advantages, sensitivity (and ratio) have shapes {', '.join(map(str, shapes))}; expected "
             "one value of each per token: repeat a response's advantage over its tokens"

@@ -2,10 +2,9 @@
 
 A controller is a pair of pure functions. `init()` gives its state, a small dict that JSON can hold, and
 `update(observation, state)` gives (λ, state, metrics). λ > 0 moves pressure to the expanding tokens, λ < 0 to the
-contracting ones, and |λ| <= lambda_max < 1, so that both branches stay alive.
-
-The λ of a *causal* controller is used on the next rollout batch; it needs nothing that training does not compute
-anyway. The λ of a *batch* controller is used on the very batch that it observed.
+contracting ones, and |λ| <= lambda_max < 1, so that both branches stay alive. The λ of a *causal* controller is used on
+the next rollout batch; it needs nothing that training does not compute anyway. The λ of a *batch* controller is used on
+the very batch that it observed.
 
 core.py     what a controller is and observes, the ranges of settings, and the path of the entropy
 laws.py     constant, trend, reference, balance

@@ -41,9 +41,6 @@ def trend(gain: float = 5.0, lambda_max: float = 0.5, fast: float = 3.0, slow: f
     """
     check_ranges("trend", gain=gain, lambda_max=lambda_max, fast=fast, slow=slow)
 
-    def init() -> State:
-        return {"fast": None, "slow": None}
-
     def update(observed: Observation, state: State) -> tuple[float, State, Metrics]:
         h = observed.entropy
         if not math.isfinite(h):
@@ -56,7 +53,7 @@ def trend(gain: float = 5.0, lambda_max: float = 0.5, fast: float = 3.0, slow: f
         metrics = {"polarity/entropy_fast": average["fast"], "polarity/entropy_slow": average["slow"]}
         return clip(gain * drift, lambda_max), average, metrics
 
-    return Controller(init, update, causal=True)
+    return Controller(lambda: {"fast": None, "slow": None}, update, causal=True)
 
 
 def reference(
@@ -82,9 +79,6 @@ def reference(
     check_ranges("reference", gain=gain, lambda_max=lambda_max)
     wanted = entropy_path("reference", level, fraction, path, horizon)
 
-    def init() -> State:
-        return {"k": 0, "first_entropy": None}
-
     def update(observed: Observation, state: State) -> tuple[float, State, Metrics]:
         if not math.isfinite(observed.entropy):
             return 0.0, state | {"k": state["k"] + 1}, {}
@@ -93,7 +87,7 @@ def reference(
         lam = clip(gain * (target - observed.entropy) / max(target, 1e-12), lambda_max)
         return lam, {"k": state["k"] + 1, "first_entropy": first}, {"polarity/entropy_reference": target}
 
-    return Controller(init, update, causal=True)
+    return Controller(lambda: {"k": 0, "first_entropy": None}, update, causal=True)
 
 
 def balance(lambda_max: float = 0.8) -> Controller:

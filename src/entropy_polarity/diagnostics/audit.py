@@ -1,23 +1,19 @@
 """The audit of an update: what theory and forecast say of the mean entropy, against what the step does to it.
 
-An optimiser step moves the parameters by δ, with G the gradient of the loss that it was given: clipped, where a trainer
-clips. These are accounts of what δ does to the mean entropy over N states; each leaves out less than the one before:
+An optimiser step moves the parameters by δ, with G the gradient that it was given (clipped, where a trainer clips).
+These are accounts of what δ does to the mean entropy over N states; each leaves out less than the one before:
 
     local            Σ_t c_t T_t             every state on its own; c_t is w A_t times the token's share of the loss
     shared           -<g, G>                 all tokens move the same parameters
     preconditioned   -η <g, M G>             at the learning rate and in the metric of the optimiser, without momentum
     exact            <g, δ>                  the step that was made
     realised         H(θ + δ) - H(θ)         to all orders
+    forecast         <ḡ, δ>                  the step that was made, ḡ from a few sequences of each update (forecast.py)
 
 g is the gradient of that mean at θ. The first two are per unit of step size, the others in nats. Where no parameter is
 shared, and each of the N states was visited once, η / N times the local sum is the change of the mean; of a state that
-was visited m times each term counts m times (a step on it moves all m of its places in the mean).
-
-And a forecast that is cheap enough for every update of a training:
-
-    forecast         <ḡ, δ>                  the step that was made, ḡ from a few sequences of each update: forecast.py
-
-Source: ours; the local formula is the paper's polarity (arXiv 2605.11775) as maths.py has it.
+was visited m times each term counts m times (a step on it moves all m of its places in the mean). Source: ours; the
+local formula is the paper's polarity (arXiv 2605.11775) as maths.py has it.
 """
 
 from collections.abc import Iterator
@@ -45,10 +41,9 @@ LEVELS = ("local", "shared", "preconditioned", "exact")
 
 @dataclass(frozen=True)
 class Account:
-    """The accounts of one update, as above, on one set of states.
+    """The accounts of one update, as above, on one set of states, whose mean `entropy` before it is in nats.
 
-    `entropy` is the mean entropy of the states before the update, in nats; `preconditioned` is None for an optimiser
-    whose metric is not known here, `forecast` None without a forecaster.
+    `preconditioned` is None for an optimiser whose metric is not known here, `forecast` None without a forecaster.
     """
 
     entropy: float
@@ -61,11 +56,9 @@ class Account:
 
 
 class TokenAccount(NamedTuple):
-    """The sampled tokens of an update, one value per token.
-
-    `pressure` is c, `change` the realised change of the entropy of the token's state, in nats, and `state` a number
-    that tokens after the same text share; the rest is as in TokenStats and `exact_sensitivity`, before the update.
-    """
+    """The sampled tokens of an update, one value per token: `pressure` is c, `change` the realised change of the
+    entropy of the token's state, in nats, and `state` a number that tokens after the same text share; the rest is as in
+    TokenStats and `exact_sensitivity`, before the update."""
 
     p: Float[Tensor, " N"]
     entropy: Float[Tensor, " N"]
@@ -79,10 +72,8 @@ class TokenAccount(NamedTuple):
 
 @dataclass
 class Audit:
-    """The result of `audited`: accounts by set of states, and the tokens; filled in when its block is left.
-
-    `momentum` is the share of the last step's direction in this one's; None for an optimiser that is not known here.
-    """
+    """The result of `audited`: accounts by set of states, and the tokens; filled in when its block is left. `momentum`
+    is the share of the last step's direction in this one's; None for an optimiser that is not known here."""
 
     accounts: dict[str, Account] = field(default_factory=dict)
     tokens: TokenAccount | None = None
@@ -111,9 +102,8 @@ def audited(
     sampled token in the objective, 0 elsewhere. There is an account for "batch", the states of `sequences`, and for
     "held_out", those of `held_out` if given. A `forecaster`, which should see every update of a run, adds its forecast,
     the same to both. The audit costs one backward for each set of states and the forecaster's, four forward passes over
-    `sequences`, one over `held_out`, and memory for g and two copies of θ. It changes nothing: parameters, gradients,
-    modes and the random state are left to the bit. Raises ValueError where `exact_sensitivity` does, and for pressure
-    of another shape. Source: ours.
+    `sequences`, one over `held_out`, and memory for g and two copies of θ. Parameters, gradients, modes and the random
+    state are left to the bit. Raises ValueError where `exact_sensitivity` does, and for pressure of another shape.
     """
     if pressure.shape != sequences.mask.shape:
         raise ValueError(
@@ -177,10 +167,8 @@ def _momentum(group: dict[str, Any]) -> float:
 
 
 def _without_momentum(optimizer: Any, model: nn.Module) -> Parameters:
-    """-η M G, the step that the optimiser would just have made without momentum and weight decay.
-
-    SGD has M = 1, Adam and AdamW have M = 1 / (√v̂ + ε) with v̂ of this step.
-    """
+    """-η M G, the step that the optimiser would just have made without momentum and weight decay: SGD has M = 1, Adam
+    and AdamW have M = 1 / (√v̂ + ε) with v̂ of this step."""
     steps = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:

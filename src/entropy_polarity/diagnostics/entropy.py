@@ -25,11 +25,8 @@ CHUNK_BYTES = 2**28
 
 
 class Sequences(NamedTuple):
-    """Whole sequences, prompts included.
-
-    `mask` is True at the tokens that the policy sampled, which the first token of a sequence never is;
-    `attention_mask` is 0 at padding, and None where there is no padding.
-    """
+    """Whole sequences, prompts included. `mask` is True at the tokens that the policy sampled, which the first of a
+    sequence never is; `attention_mask` is 0 at padding, and None where there is none."""
 
     input_ids: Int[Tensor, "B S"]
     mask: Bool[Tensor, "B S"]
@@ -76,9 +73,7 @@ def sequence_stats(
     check_logits: Callable[[Tensor], None] | None = None,
 ) -> TokenStats:
     """The statistics of every sampled token under `model`, (B, S) each, without gradient; 0 where nothing was sampled.
-
-    `check_logits` may refuse the logits of a chunk. Raises ValueError as `entropy_gradient` does for the sequences.
-    """
+    `check_logits` may refuse the logits of a chunk. Raises ValueError as `entropy_gradient` does for the sequences."""
     check_sequences(sequences)
     parts = []
     with in_eval_mode(model), torch.no_grad():

@@ -4,7 +4,7 @@
                 over a few of the sequences trained on
 
 ĝ of a few sequences is noisy, but the gradient that it estimates changes slowly: averaging over updates costs nothing.
-δ contains what momentum, clipping and weight decay made of the step, which is most of it. Source: ours.
+δ contains what momentum, clipping and weight decay made of the step, which is most of it.
 """
 
 import math

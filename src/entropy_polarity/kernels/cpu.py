@@ -47,17 +47,14 @@ Buffers = Callable[[int, int], tuple[Buffer, Buffer]]
 
 
 class Cpu(Chunked):
-    """`Chunked` with its two loops in NumPy."""
-
     def _sums(self, tile: Tile, out: Tensor, in_place: bool) -> None:
         z, sums = _array(tile.logits), out.numpy()
         pieces = spans(z.shape[1], PIECE_WIDTH)
         in_place = in_place and tile.logits.dtype == out.dtype
 
         def work(rows: slice, buffers: Buffers) -> None:
-            parts = (
-                sums[None, :, rows] if len(pieces) == 1 else np.empty((len(pieces), *sums[:, rows].shape), sums.dtype)
-            )
+            target = sums[:, rows]
+            parts = target[None] if len(pieces) == 1 else np.empty((len(pieces), *target.shape), sums.dtype)
             for part, piece in zip(parts, pieces, strict=True):
                 x = z[rows, piece]
                 d, e = buffers(*x.shape)
@@ -65,7 +62,7 @@ class Cpu(Chunked):
                     d = Buffer(x.reshape(-1), *x.shape)  # a buffer less to go through
                 _piece_sums(_widened(x, d.array), tile.head, d, e, part)
             if len(pieces) > 1:
-                sums[:, rows] = merge_sums(torch.from_numpy(parts), tile.head).numpy()
+                target[:] = merge_sums(torch.from_numpy(parts), tile.head).numpy()
 
         _in_threads(work, row_chunks(tile, PIECE_ELEMENTS), out.dtype)
 
@@ -141,10 +138,10 @@ def _widened(x: Array, buffer: Array) -> Array:
         np.copyto(bits, x)
         np.left_shift(bits, 16, out=bits)
         return buffer
-    if x.dtype != buffer.dtype:
-        np.copyto(buffer, x)
-        return buffer
-    return x
+    if x.dtype == buffer.dtype:
+        return x
+    np.copyto(buffer, x)
+    return buffer
 
 
 def _folded(x: Array, head: Head, out: Array | None = None) -> Array:

@@ -28,7 +28,6 @@ class Tile(NamedTuple):
 class Engine(ABC):
     """One implementation: `state` (6, n) holds six numbers per row (`state.py`), `stats` (7, n) the TokenStats."""
 
-    name: str
     strided_batches = False  # whether `statistics` and `gradient` take logits (b, t, W) with any strides
 
     @abstractmethod
@@ -47,9 +46,7 @@ class Engine(ABC):
     @abstractmethod
     def gradient(self, tile: Tile, maximum: Tensor, coefficients: Tensor, out: Tensor) -> None:
         """The gradient along a tile (`state.gradient_coefficients`) in `out`, which may be its logits; 0 where masked.
-
-        `maximum` (n,) is that of the whole rows, `coefficients` are (3, n).
-        """
+        `maximum` (n,) is that of the whole rows, `coefficients` are (3, n)."""
 
 
 def spans(length: int, step: int, start: int = 0) -> list[slice]:

@@ -44,13 +44,10 @@ class Plan(NamedTuple):
 
 def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = hidden @ weight.T + bias, rounded only to the type of `out`."""
-    if out.dtype == hidden.dtype:
-        if bias is None:
-            torch.mm(hidden, weight.t(), out=out)
-        else:
-            torch.addmm(bias, hidden, weight.t(), out=out)
+    if out.dtype == hidden.dtype and bias is not None:
+        torch.addmm(bias, hidden, weight.t(), out=out)
         return
-    if hidden.device.type == "cuda":
+    if out.dtype != hidden.dtype and hidden.device.type == "cuda":
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
         torch.mm(hidden.to(out.dtype), weight.to(out.dtype).t(), out=out)
@@ -103,10 +100,8 @@ class _Factors:
 
 
 class LinearStats(torch.autograd.Function):
-    """(hidden (N, D), weight (V, D), bias (V,) or None, tokens (N,)) -> the fields of TokenStats, (N,) each.
-
-    log p_a carries a gradient, and so does H where `entropy` is True; a `frozen` head gets none.
-    """
+    """(hidden (N, D), weight (V, D), bias (V,) or None, tokens (N,)) -> the fields of TokenStats, (N,) each. log p_a
+    carries a gradient, and so does H where `entropy` is True; a `frozen` head gets none."""
 
     @staticmethod
     def forward(
@@ -126,8 +121,7 @@ class LinearStats(torch.autograd.Function):
                 if pull is not None and before is not None:
                     _collect(pull[rows], tile, before, state[MAXIMUM, rows], factors)
         if pull is not None:
-            pull = _pull_on_logp(pull, state, weight, tokens, plan)
-            ctx.save_for_backward(pull)
+            ctx.save_for_backward(_pull_on_logp(pull, state, weight, tokens, plan))
         else:
             ctx.save_for_backward(hidden, weight, bias, tokens, state)
         ctx.plan, ctx.frozen, ctx.hidden_dtype = plan, frozen, hidden.dtype
@@ -138,9 +132,8 @@ class LinearStats(torch.autograd.Function):
     def backward(ctx, grad_logp, grad_entropy, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.frozen:
             (pull,) = ctx.saved_tensors
-            if grad_logp is None:
-                return (None,) * 7
-            return (pull * grad_logp[:, None]).to(ctx.hidden_dtype), *[None] * 6
+            grad = None if grad_logp is None else (pull * grad_logp[:, None]).to(ctx.hidden_dtype)
+            return grad, *[None] * 6
         hidden, weight, bias, tokens, state = ctx.saved_tensors
         coefficients = gradient_coefficients(state, ctx.plan.head, grad_logp, grad_entropy)
         needs = ctx.needs_input_grad[:3]
@@ -161,8 +154,7 @@ def _collect(pull: Tensor, tile: Tile, before: Tensor, maximum: Tensor, factors:
 def _pull_on_logp(pull: Tensor, state: Tensor, weight: Tensor, tokens: Tensor, plan: Plan) -> Tensor:
     """∂log p_a/∂h = slope [(1 - p_a) bend_a W_a - Σ_{v≠a} p_v bend_v W_v], with no cancellation where p_a is near 1."""
     head = plan.head
-    ones = torch.ones_like(state[R])
-    _, _, not_p = gradient_coefficients(state, head, ones, None)  # slope (1 - p_a)
+    _, _, not_p = gradient_coefficients(state, head, torch.ones_like(state[R]), None)  # slope (1 - p_a)
     if head.softcap is not None:
         not_p = not_p * head.bend(state[AT_TOKEN])
     pull *= (-head.slope / (1 + state[R]))[:, None]
@@ -172,10 +164,8 @@ def _pull_on_logp(pull: Tensor, state: Tensor, weight: Tensor, tokens: Tensor, p
 
 
 def _gradient_of(tile: Tile, plan: Plan, maximum: Tensor, coefficients: Tensor) -> Tensor:
-    """The gradient along a tile, as a factor of the next products; in place of the logits where the types allow it.
-
-    On a GPU its type is that of the first product, on a CPU float32: 16-bit products gain nothing there.
-    """
+    """The gradient along a tile, as a factor of the next products; in place of the logits where the types allow it. On
+    a GPU its type is that of the first product, on a CPU float32: 16-bit products gain nothing there."""
     dtype = plan.product if tile.logits.device.type == "cuda" else maximum.dtype
     out = tile.logits if tile.logits.dtype == dtype else torch.empty_like(tile.logits, dtype=dtype)
     plan.engine.gradient(tile, maximum, coefficients, out)
@@ -218,7 +208,7 @@ def _value_and_gradient(
     loss: Callable[[TokenStats, slice], Tensor], stats: Tensor, rows: slice, needed: bool
 ) -> tuple[Tensor, Tensor | None]:
     """A chunk's share of the loss, and its derivatives (2, n) along log p_a and H, if needed."""
-    with torch.enable_grad() if needed else torch.no_grad():
+    with torch.set_grad_enabled(needed):
         live = stats[:2, rows].detach().clone().requires_grad_(needed)
         value = loss(TokenStats(*live.unbind(), *stats[2:, rows].unbind()), rows)
         if value.dim() != 0 or (needed and not value.requires_grad):
@@ -230,10 +220,8 @@ def _value_and_gradient(
 
 
 class LinearLoss(torch.autograd.Function):
-    """(hidden, weight, bias, tokens) -> the summed loss, and the fields of TokenStats without gradient.
-
-    Every gradient is made in the forward, a chunk of whole rows at a time, from the whole head in the product's type.
-    """
+    """(hidden, weight, bias, tokens) -> the summed loss, and the fields of TokenStats without gradient. Every gradient
+    is made in the forward, a chunk of whole rows at a time, from the whole head in the product's type."""
 
     @staticmethod
     def forward(

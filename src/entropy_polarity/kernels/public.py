@@ -97,12 +97,12 @@ def linear_token_stats(
     check_bytes(who, "tile_bytes", tile_bytes)
     weight, bias = _checked_head(who, hidden, weight, bias, vocab_size, tokens, mask, check)
     plan = _plan(who, hidden, head, logits_dtype, tile_bytes, implementation)
-    needs_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-    frozen = torch.is_grad_enabled() and hidden.requires_grad and not needs_head and not entropy_grad
-    ids, kept = _flat_ids(tokens, mask), hidden
+    head_learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+    frozen = torch.is_grad_enabled() and hidden.requires_grad and not head_learns and not entropy_grad
+    ids = _flat_ids(tokens, mask)
     if mask is not None:
-        ids, kept = ids[mask], hidden[mask]
-    fields: Iterable[Tensor] = LinearStats.apply(kept, weight, bias, ids, plan, entropy_grad, frozen)  # pyright: ignore
+        ids, hidden = ids[mask], hidden[mask]
+    fields: Iterable[Tensor] = LinearStats.apply(hidden, weight, bias, ids, plan, entropy_grad, frozen)  # pyright: ignore
     if mask is not None:
         fields = (field.new_zeros(mask.shape).masked_scatter(mask, field) for field in fields)
     return _stats(who, fields, check)
@@ -176,7 +176,7 @@ def _plan(
     who: str, hidden: Tensor, head: Head, logits: torch.dtype | None, tile_bytes: int | None, implementation: str | None
 ) -> Plan:
     product = _product_dtype(hidden)
-    logits = product if logits is None else logits
+    logits = logits or product
     if logits != product and not (logits == torch.float32 and product.itemsize == 2):
         raise ValueError(
             f"{who}: logits_dtype is {logits} for a product of {product}; expected None, {product}, or torch.float32 "

@@ -1,8 +1,8 @@
 """What is kept of a row while its logits are folded tile by tile, and what follows from it, for every engine.
 
 A row's logits need never be in memory together: six numbers of each tile are enough, and two sets of six make one
-(`merge`). The mode (an argmax) stays out of the sums, as in `maths.stats_from_sums`. Distances below the maximum,
-d = z - max z, are in nats.
+(`merge`). The mode (an argmax) stays out of the sums, as in `maths.stats_from_sums`. Distances below the
+maximum, d = z - max z, are in nats.
 
 The maximum and the sampled token's logit are kept as the product x gave them, before a soft cap. The cap is monotone,
 so the mode is the same, and whether the sampled token is the mode never hangs on the last bit of two tanh's.
@@ -22,10 +22,8 @@ MAXIMUM, R, RD, Q, QD, AT_TOKEN = range(6)
 
 
 class Head(NamedTuple):
-    """How the product x of hidden state and weights becomes the tempered logits z.
-
-    z = softcap(logit_scale x) / temperature, with softcap(y) = c tanh(y / c) for a cap c, and y itself for None.
-    """
+    """How the product x of hidden state and weights becomes the tempered logits z = softcap(logit_scale x) /
+    temperature, with softcap(y) = c tanh(y / c) for a cap c, and y itself for None."""
 
     temperature: float = 1.0
     softcap: float | None = None
@@ -130,10 +128,6 @@ def gradient_coefficients(state: Tensor, head: Head, grad_logp: Tensor | None, g
     is_mode = d_a == 0
     d_a = d_a.clamp(min=LOWEST)
     e_a = d_a.exp()
-    zeros = torch.zeros_like(s)
-    g = zeros if grad_logp is None else grad_logp.to(s.dtype)
-    h = zeros if grad_entropy is None else grad_entropy.to(s.dtype)
-    alpha = (h * mean - g) / s
-    beta = -h / s
+    g, h = (torch.zeros_like(s) if grad is None else grad.to(s.dtype) for grad in (grad_logp, grad_entropy))
     gamma = (g * torch.where(is_mode, r, s - e_a) - h * e_a * (d_a - mean)) / s
-    return torch.stack([alpha, beta, gamma]) * head.slope
+    return torch.stack([(h * mean - g) / s, -h / s, gamma]) * head.slope

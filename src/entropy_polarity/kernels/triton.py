@@ -362,13 +362,11 @@ def _gradient_kernel(
 
 
 def _fusion(logits: Tensor, head: Head) -> dict[str, float | bool]:
-    """Whether distances are one fused operation, and from where on the maximum is 2^24 bits away from 0 (`_line`).
-
-    Only these kernels are short of time; the others may have the registers that the compiler would like.
-    """
+    """Whether distances are one fused operation, and from where on the maximum is 2^24 bits away from 0 (`_line`)."""
     bits = head.scale / math.log(2)
     fits = logits.dtype in (torch.bfloat16, torch.float16) and head.softcap is None and 2.0**-64 < bits < 2.0**64
     fused = fits and _has_pairs(logits.device)
+    # Only fused kernels are short of time; the others may have the registers that the compiler would like.
     return {"far": 2.0**24 / bits, "FUSED": fused, **({"maxnreg": REGISTERS} if fused else {})}
 
 
@@ -408,7 +406,6 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
 class Triton(Engine):
     """The kernels of this file, on CUDA tensors, or on CPU tensors under TRITON_INTERPRET=1."""
 
-    name = "triton"
     strided_batches = True
 
     def product_tile(self, rows: int, vocabulary: int, itemsize: int, tile_bytes: int | None) -> tuple[int, int]:
