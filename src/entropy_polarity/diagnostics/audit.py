@@ -41,10 +41,8 @@ LEVELS = ("local", "shared", "preconditioned", "exact")
 
 @dataclass(frozen=True)
 class Account:
-    """The accounts of one update, as above, on one set of states, whose mean `entropy` before it is in nats.
-
-    `preconditioned` is None for an optimiser whose metric is not known here, `forecast` None without a forecaster.
-    """
+    """The accounts of one update, as above, on one set of states, whose mean `entropy` before it is in nats;
+    `preconditioned` is None for an optimiser whose metric is not known here, `forecast` None without a forecaster."""
 
     entropy: float
     local: float
