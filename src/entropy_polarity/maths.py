@@ -94,8 +94,8 @@ def polarity(
     >>> polarity(torch.tensor([1.0, -1.0]), torch.tensor([-0.2, -0.2]))
     tensor([-0.2000,  0.2000])
     """
-    if advantages.shape != sensitivity.shape or (ratio is not None and ratio.shape != advantages.shape):
-        shapes = [tuple(x.shape) for x in (advantages, sensitivity, ratio) if x is not None]
+    shapes = [tuple(x.shape) for x in (advantages, sensitivity, ratio) if x is not None]
+    if len(set(shapes)) > 1:
         raise ValueError(
             f"polarity: advantages, sensitivity (and ratio) have shapes {', '.join(map(str, shapes))}; expected "
             "one value of each per token: repeat a response's advantage over its tokens"
@@ -123,12 +123,12 @@ def branch_flows(
     (tensor(0.1500), tensor(0.0500))
     """
     flow, count = finite(polarity), max(1, polarity.numel())
-    if mask is not None and mask.shape != polarity.shape:
-        raise ValueError(
-            f"branch_flows: polarity has shape {tuple(polarity.shape)} and the mask {tuple(mask.shape)}; "
-            "expected one value of each per token"
-        )
     if mask is not None:
+        if mask.shape != polarity.shape:
+            raise ValueError(
+                f"branch_flows: polarity has shape {tuple(polarity.shape)} and the mask {tuple(mask.shape)}; "
+                "expected one value of each per token"
+            )
         flow, count = torch.where(mask, flow, 0.0), mask.count_nonzero().clamp(min=1)
     return flow.clamp(min=0).sum() / count, (-flow).clamp(min=0).sum() / count
 
@@ -136,10 +136,8 @@ def branch_flows(
 def predicted_entropy_change(
     polarity: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"] | None = None
 ) -> Float[Tensor, ""]:
-    """D+ - D-, the mean of P: the first-order change of the mean entropy, in nats per unit of step size.
-
-    It leaves out the learning rate and the effect of shared parameters: compare its sign and its changes. Everything
-    else is as in `branch_flows`.
+    """D+ - D- of `branch_flows`, the mean of P: the first-order change of the mean entropy, in nats per unit of step
+    size. It leaves out the learning rate and the effect of shared parameters: compare its sign and its changes.
 
     >>> predicted_entropy_change(torch.tensor([[0.3, -0.1]]))
     tensor(0.1000)

@@ -4,8 +4,16 @@ import math
 
 import numpy as np
 
-from entropy_polarity.controllers.core import Controller, Metrics, Observation, State, clip
-from entropy_polarity.controllers.settings import Path, check_ranges, entropy_path
+from entropy_polarity.controllers.core import (
+    Controller,
+    Metrics,
+    Observation,
+    Path,
+    State,
+    check_ranges,
+    clip,
+    entropy_path,
+)
 
 # The prior, in parts of the first entropy: all pressure on one side moves the entropy by a twentieth of it in a
 # rollout, give or take as much, and without pressure it drifts by up to a fiftieth. A response below the floor is taken
@@ -33,12 +41,11 @@ def thermostat(
 
         m_{k+1} = ρ m_k + (1 - ρ) u_k        h_{k+1} = h_k + κ m_{k+1} + b
 
-    ρ is `memory`: Adam's β1 to the power of the updates per rollout (0.81 for two), 0 for an optimiser without
-    momentum. A Kalman filter estimates (h, κ, b) from the levels H_k, since one-step differences carry noise several
-    times the drift. κ and b may wander slowly, and κ is left alone without excitation; u_k is the flow achieved within
-    the clip, so nothing winds up at it. The entropy that momentum will carry h to, c = h + (κ m + b) a with
-    a = ρ / (1 - ρ), obeys c' = c + κ u + b without lag. It is c, then, that is steered, along the path a rollouts
-    ahead: the flow asked for follows the path and removes the part `gain` of the error,
+    ρ is `memory`: Adam's β1 to the power of the updates per rollout (0.81 for two), 0 without momentum. A Kalman filter
+    estimates (h, κ, b) from the levels H_k, since one-step differences carry noise several times the drift. κ and b may
+    wander slowly, and κ is left alone without excitation; u_k is the flow achieved within the clip, so nothing winds up
+    at it. The entropy that momentum will carry h to, c = h + (κ m + b) a with a = ρ / (1 - ρ), obeys c' = c + κ u + b
+    without lag. It is c that is steered, along the path a rollouts ahead, to remove the part `gain` of the error:
 
         u = (gain (H_ref(k+a) - c) + H_ref(k+a+1) - H_ref(k+a) - b) / (κ + σ_κ² / κ)
         λ = (x - F) / (G - x m_A),      x = u (D+ + D-),  F = D+ - D-,  m_A the `tilt`
@@ -71,9 +78,8 @@ def thermostat(
         coasting = entropy + (response * state["momentum"] + drift) * ahead
         target, following_target = (wanted(state["k"] + ahead + step, first) for step in (0, 1))
         # Dividing by a response that is small, or hardly known, would turn noise into pressure.
-        uncertainty = covariance[1, 1]
         divisor = max(response, FLOOR * first)
-        divisor += uncertainty / divisor
+        divisor += covariance[1, 1] / divisor
         asked = (gain * (target - coasting) + following_target - target - drift) / divisor
         lam, flow = _lambda_for(asked, observed, lambda_max)
         metrics = {

@@ -2,8 +2,16 @@
 
 import math
 
-from entropy_polarity.controllers.core import Controller, Metrics, Observation, State, clip
-from entropy_polarity.controllers.settings import Path, check_ranges, entropy_path
+from entropy_polarity.controllers.core import (
+    Controller,
+    Metrics,
+    Observation,
+    Path,
+    State,
+    check_ranges,
+    clip,
+    entropy_path,
+)
 
 # Where `reference` leads the entropy by default, as a part of the first: to 0.35 nats of the embedded policy's 0.59.
 FRACTION = 0.6
@@ -33,9 +41,6 @@ def trend(gain: float = 5.0, lambda_max: float = 0.5, fast: float = 3.0, slow: f
     """
     check_ranges("trend", gain=gain, lambda_max=lambda_max, fast=fast, slow=slow)
 
-    def init() -> State:
-        return {"fast": None, "slow": None}
-
     def update(observed: Observation, state: State) -> tuple[float, State, Metrics]:
         h = observed.entropy
         if not math.isfinite(h):
@@ -48,7 +53,7 @@ def trend(gain: float = 5.0, lambda_max: float = 0.5, fast: float = 3.0, slow: f
         metrics = {"polarity/entropy_fast": average["fast"], "polarity/entropy_slow": average["slow"]}
         return clip(gain * drift, lambda_max), average, metrics
 
-    return Controller(init, update, causal=True)
+    return Controller(lambda: {"fast": None, "slow": None}, update, causal=True)
 
 
 def reference(
@@ -74,9 +79,6 @@ def reference(
     check_ranges("reference", gain=gain, lambda_max=lambda_max)
     wanted = entropy_path("reference", level, fraction, path, horizon)
 
-    def init() -> State:
-        return {"k": 0, "first_entropy": None}
-
     def update(observed: Observation, state: State) -> tuple[float, State, Metrics]:
         if not math.isfinite(observed.entropy):
             return 0.0, state | {"k": state["k"] + 1}, {}
@@ -85,15 +87,15 @@ def reference(
         lam = clip(gain * (target - observed.entropy) / max(target, 1e-12), lambda_max)
         return lam, {"k": state["k"] + 1, "first_entropy": first}, {"polarity/entropy_reference": target}
 
-    return Controller(init, update, causal=True)
+    return Controller(lambda: {"k": 0, "first_entropy": None}, update, causal=True)
 
 
 def balance(lambda_max: float = 0.8) -> Controller:
     """Make the predicted net flow of this very batch zero: λ = clip((D- - D+) / G, ±lambda_max).
 
     G is what a unit of λ adds to the flow: D- + D+ with the hard sign, from D+ (1 + λ) = D- (1 - λ). With one branch
-    empty there is nothing to balance: λ = 0. Batch.
-    Source: ours; without the clip it is OPEFO's rule (arXiv 2605.11491) with P for its d.
+    empty there is nothing to balance: λ = 0. Batch. Source: ours; without the clip it is OPEFO's rule (arXiv
+    2605.11491) with P for its d.
 
     >>> round(balance().update(Observation(1.0, 0.1, 0.3), {})[0], 6)
     0.5

@@ -19,8 +19,8 @@ def threshold(entropy: Float[np.ndarray, "*N"], correction: Float[np.ndarray, "*
 
         p* = e^{W - H},    W e^W = C e^H,    W >= 0
 
-    (u = log p + H turns the equation into u e^u = C e^H; W is Lambert's function, found here by Newton's method.) Where
-    p* is above 1, no token of that state contracts it. Raises ValueError for negative C.
+    W is Lambert's function (u = log p + H turns the equation into u e^u = C e^H). Where p* is above 1, no token of that
+    state contracts it. Raises ValueError for negative C.
 
     >>> threshold(np.log([4.0]), np.zeros(1)).round(6)
     array([0.25])
@@ -117,10 +117,8 @@ def _even(others: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _zipf(others: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same for r_i ∝ i^-s, with s from so steep that one token has all the mass down to 0.
-
-    High ranks are taken in blocks so narrow that i^-s is a straight line in them: a long vocabulary costs no more.
-    """
+    """The same for r_i ∝ i^-s, with s from so steep that one token has all the mass down to 0. High ranks are taken in
+    blocks so narrow that i^-s is a straight line in them: a long vocabulary costs no more."""
     edges = np.unique(np.geomspace(1, others + 1, 4000).astype(int))
     count, log_rank = np.diff(edges), np.log((edges[1:] + edges[:-1] - 1) / 2)
     points = []

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from entropy_polarity.kernels import token_stats
+from entropy_polarity.kernels.state import accumulation_dtype
 from entropy_polarity.support.modes import evaluating
 from entropy_polarity.tokens import TokenStats
 
@@ -24,18 +25,14 @@ CHUNK_BYTES = 2**28
 
 
 class Sequences(NamedTuple):
-    """Whole sequences, prompts included.
-
-    `mask` is True at the tokens that the policy sampled, which the first token of a sequence never is;
-    `attention_mask` is 0 at padding, and None where there is no padding.
-    """
+    """Whole sequences, prompts included. `mask` is True at the tokens that the policy sampled, which the first of a
+    sequence never is; `attention_mask` is 0 at padding, and None where there is none."""
 
     input_ids: Int[Tensor, "B S"]
     mask: Bool[Tensor, "B S"]
     attention_mask: Int[Tensor, "B S"] | None = None
 
     def rows(self, index: Int[Tensor, " N"] | slice) -> "Sequences":
-        """Some of the sequences."""
         return Sequences(*(None if column is None else column[index] for column in self))  # type: ignore[arg-type]
 
 
@@ -76,9 +73,7 @@ def sequence_stats(
     check_logits: Callable[[Tensor], None] | None = None,
 ) -> TokenStats:
     """The statistics of every sampled token under `model`, (B, S) each, without gradient; 0 where nothing was sampled.
-
-    `check_logits` may refuse the logits of a chunk. Raises ValueError as `entropy_gradient` does for the sequences.
-    """
+    `check_logits` may refuse the logits of a chunk. Raises ValueError as `entropy_gradient` does for the sequences."""
     check_sequences(sequences)
     parts = []
     with in_eval_mode(model), torch.no_grad():
@@ -87,7 +82,8 @@ def sequence_stats(
             if check_logits is not None:
                 check_logits(logits)
             parts.append(token_stats(logits, tokens, temperature=temperature, mask=mask))
-    return TokenStats(*(aligned(torch.cat(columns)) for columns in zip(*parts, strict=True)))
+    # 0 at the first tokens, which nothing predicts
+    return TokenStats(*(nn.functional.pad(torch.cat(columns), (1, 0)) for columns in zip(*parts, strict=True)))
 
 
 def predictions(
@@ -97,16 +93,10 @@ def predictions(
     inputs = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.attention_mask is not None:
         inputs["attention_mask"] = batch.attention_mask
-        whole: Any = model
-        base = whole.get_base_model() if hasattr(model, "get_base_model") else model
+        base = getattr(model, "get_base_model", lambda: model)()
         if "position_ids" in inspect.signature(base.forward).parameters:  # padding on the left is no position
             inputs["position_ids"] = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
     return call(**inputs).logits[:, :-1], batch.input_ids[:, 1:], batch.mask[:, 1:]
-
-
-def aligned(values: Float[Tensor, "B _"]) -> Float[Tensor, "B S"]:
-    """One value per token of the sequences, the first included, from one value per prediction."""
-    return nn.functional.pad(values, (1, 0))
 
 
 def chunks(model: Any, batch: Sequences, chunk_bytes: int) -> Iterator[Sequences]:
@@ -124,11 +114,6 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient; nothing could move")
     return parameters
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which sums over parameters of `dtype` are kept: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 @contextmanager

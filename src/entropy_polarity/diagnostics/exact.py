@@ -1,14 +1,13 @@
 """Exact polarity: what each token does to the mean entropy through the parameters that all tokens share. Experimental.
 
 A policy-gradient step on token t with advantage A moves the parameters by η w A ∇_θ log π(a_t) (η, w and A as in
-maths.py), and with them every state, not only the one it was sampled at. With g = ∇_θ of the mean entropy over N
-states,
+maths.py), and with them every state, not only its own. With g = ∇_θ of the mean entropy over N states,
 
     T*_t = <g, ∇_θ log π_θ(a_t)> = d/dε log π_{θ+εg}(a_t) at ε = 0,      P*_t = w A_t T*_t
 
-is its exact first-order effect on that mean, per unit of step size. One backward makes g, and one pair of forward
-passes at θ ± εg makes T* of all tokens at once. Where no parameter is shared, T* = T / N: T is about one state, T*
-about the mean of N. Its settings and results may still change. Source: ours.
+is its exact first-order effect on that mean, per unit of step size. One backward makes g, and one pass in forward
+mode (or a pair at θ ± εg) T* of all tokens. Where no parameter is shared, T* = T / N: T is about one state, T* about
+the mean of N. Its settings and results may still change. Source: ours.
 """
 
 import math
@@ -27,8 +26,6 @@ from entropy_polarity.diagnostics.entropy import (
     CHUNK_BYTES,
     Parameters,
     Sequences,
-    accumulation_dtype,
-    aligned,
     check_sequences,
     chunks,
     entropy_gradient,
@@ -37,6 +34,7 @@ from entropy_polarity.diagnostics.entropy import (
     sequence_stats,
     trainable_parameters,
 )
+from entropy_polarity.kernels.state import accumulation_dtype
 
 
 class ExactSensitivity(NamedTuple):
@@ -69,12 +67,11 @@ def exact_sensitivity(
 ) -> ExactSensitivity:
     """Experimental: T*_t = <g, ∇ log π(a_t)> of every sampled token, g = ∇ of the mean entropy over `states`.
 
-    The tokens are those of `sequences`, and `states` are the same sequences by default; if `entropy_gradient` of them
-    is known already, it is passed as `gradient`. `model` is a causal language model as Hugging Face builds them,
-    unwrapped; the parameters that require a gradient count, so with LoRA the adapters alone. T* is in nats of the mean
-    entropy per unit of step size. `metric` maps g, by parameter names, to M g: T* is then the effect of a step along
-    M ∇ log π, for a symmetric M that does not depend on the token, such as an optimiser's preconditioner of the step
-    before. `derivative` is one of
+    The tokens are those of `sequences`, and so are the `states` by default; `gradient` is their `entropy_gradient`, if
+    it is known already. `model` is a causal language model as Hugging Face builds them, unwrapped; the parameters that
+    require a gradient count, so with LoRA the adapters alone. T* is in nats of the mean entropy per unit of step size.
+    `metric` maps g, by parameter names, to M g: T* is then the effect of a step along M ∇ log π, for a symmetric M that
+    does not depend on the token, such as an optimiser's preconditioner of the step before. `derivative` is one of
 
     "forward"     forward-mode differentiation, exact to rounding, where every operation of the model has it;
     "difference"  (log π at θ + εg - log π at θ - εg) / 2ε with ε = `step` |θ| / |g|; with `estimate_error` once more
@@ -91,8 +88,7 @@ def exact_sensitivity(
     """
     _check(sequences, derivative, step, estimate_error)
     if gradient is None:
-        states = sequences if states is None else states
-        gradient = entropy_gradient(model, states, temperature=temperature, chunk_bytes=chunk_bytes)
+        gradient = entropy_gradient(model, states or sequences, temperature=temperature, chunk_bytes=chunk_bytes)
     entropy, g = gradient
     direction = g if metric is None else metric(g)
     if direction.keys() != g.keys():
@@ -126,12 +122,11 @@ def _difference(
             "exact_sensitivity: all trainable parameters are 0, and the step is a share of their norm; use "
             "derivative='forward'"
         )
-    check_logits = partial(_refuse_coarse, "logits")
-    where: Any = {"temperature": temperature, "chunk_bytes": chunk_bytes, "check_logits": check_logits}
+    where: Any = {"temperature": temperature, "chunk_bytes": chunk_bytes}
     ends = []
     for signed in (size, -size):
         with _shifted(model, direction, signed):
-            ends.append(sequence_stats(model, sequences, **where).logp)
+            ends.append(sequence_stats(model, sequences, check_logits=partial(_refuse_coarse, "logits"), **where).logp)
     return (ends[0] - ends[1]) / (2 * size)
 
 
@@ -153,7 +148,7 @@ def _forward_mode(
 
         with sdpa_kernel(SDPBackend.MATH):  # the others have no forward mode
             parts.append(torch.func.jvp(logp, (parameters,), (tangent,))[1].detach())
-    return aligned(torch.cat(parts))
+    return nn.functional.pad(torch.cat(parts), (1, 0))  # 0 at the first tokens, which nothing predicts
 
 
 def _has_forward_mode(model: nn.Module, sequences: Sequences, direction: Parameters, *rest: Any) -> bool:

@@ -4,7 +4,7 @@
                 over a few of the sequences trained on
 
 ĝ of a few sequences is noisy, but the gradient that it estimates changes slowly: averaging over updates costs nothing.
-δ contains what momentum, clipping and weight decay made of the step, which is most of it. Source: ours.
+δ contains what momentum, clipping and weight decay made of the step, which is most of it.
 """
 
 import math
@@ -88,10 +88,8 @@ class Forecaster:
 
 
 def subsample(sequences: Sequences, share: float) -> Sequences:
-    """About that share of the sequences in which something was sampled, evenly spaced; at least one.
-
-    Raises ValueError for a share outside (0, 1].
-    """
+    """About that share of the sequences in which something was sampled, evenly spaced; at least one. Raises ValueError
+    for a share outside (0, 1]."""
     check_share(share)
     return sequences.rows(sequences.mask.any(1).nonzero().flatten()[:: round(1 / share)])
 
@@ -116,5 +114,4 @@ def inner_product(a: Parameters, b: Parameters) -> float:
 
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """The inner product of one parameter's parts, summed in float64."""
     return (a.double() * b.double()).sum().item()

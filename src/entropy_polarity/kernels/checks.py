@@ -6,7 +6,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from entropy_polarity.kernels.state import Head, accumulator
+from entropy_polarity.kernels.state import Head, accumulation_dtype
 from entropy_polarity.tokens import TokenStats
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -14,9 +14,7 @@ IDS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uin
 
 
 def check_head(who: str, head: Head, logits: torch.dtype) -> None:
-    """Temperature, cap and scale must be positive numbers that the sums' type holds with all its digits, and so must
-    their quotients."""
-    dtype = accumulator(logits)
+    """Temperature, cap, scale and their quotients must be positive numbers that the sums' type holds to all digits."""
     given = {"temperature": head.temperature, "softcap": head.softcap, "logit_scale": head.logit_scale}
     for name, value in given.items():
         if value is not None and not (_is(value, Real) and value > 0 and math.isfinite(value)):
@@ -24,6 +22,7 @@ def check_head(who: str, head: Head, logits: torch.dtype) -> None:
     given |= {"logit_scale / temperature": head.slope}
     if head.softcap is not None:
         given |= {"logit_scale / softcap": head.logit_scale / head.softcap, "softcap / temperature": head.scale}
+    dtype = accumulation_dtype(logits)
     least = torch.finfo(dtype).tiny
     for name, value in given.items():
         if value is not None and not least <= value <= 1 / least:
@@ -74,8 +73,7 @@ def check_ids(
     if not (_is(width, Integral) and 0 < width <= vocabulary):
         raise ValueError(f"{who}: vocab_size is {width}; expected 1 to {vocabulary}, the last dimension of the logits")
     ids = tokens.long()  # in a short type the vocabulary's size would wrap around, and unsigned ones lack comparisons
-    outside = (ids < 0) | (ids >= width)
-    outside = outside if mask is None else outside & mask
+    outside = ((ids < 0) | (ids >= width)) & (True if mask is None else mask)
     if outside.any():
         where = tuple(outside.nonzero()[0].tolist())
         raise ValueError(

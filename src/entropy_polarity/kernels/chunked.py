@@ -23,10 +23,6 @@ FINISH_ROWS = 2**12
 
 
 class Chunked(Engine):
-    """One chunk of rows after the other."""
-
-    name = "chunked"
-
     def product_tile(self, rows: int, vocabulary: int, itemsize: int, tile_bytes: int | None) -> tuple[int, int]:
         elements = PRODUCT_ELEMENTS if tile_bytes is None else max(1, tile_bytes // itemsize)
         height = max(1, min(rows, max(PRODUCT_ROWS, elements // vocabulary), elements))
@@ -55,8 +51,7 @@ class Chunked(Engine):
             out[~tile.mask] = 0
 
     def _sums(self, tile: Tile, out: Tensor, in_place: bool) -> None:
-        """The state (5, n) of a tile, but for the sampled token. `in_place` allows its logits to be overwritten, of
-        which only a subclass makes use."""
+        """`torch_sums` of all rows. `in_place` allows the logits to be overwritten, which a subclass makes use of."""
         for rows in row_chunks(tile, CHUNK_ELEMENTS):
             out[:, rows] = torch_sums(tile.logits[rows].to(out.dtype), tile.head)
 

@@ -47,17 +47,14 @@ Buffers = Callable[[int, int], tuple[Buffer, Buffer]]
 
 
 class Cpu(Chunked):
-    """`Chunked` with its two loops in NumPy."""
-
     def _sums(self, tile: Tile, out: Tensor, in_place: bool) -> None:
         z, sums = _array(tile.logits), out.numpy()
         pieces = spans(z.shape[1], PIECE_WIDTH)
         in_place = in_place and tile.logits.dtype == out.dtype
 
         def work(rows: slice, buffers: Buffers) -> None:
-            parts = (
-                sums[None, :, rows] if len(pieces) == 1 else np.empty((len(pieces), *sums[:, rows].shape), sums.dtype)
-            )
+            target = sums[:, rows]
+            parts = target[None] if len(pieces) == 1 else np.empty((len(pieces), *target.shape), sums.dtype)
             for part, piece in zip(parts, pieces, strict=True):
                 x = z[rows, piece]
                 d, e = buffers(*x.shape)
@@ -65,7 +62,7 @@ class Cpu(Chunked):
                     d = Buffer(x.reshape(-1), *x.shape)  # a buffer less to go through
                 _piece_sums(_widened(x, d.array), tile.head, d, e, part)
             if len(pieces) > 1:
-                sums[:, rows] = merge_sums(torch.from_numpy(parts), tile.head).numpy()
+                target[:] = merge_sums(torch.from_numpy(parts), tile.head).numpy()
 
         _in_threads(work, row_chunks(tile, PIECE_ELEMENTS), out.dtype)
 
@@ -80,8 +77,9 @@ class Cpu(Chunked):
                 d, e = (buffer.array for buffer in buffers(*x.shape))
                 d = out[rows, piece].numpy() if in_place else d
                 _piece_gradient(_widened(x, d), ids[rows] - piece.start, tile.head, top[rows], rates[:, rows], d, e)
-                if not in_place:
-                    _copy_serially(torch.from_numpy(d), out[rows, piece])
+                if not in_place:  # rounded in parts too small for torch to share between threads
+                    for part in spans(d.shape[1], max(1, SERIAL // len(d))):
+                        out[rows, piece][:, part] = torch.from_numpy(d)[:, part]
 
         _in_threads(work, row_chunks(tile, PIECE_ELEMENTS), maximum.dtype)
         if tile.mask is not None:
@@ -140,10 +138,10 @@ def _widened(x: Array, buffer: Array) -> Array:
         np.copyto(bits, x)
         np.left_shift(bits, 16, out=bits)
         return buffer
-    if x.dtype != buffer.dtype:
-        np.copyto(buffer, x)
-        return buffer
-    return x
+    if x.dtype == buffer.dtype:
+        return x
+    np.copyto(buffer, x)
+    return buffer
 
 
 def _folded(x: Array, head: Head, out: Array | None = None) -> Array:
@@ -193,12 +191,6 @@ def _dot(a: Buffer, b: Buffer | None = None) -> Array:
 @functools.cache
 def _ones(width: int, dtype: np.dtype) -> Array:
     return np.ones(width, dtype)
-
-
-def _copy_serially(source: Tensor, out: Tensor) -> None:
-    """Copy and round in pieces too small for torch to share between threads."""
-    for piece in spans(out.shape[1], max(1, SERIAL // len(out))):
-        out[:, piece] = source[:, piece]
 
 
 def _in_threads(work: Callable[[slice, Buffers], None], chunks: Iterator[slice], dtype: torch.dtype) -> None:

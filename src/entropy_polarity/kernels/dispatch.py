@@ -14,14 +14,12 @@ IMPLEMENTATIONS = ("chunked", "triton")
 
 
 class Choice(NamedTuple):
-    """The name of an implementation, and why it was chosen."""
-
     name: str
     why: str
 
 
 def choose(device: torch.device, dtype: torch.dtype, implementation: str | None = None) -> Choice:
-    """Which implementation serves tensors of this device and type.
+    """Which implementation serves tensors of this device and type, and why.
 
     `implementation`, or else the environment variable PAPO_KERNEL, forces "chunked" or "triton"; "auto" and None leave
     the choice to the device and type. Raises ValueError for an unknown name, and for one that cannot serve these
@@ -50,19 +48,15 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "triton is not installed (pip install triton)"
     if dtype == torch.float64:
         return "Triton's kernels accumulate in float32, float64 needs chunked"
-    if device.type != "cuda" and not _interpreted():
-        return f"the tensors are on {device.type} (TRITON_INTERPRET=1 runs the kernels there, slowly, for tests)"
+    if device.type != "cuda":
+        from triton import knobs
+
+        if not knobs.runtime.interpret:
+            return f"the tensors are on {device.type} (TRITON_INTERPRET=1 runs the kernels there, slowly, for tests)"
     return None
 
 
-def _interpreted() -> bool:
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
-
-
 def engine_for(device: torch.device, dtype: torch.dtype, implementation: str | None = None) -> Engine:
-    """The engine of the implementation that `choose` chooses."""
     return engine_named(choose(device, dtype, implementation).name, device.type)
 
 

@@ -26,12 +26,8 @@ class Tile(NamedTuple):
 
 
 class Engine(ABC):
-    """The work of one implementation on tiles.
+    """One implementation: `state` (6, n) holds six numbers per row (`state.py`), `stats` (7, n) the TokenStats."""
 
-    `state` (6, n) holds six numbers per row (`state.py`), and `stats` (7, n) receives the fields of TokenStats.
-    """
-
-    name: str
     strided_batches = False  # whether `statistics` and `gradient` take logits (b, t, W) with any strides
 
     @abstractmethod
@@ -45,16 +41,12 @@ class Engine(ABC):
     @abstractmethod
     def fold(self, tile: Tile, state: Tensor, stats: Tensor | None, keep: bool) -> None:
         """Merge a tile without mask into `state`, the tiles of a row in order; with the last one `stats` is filled.
-
-        The logits may be overwritten unless `keep` is True.
-        """
+        The logits may be overwritten unless `keep` is True."""
 
     @abstractmethod
     def gradient(self, tile: Tile, maximum: Tensor, coefficients: Tensor, out: Tensor) -> None:
         """The gradient along a tile (`state.gradient_coefficients`) in `out`, which may be its logits; 0 where masked.
-
-        `maximum` (n,) is that of the whole rows, `coefficients` are (3, n).
-        """
+        `maximum` (n,) is that of the whole rows, `coefficients` are (3, n)."""
 
 
 def spans(length: int, step: int, start: int = 0) -> list[slice]:

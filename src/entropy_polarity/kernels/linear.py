@@ -44,13 +44,10 @@ class Plan(NamedTuple):
 
 def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = hidden @ weight.T + bias, rounded only to the type of `out`."""
-    if out.dtype == hidden.dtype:
-        if bias is None:
-            torch.mm(hidden, weight.t(), out=out)
-        else:
-            torch.addmm(bias, hidden, weight.t(), out=out)
+    if out.dtype == hidden.dtype and bias is not None:
+        torch.addmm(bias, hidden, weight.t(), out=out)
         return
-    if hidden.device.type == "cuda":
+    if out.dtype != hidden.dtype and hidden.device.type == "cuda":
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
         torch.mm(hidden.to(out.dtype), weight.to(out.dtype).t(), out=out)
@@ -71,13 +68,18 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> No
 
 
 class _Factors:
-    """The factors of the logits, in the product's type, and a buffer for the tiles that they make. The last slice of
-    the weights that was cast is kept."""
+    """The factors of the logits, in the product's type, and a buffer for the tiles that they make: the engine's, or
+    chunks of whole rows. The last slice of the weights that was cast is kept."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, plan: Plan, height: int, width: int
-    ) -> None:
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, plan: Plan,
+        chunk_rows: int | None = None,
+    ) -> None:  # fmt: skip
         self.hidden, self.weight, self.bias, self.tokens, self.plan = hidden, weight, bias, tokens, plan
+        height, width = chunk_rows, len(weight)
+        if height is None:
+            height, width = plan.engine.product_tile(len(hidden), width, plan.logits.itemsize, plan.tile_bytes)
+        self.row_slices, self.vocabulary_slices = spans(len(hidden), height), spans(len(weight), width)
         self.buffer = torch.empty(height * width, dtype=plan.logits, device=hidden.device)
         self._slice, self._weights = slice(0, 0), weight
 
@@ -97,20 +99,9 @@ class _Factors:
         return Tile(logits, self.tokens[rows], self.plan.head, ids.start)
 
 
-def _factors_of_tiles(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, plan: Plan
-) -> tuple[_Factors, list[slice], list[slice]]:
-    """The factors, and the rows and the vocabulary slices of the engine's tiles."""
-    height, width = plan.engine.product_tile(len(hidden), len(weight), plan.logits.itemsize, plan.tile_bytes)
-    factors = _Factors(hidden, weight, bias, tokens, plan, height, width)
-    return factors, spans(len(hidden), height), spans(len(weight), width)
-
-
 class LinearStats(torch.autograd.Function):
-    """(hidden (N, D), weight (V, D), bias (V,) or None, tokens (N,)) -> the fields of TokenStats, (N,) each.
-
-    log p_a carries a gradient, and so does H where `entropy` is True; a `frozen` head gets none.
-    """
+    """(hidden (N, D), weight (V, D), bias (V,) or None, tokens (N,)) -> the fields of TokenStats, (N,) each. log p_a
+    carries a gradient, and so does H where `entropy` is True; a `frozen` head gets none."""
 
     @staticmethod
     def forward(
@@ -119,10 +110,10 @@ class LinearStats(torch.autograd.Function):
     ):  # fmt: skip
         ctx.set_materialize_grads(False)
         state, stats = empty_state(len(hidden), plan.logits, hidden.device)
-        factors, row_slices, vocabulary_slices = _factors_of_tiles(hidden, weight, bias, tokens, plan)
+        factors = _Factors(hidden, weight, bias, tokens, plan)
         pull = torch.zeros(hidden.shape, dtype=state.dtype, device=hidden.device) if frozen else None
-        for rows in row_slices:
-            for ids in vocabulary_slices:
+        for rows in factors.row_slices:
+            for ids in factors.vocabulary_slices:
                 tile = factors.tile(rows, ids)
                 before = state[MAXIMUM, rows].clone() if frozen else None
                 last = stats[:, rows] if ids.stop == len(weight) else None
@@ -130,8 +121,7 @@ class LinearStats(torch.autograd.Function):
                 if pull is not None and before is not None:
                     _collect(pull[rows], tile, before, state[MAXIMUM, rows], factors)
         if pull is not None:
-            pull = _pull_on_logp(pull, state, weight, tokens, plan)
-            ctx.save_for_backward(pull)
+            ctx.save_for_backward(_pull_on_logp(pull, state, weight, tokens, plan))
         else:
             ctx.save_for_backward(hidden, weight, bias, tokens, state)
         ctx.plan, ctx.frozen, ctx.hidden_dtype = plan, frozen, hidden.dtype
@@ -142,9 +132,8 @@ class LinearStats(torch.autograd.Function):
     def backward(ctx, grad_logp, grad_entropy, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.frozen:
             (pull,) = ctx.saved_tensors
-            if grad_logp is None:
-                return (None,) * 7
-            return (pull * grad_logp[:, None]).to(ctx.hidden_dtype), *[None] * 6
+            grad = None if grad_logp is None else (pull * grad_logp[:, None]).to(ctx.hidden_dtype)
+            return grad, *[None] * 6
         hidden, weight, bias, tokens, state = ctx.saved_tensors
         coefficients = gradient_coefficients(state, ctx.plan.head, grad_logp, grad_entropy)
         needs = ctx.needs_input_grad[:3]
@@ -165,8 +154,7 @@ def _collect(pull: Tensor, tile: Tile, before: Tensor, maximum: Tensor, factors:
 def _pull_on_logp(pull: Tensor, state: Tensor, weight: Tensor, tokens: Tensor, plan: Plan) -> Tensor:
     """∂log p_a/∂h = slope [(1 - p_a) bend_a W_a - Σ_{v≠a} p_v bend_v W_v], with no cancellation where p_a is near 1."""
     head = plan.head
-    ones = torch.ones_like(state[R])
-    _, _, not_p = gradient_coefficients(state, head, ones, None)  # slope (1 - p_a)
+    _, _, not_p = gradient_coefficients(state, head, torch.ones_like(state[R]), None)  # slope (1 - p_a)
     if head.softcap is not None:
         not_p = not_p * head.bend(state[AT_TOKEN])
     pull *= (-head.slope / (1 + state[R]))[:, None]
@@ -176,10 +164,8 @@ def _pull_on_logp(pull: Tensor, state: Tensor, weight: Tensor, tokens: Tensor, p
 
 
 def _gradient_of(tile: Tile, plan: Plan, maximum: Tensor, coefficients: Tensor) -> Tensor:
-    """The gradient along a tile, as a factor of the next products; in place of the logits where the types allow it.
-
-    On a GPU its type is that of the first product, on a CPU float32: 16-bit products gain nothing there.
-    """
+    """The gradient along a tile, as a factor of the next products; in place of the logits where the types allow it. On
+    a GPU its type is that of the first product, on a CPU float32: 16-bit products gain nothing there."""
     dtype = plan.product if tile.logits.device.type == "cuda" else maximum.dtype
     out = tile.logits if tile.logits.dtype == dtype else torch.empty_like(tile.logits, dtype=dtype)
     plan.engine.gradient(tile, maximum, coefficients, out)
@@ -190,23 +176,20 @@ def _recompute(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, maximum: Tensor, coefficients: Tensor,
     plan: Plan, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients from tiles that are made again.
-
-    Vocabulary slices are the outer loop, so that the float32 sum of one slice is all that dW needs.
-    """
-    factors, row_slices, vocabulary_slices = _factors_of_tiles(hidden, weight, bias, tokens, plan)
+    """The gradients from tiles that are made again, slice by slice: dW needs the float32 sum of one slice alone."""
+    factors = _Factors(hidden, weight, bias, tokens, plan)
     grad_hidden = torch.zeros(hidden.shape, dtype=maximum.dtype, device=hidden.device) if needs[0] else None
-    new = torch.empty_like if row_slices else torch.zeros_like
+    new = torch.empty_like if len(hidden) else torch.zeros_like
     grad_weight = new(weight) if needs[1] else None
     grad_bias = new(bias) if bias is not None and needs[2] else None
-    for ids in vocabulary_slices:
+    for ids in factors.vocabulary_slices:
         of_weights, of_bias = None, torch.zeros((), device=hidden.device)
         if grad_weight is not None:
             # One product of a GPU rounds once; a sum of several is kept in float32 until it is whole.
-            alone = len(row_slices) == 1 and weight.dtype == plan.product and weight.device.type == "cuda"
+            alone = len(factors.row_slices) == 1 and weight.dtype == plan.product and weight.device.type == "cuda"
             exact = alone or weight.dtype == maximum.dtype
             of_weights = grad_weight[ids] if exact else new(weight[ids], dtype=maximum.dtype)
-        for rows in row_slices:
+        for rows in factors.row_slices:
             gradient = _gradient_of(factors.tile(rows, ids), plan, maximum[rows], coefficients[:, rows])
             if grad_hidden is not None:
                 _add_product(grad_hidden[rows], gradient, factors.weights(ids))
@@ -225,7 +208,7 @@ def _value_and_gradient(
     loss: Callable[[TokenStats, slice], Tensor], stats: Tensor, rows: slice, needed: bool
 ) -> tuple[Tensor, Tensor | None]:
     """A chunk's share of the loss, and its derivatives (2, n) along log p_a and H, if needed."""
-    with torch.enable_grad() if needed else torch.no_grad():
+    with torch.set_grad_enabled(needed):
         live = stats[:2, rows].detach().clone().requires_grad_(needed)
         value = loss(TokenStats(*live.unbind(), *stats[2:, rows].unbind()), rows)
         if value.dim() != 0 or (needed and not value.requires_grad):
@@ -237,10 +220,8 @@ def _value_and_gradient(
 
 
 class LinearLoss(torch.autograd.Function):
-    """(hidden, weight, bias, tokens) -> the summed loss, and the fields of TokenStats without gradient.
-
-    Every gradient is made in the forward, a chunk of whole rows at a time, from the whole head in the product's type.
-    """
+    """(hidden, weight, bias, tokens) -> the summed loss, and the fields of TokenStats without gradient. Every gradient
+    is made in the forward, a chunk of whole rows at a time, from the whole head in the product's type."""
 
     @staticmethod
     def forward(
@@ -248,17 +229,15 @@ class LinearLoss(torch.autograd.Function):
         plan: Plan, loss: Callable[[TokenStats, slice], Tensor], chunk_rows: int, grad_enabled: bool,
     ):  # fmt: skip
         needs = tuple(grad_enabled and needed for needed in ctx.needs_input_grad[:3])
-        count, vocabulary = len(hidden), len(weight)
-        state, stats = empty_state(count, plan.logits, hidden.device)
-        factors = _Factors(hidden, weight, bias, tokens, plan, min(count, chunk_rows), vocabulary)
+        state, stats = empty_state(len(hidden), plan.logits, hidden.device)
+        factors = _Factors(hidden, weight, bias, tokens, plan, chunk_rows)
         total = torch.zeros((), dtype=state.dtype, device=state.device)
-
-        new = torch.empty_like if count else torch.zeros_like
+        new = torch.empty_like if len(hidden) else torch.zeros_like
         grad_hidden = new(hidden) if needs[0] else None
         grad_weight = new(weight, dtype=state.dtype) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=state.dtype) if bias is not None and needs[2] else None
-        whole = slice(0, vocabulary)
-        for rows in spans(count, chunk_rows):
+        (whole,) = factors.vocabulary_slices
+        for rows in factors.row_slices:
             tile = factors.tile(rows, whole)
             plan.engine.statistics(tile, state[:, rows], stats[:, rows])
             value, grad = _value_and_gradient(loss, stats, rows, any(needs))

@@ -14,11 +14,9 @@ from entropy_polarity.kernels.state import MAXIMUM, Head, empty_state, gradient_
 def _tiles(
     logits: Tensor, tokens: Tensor, mask: Tensor | None, head: Head, engine: Engine
 ) -> Iterator[tuple[slice, Tile]]:
-    """Tiles of whole rows that cover all rows in order, and the rows they cover.
-
-    A slice like logits[:, :-1] is no matrix, and making it one would copy every row: its batches are tiles of their own
-    where the engine does not take them strided.
-    """
+    """Tiles of whole rows that cover all rows in order, and the rows they cover. A slice like logits[:, :-1] is no
+    matrix, and making it one would copy every row: its batches are tiles of their own where the engine does not take
+    them strided."""
 
     def views(part: Tensor) -> Iterator[Tensor]:
         try:
@@ -38,10 +36,8 @@ def _tiles(
 
 
 class LogitsStats(torch.autograd.Function):
-    """(logits (..., V), tokens (N,), mask (N,) or None) -> the fields of TokenStats, (N,) each.
-
-    log p_a carries a gradient, and so does H where `entropy` is True. Only the first `width` logits count.
-    """
+    """(logits (..., V), tokens (N,), mask (N,) or None) -> the fields of TokenStats, (N,) each. log p_a carries a
+    gradient, and so does H where `entropy` is True. Only the first `width` logits count."""
 
     @staticmethod
     def forward(

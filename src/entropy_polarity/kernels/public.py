@@ -13,10 +13,6 @@ from entropy_polarity.kernels.logits import LogitsStats
 from entropy_polarity.kernels.state import Head
 from entropy_polarity.tokens import TokenStats
 
-# Logits of a chunk of whole rows, for losses known chunk by chunk: 512 MiB on a GPU, 64 MiB on a CPU.
-CHUNK_BYTES = {"cuda": 2**29}
-CHUNK_BYTES_ELSEWHERE = 2**26
-
 
 def token_stats(
     logits: Float[Tensor, "*N V"],
@@ -35,11 +31,8 @@ def token_stats(
     temperature). Returns fields of shape (...), in nats, float32 (float64 for float64 logits). `logp` carries a
     gradient, and so does `entropy` with `entropy_grad=True`. Logits of -inf are exact (p = 0); a sampled token at -inf
     has logp = -inf and T = C. Where `mask` is False every field is 0, without gradient, whatever the logits and the id
-    are. `vocab_size` leaves out the logits beyond it (padding of the head). Extra memory: one tile (on a GPU none;
-    logits whose vocabulary is not their last stride are copied).
-
-    `implementation` is "chunked" or "triton"; by default the environment variable PAPO_KERNEL decides, or else the
-    device and type (`papo doctor` tells).
+    are. `vocab_size` leaves out the logits beyond it (padding of the head). `implementation` is as in `choose`. Extra
+    memory: one tile (on a GPU none; logits whose vocabulary is not their last stride are copied).
 
     Raises ValueError for a temperature that is not positive, or so small or large that 1 / temperature leaves the
     normal numbers of the type. With `check=True` also for shapes that do not match, for an id outside [0, V), for
@@ -104,12 +97,12 @@ def linear_token_stats(
     check_bytes(who, "tile_bytes", tile_bytes)
     weight, bias = _checked_head(who, hidden, weight, bias, vocab_size, tokens, mask, check)
     plan = _plan(who, hidden, head, logits_dtype, tile_bytes, implementation)
-    needs_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-    frozen = torch.is_grad_enabled() and hidden.requires_grad and not needs_head and not entropy_grad
-    ids, kept = _flat_ids(tokens, mask), hidden
+    head_learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+    frozen = torch.is_grad_enabled() and hidden.requires_grad and not head_learns and not entropy_grad
+    ids = _flat_ids(tokens, mask)
     if mask is not None:
-        ids, kept = ids[mask], hidden[mask]
-    fields: Iterable[Tensor] = LinearStats.apply(kept, weight, bias, ids, plan, entropy_grad, frozen)  # pyright: ignore
+        ids, hidden = ids[mask], hidden[mask]
+    fields: Iterable[Tensor] = LinearStats.apply(hidden, weight, bias, ids, plan, entropy_grad, frozen)  # pyright: ignore
     if mask is not None:
         fields = (field.new_zeros(mask.shape).masked_scatter(mask, field) for field in fields)
     return _stats(who, fields, check)
@@ -137,8 +130,8 @@ def linear_token_loss(
     `stats.entropy` carry gradients; it returns their share of the loss, one number. So the loss must be a sum over
     tokens whose normaliser is known beforehand. Gradients are made at once, while the chunk's logits are in memory, and
     given out by one `backward` of the result: a loss scale comes too late for them, so float16 is refused.
-    `chunk_bytes` sets the memory of a chunk's logits. Everything else is as in `linear_token_stats`. Source: ours;
-    gradients in the forward are common practice for cross-entropy.
+    `chunk_bytes` sets the memory of a chunk's logits; by default it is 512 MiB on a GPU, 64 MiB on a CPU. Everything
+    else is as in `linear_token_stats`. Source: ours; gradients in the forward are common practice for cross-entropy.
 
     >>> hidden = torch.eye(2, requires_grad=True)
     >>> weight, tokens = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 0])
@@ -157,7 +150,7 @@ def linear_token_loss(
             "use bfloat16, or linear_token_stats"
         )
     if chunk_bytes is None:
-        chunk_bytes = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES_ELSEWHERE)
+        chunk_bytes = 2**29 if hidden.device.type == "cuda" else 2**26
     plan = _plan(who, hidden, head, logits_dtype, None, implementation)
     most = max(1, chunk_bytes // (plan.logits.itemsize * len(weight)))
     chunk_rows = -(-len(hidden) // -(-len(hidden) // most)) if len(hidden) else 1  # chunks of equal size
@@ -183,7 +176,7 @@ def _plan(
     who: str, hidden: Tensor, head: Head, logits: torch.dtype | None, tile_bytes: int | None, implementation: str | None
 ) -> Plan:
     product = _product_dtype(hidden)
-    logits = product if logits is None else logits
+    logits = logits or product
     if logits != product and not (logits == torch.float32 and product.itemsize == 2):
         raise ValueError(
             f"{who}: logits_dtype is {logits} for a product of {product}; expected None, {product}, or torch.float32 "

@@ -25,12 +25,6 @@ def reference_token_stats(
 
     sampled = at_token(contribution)
     correction = (p * contribution).sum(-1)
-    statistics = (
-        entropy,
-        (p * p).sum(-1),
-        (p * p * finite_logp).sum(-1),
-        correction - sampled,
-        sampled,
-        correction,
-    )
+    sums = (p * p).sum(-1), (p * p * finite_logp).sum(-1)
+    statistics = (entropy, *sums, correction - sampled, sampled, correction)
     return TokenStats(at_token(logp), *(x.detach() for x in statistics))

@@ -23,10 +23,9 @@ def sharded_token_stats(
 ) -> TokenStats:
     """`token_stats` of vocabulary-parallel logits: every process of `group` gets those of the whole vocabulary.
 
-    `logits` (..., W) are this process's vocabulary slice, `tokens` (...) ids of the whole vocabulary, the same on all
-    processes. Each process holds a slice of W tokens, in the order of the ranks. 24 bytes per row and process are
-    gathered; there is no gradient. Rows with NaN or +inf give NaN. Raises ValueError for a temperature as `token_stats`
-    does. Source: ours; the merge is that of the tiles (`state.merge`).
+    `logits` (..., W) are this process's vocabulary slice, W tokens on each process in the order of the ranks, `tokens`
+    (...) ids of the whole vocabulary, the same on all processes. 24 bytes per row and process are gathered; there is no
+    gradient. Rows with NaN or +inf give NaN. Raises ValueError for a temperature as `token_stats` does. Source: ours.
     """
     rows, head = logits.reshape(-1, logits.shape[-1]), Head(temperature)
     check_head("sharded_token_stats", head, logits.dtype)

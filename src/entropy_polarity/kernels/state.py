@@ -1,8 +1,8 @@
 """What is kept of a row while its logits are folded tile by tile, and what follows from it, for every engine.
 
 A row's logits need never be in memory together: six numbers of each tile are enough, and two sets of six make one
-(`merge`). The mode (an argmax) stays out of the sums, as in `maths.stats_from_sums`. Distances below the maximum,
-d = z - max z, are in nats.
+(`merge`). The mode (an argmax) stays out of the sums, as in `maths.stats_from_sums`. Distances below the
+maximum, d = z - max z, are in nats.
 
 The maximum and the sampled token's logit are kept as the product x gave them, before a soft cap. The cap is monotone,
 so the mode is the same, and whether the sampled token is the mode never hangs on the last bit of two tanh's.
@@ -19,14 +19,11 @@ from entropy_polarity.tokens import TokenStats
 # Rows of a state (6, N): the maximum of x, -inf as long as nothing was seen; Σ e^d, Σ e^d d, Σ e^2d, Σ e^2d d without
 # the mode; x of the sampled token, -inf as long as it was not met. A row with NaN ends as NaN.
 MAXIMUM, R, RD, Q, QD, AT_TOKEN = range(6)
-FIELDS = 6
 
 
 class Head(NamedTuple):
-    """How the product x of hidden state and weights becomes the tempered logits z.
-
-    z = softcap(logit_scale x) / temperature, with softcap(y) = c tanh(y / c) for a cap c, and y itself for None.
-    """
+    """How the product x of hidden state and weights becomes the tempered logits z = softcap(logit_scale x) /
+    temperature, with softcap(y) = c tanh(y / c) for a cap c, and y itself for None."""
 
     temperature: float = 1.0
     softcap: float | None = None
@@ -59,25 +56,22 @@ class Head(NamedTuple):
         return d.mul_(self.scale)
 
     def bend(self, x: Tensor) -> Tensor:
-        """The factor 1 - tanh² y that a cap leaves of a gradient at x, y = logit_scale x / c.
-
-        It is computed as 4 u / (1 + u)² with u = e^{-2 |y|}: the difference would keep no digit where the cap is nearly
-        reached.
-        """
+        """The factor 1 - tanh² y that a cap leaves of a gradient at x, y = logit_scale x / c: 4 u / (1 + u)² with
+        u = e^{-2 |y|}, since the difference would keep no digit where the cap is nearly reached."""
         assert self.softcap is not None
         u = (x.abs() * (-2 * self.logit_scale / self.softcap)).exp_()
         return 4 * u / (1 + u).square_()
 
 
-def accumulator(logits: torch.dtype) -> torch.dtype:
-    """The type in which logits of a type are summed."""
-    return torch.float64 if logits == torch.float64 else torch.float32
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which numbers of `dtype` are summed: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def empty_state(rows: int, logits: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """The state (6, N) of rows of which no logit was seen yet, and memory (7, N) for their statistics."""
-    dtype = accumulator(logits)
-    state = torch.zeros(FIELDS, rows, dtype=dtype, device=device)
+    dtype = accumulation_dtype(logits)
+    state = torch.zeros(6, rows, dtype=dtype, device=device)
     state[MAXIMUM] = state[AT_TOKEN] = -torch.inf
     return state, torch.empty(len(TokenStats._fields), rows, dtype=dtype, device=device)
 
@@ -101,10 +95,6 @@ def merge_sums(parts: Tensor, head: Head) -> Tensor:
     return torch.cat([maximum, torch.stack([r * weight, rd, q * weight**2, qd], dim=1).sum(0)])
 
 
-def _sampled_distance(state: Tensor, head: Head) -> Tensor:
-    return head.below(state[AT_TOKEN], state[MAXIMUM])
-
-
 def _total(state: Tensor, head: Head) -> Tensor:
     """r, NaN for rows whose largest logit is not finite."""
     top = head.folded(state[MAXIMUM])
@@ -113,8 +103,8 @@ def _total(state: Tensor, head: Head) -> Tensor:
 
 def finish(state: Tensor, head: Head) -> Tensor:
     """The fields of TokenStats (7, N) of rows whose whole vocabulary was folded."""
-    _, _, rd, q, qd = state[:AT_TOKEN]
-    return torch.stack(stats_from_sums(_sampled_distance(state, head), _total(state, head), rd, q, qd))
+    maximum, _, rd, q, qd, x_a = state
+    return torch.stack(stats_from_sums(head.below(x_a, maximum), _total(state, head), rd, q, qd))
 
 
 def separate_fields(ctx: Any, stats: Tensor, differentiable: int) -> tuple[Tensor, ...]:
@@ -134,14 +124,10 @@ def gradient_coefficients(state: Tensor, head: Head, grad_logp: Tensor | None, g
     """
     r, s = state[R], 1 + _total(state, head)
     mean = state[RD] / s
-    d_a = _sampled_distance(state, head)
+    d_a = head.below(state[AT_TOKEN], state[MAXIMUM])
     is_mode = d_a == 0
     d_a = d_a.clamp(min=LOWEST)
     e_a = d_a.exp()
-    zeros = torch.zeros_like(s)
-    g = zeros if grad_logp is None else grad_logp.to(s.dtype)
-    h = zeros if grad_entropy is None else grad_entropy.to(s.dtype)
-    alpha = (h * mean - g) / s
-    beta = -h / s
+    g, h = (torch.zeros_like(s) if grad is None else grad.to(s.dtype) for grad in (grad_logp, grad_entropy))
     gamma = (g * torch.where(is_mode, r, s - e_a) - h * e_a * (d_a - mean)) / s
-    return torch.stack([alpha, beta, gamma]) * head.slope
+    return torch.stack([(h * mean - g) / s, -h / s, gamma]) * head.slope

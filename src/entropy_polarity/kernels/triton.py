@@ -5,9 +5,8 @@
 One program reads one row of logits, 16 or 32 bit, once. Every lane keeps its own four sums of the logits below the
 maximum, so that nothing is reduced inside the loop but the block's maximum. Blocks that reach that maximum are few: in
 them the sums are rescaled, and logits equal to it are counted instead of summed. So the mode is never in the sums, no
-tail is added to 1 and rounded away, and a logit that is summed is not too near the maximum for `_line`.
-
-The instructions of its inner loop are counted in docs/performance.md.
+tail is added to 1 and rounded away, and a logit that is summed is not too near the maximum for `_line`. The
+instructions of the inner loop are counted in docs/performance.md.
 """
 
 import functools
@@ -362,20 +361,12 @@ def _gradient_kernel(
     tl.store(out_ptr + columns, gradient.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _cap(head: Head) -> dict[str, float | bool]:
-    """The kernels' arguments for a head: what turns distances into bits, and its soft cap."""
-    cap = 0.0 if head.softcap is None else 2 * head.logit_scale / (head.softcap * math.log(2))
-    return {"bits": head.scale / math.log(2), "cap": cap, "HAS_CAP": head.softcap is not None}
-
-
 def _fusion(logits: Tensor, head: Head) -> dict[str, float | bool]:
-    """Whether distances are one fused operation, and from where on the maximum is 2^24 bits away from 0 (`_line`).
-
-    Only these kernels are short of time; the others may have the registers that the compiler would like.
-    """
+    """Whether distances are one fused operation, and from where on the maximum is 2^24 bits away from 0 (`_line`)."""
     bits = head.scale / math.log(2)
     fits = logits.dtype in (torch.bfloat16, torch.float16) and head.softcap is None and 2.0**-64 < bits < 2.0**64
     fused = fits and _has_pairs(logits.device)
+    # Only fused kernels are short of time; the others may have the registers that the compiler would like.
     return {"far": 2.0**24 / bits, "FUSED": fused, **({"maxnreg": REGISTERS} if fused else {})}
 
 
@@ -385,13 +376,26 @@ def _has_pairs(device: torch.device) -> bool:
     return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
-def _layout(logits: Tensor) -> tuple[Tensor, dict[str, int]]:
-    """Logits (N, V) or (B, T, V) with any strides but along V, as the kernels read them."""
+def _arguments(tile: Tile) -> dict[str, Any]:
+    """What both kernels take of a tile, whose logits (N, V) or (B, T, V) may have any strides but along V."""
+    logits, mask, head = tile.logits, tile.mask, tile.head
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
-    batch_stride = logits.stride(0) if logits.dim() == 3 else 0
-    rows = logits.shape[-2]
-    return logits, {"batch_stride": batch_stride, "row_stride": logits.stride(-2), "rows_a_batch": max(1, rows)}
+    return {
+        "logits_ptr": logits,
+        "batch_stride": logits.stride(0) if logits.dim() == 3 else 0,
+        "row_stride": logits.stride(-2),
+        "rows_a_batch": max(1, logits.shape[-2]),
+        "n_cols": logits.shape[-1],
+        "tokens_ptr": tile.tokens,
+        "start": tile.start,
+        "mask_ptr": tile.tokens if mask is None else mask.to(torch.int8),  # some pointer, never read without a mask
+        "mask_stride": 0 if mask is None else 1,
+        "HAS_MASK": mask is not None,
+        "bits": head.scale / math.log(2),
+        "cap": 0.0 if head.softcap is None else 2 * head.logit_scale / (head.softcap * math.log(2)),
+        "HAS_CAP": head.softcap is not None,
+    }
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -399,16 +403,9 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def _mask(tile: Tile) -> dict[str, Any]:
-    if tile.mask is None:
-        return {"mask_ptr": tile.tokens, "mask_stride": 0, "HAS_MASK": False}  # some pointer, never read
-    return {"mask_ptr": tile.mask.to(torch.int8), "mask_stride": 1, "HAS_MASK": True}
-
-
 class Triton(Engine):
     """The kernels of this file, on CUDA tensors, or on CPU tensors under TRITON_INTERPRET=1."""
 
-    name = "triton"
     strided_batches = True
 
     def product_tile(self, rows: int, vocabulary: int, itemsize: int, tile_bytes: int | None) -> tuple[int, int]:
@@ -418,36 +415,27 @@ class Triton(Engine):
         return height, width if width == vocabulary else width // BLOCK * BLOCK or width
 
     def statistics(self, tile: Tile, state: Tensor, stats: Tensor) -> None:
-        self._fold(tile, state, stats)
+        self.fold(tile, state, stats, keep=True)
 
     def fold(self, tile: Tile, state: Tensor, stats: Tensor | None, keep: bool) -> None:
-        self._fold(tile, state, stats)
-
-    @staticmethod
-    def _fold(tile: Tile, state: Tensor, stats: Tensor | None) -> None:
         if state.shape[1] == 0:
             return
-        logits, layout = _layout(tile.logits)
         columns = state if stats is None else stats
         with _on(state):
             _fold_kernel[(state.shape[1],)](
-                logits_ptr=logits, tokens_ptr=tile.tokens, state_ptr=state, stats_ptr=columns,
-                state_stride=state.stride(0), stats_stride=columns.stride(0), start=tile.start,
-                n_cols=logits.shape[-1], IS_FIRST=tile.start == 0, IS_LAST=stats is not None,
-                BLOCK=BLOCK, num_warps=WARPS,
-                **layout, **_mask(tile), **_cap(tile.head), **_fusion(logits, tile.head),
+                state_ptr=state, stats_ptr=columns, state_stride=state.stride(0), stats_stride=columns.stride(0),
+                IS_FIRST=tile.start == 0, IS_LAST=stats is not None, BLOCK=BLOCK, num_warps=WARPS,
+                **_arguments(tile), **_fusion(tile.logits, tile.head),
             )  # fmt: skip
 
     def gradient(self, tile: Tile, maximum: Tensor, coefficients: Tensor, out: Tensor) -> None:
         if maximum.shape[0] == 0:
             return
-        logits, layout = _layout(tile.logits)
-        blocks = triton.cdiv(logits.shape[-1], GRADIENT_BLOCK)
+        blocks = triton.cdiv(tile.logits.shape[-1], GRADIENT_BLOCK)
         warps = GRADIENT_WARPS if tile.head.softcap is None else CAPPED_GRADIENT_WARPS
         with _on(maximum):
             _gradient_kernel[(maximum.shape[0] * blocks,)](
-                logits_ptr=logits, out_ptr=out, tokens_ptr=tile.tokens, maximum_ptr=maximum,
-                coefficients_ptr=coefficients, out_stride=out.stride(0), coefficients_stride=coefficients.stride(0),
-                start=tile.start, n_cols=logits.shape[-1], blocks=blocks, BLOCK=GRADIENT_BLOCK, num_warps=warps,
-                **layout, **_mask(tile), **_cap(tile.head),
+                out_ptr=out, maximum_ptr=maximum, coefficients_ptr=coefficients, out_stride=out.stride(0),
+                coefficients_stride=coefficients.stride(0), blocks=blocks, BLOCK=GRADIENT_BLOCK, num_warps=warps,
+                **_arguments(tile),
             )  # fmt: skip

@@ -171,8 +171,8 @@ def one_ahead(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> Float[n
     """
     predicted = np.zeros(len(x))
     for k in range(1, len(x)):
-        line = (slope(x[:k], y[:k]), offset(x[:k], y[:k])) if k >= 3 else (float("nan"), 0.0)
-        predicted[k] = line[0] * x[k] + line[1] if np.isfinite(line[0]) else y[:k].mean()
+        rate = slope(x[:k], y[:k]) if k >= 3 else float("nan")
+        predicted[k] = rate * x[k] + offset(x[:k], y[:k]) if np.isfinite(rate) else y[:k].mean()
     return predicted
 
 
@@ -189,14 +189,10 @@ def _over(part: Any, whole: Any) -> Any:
 def _draws(lengths: tuple[int, ...], block: int, draws: int) -> Int[np.ndarray, "D N"]:
     """The places in the joined runs that each draw takes."""
     rng, before = np.random.default_rng(0), np.cumsum([0, *lengths[:-1]])
-    return np.array(
-        [
-            np.concatenate([start + _blocks(n, block, rng) for start, n in zip(before, lengths, strict=True)])
-            for _ in range(draws)
-        ]
-    )
-
-
-def _blocks(length: int, block: int, rng: np.random.Generator) -> Int[np.ndarray, " N"]:
-    starts = rng.integers(length, size=-(-length // block))
-    return (starts[:, None] + np.arange(block)).reshape(-1)[:length] % length
+    places = np.empty((draws, sum(lengths)), dtype=int)
+    for draw in places:
+        for first, length in zip(before, lengths, strict=True):
+            starts = rng.integers(length, size=-(-length // block))
+            blocks = (starts[:, None] + np.arange(block)).reshape(-1)[:length] % length
+            draw[first : first + length] = first + blocks
+    return places

@@ -7,11 +7,8 @@ from jaxtyping import Float
 
 
 def area_under_curve(values: Float[np.ndarray, " K"]) -> float:
-    """The area under a curve of one value per rollout, divided by its length: (1/K) Σ_k values_k.
-
-    Of rewards it is the mean reward of everything sampled in training: a higher end raises it, and so does a faster way
-    there.
-    """
+    """The area under a curve of one value per rollout, divided by its length: (1/K) Σ_k values_k. A higher end raises
+    it, and so does a faster way there."""
     return float(np.mean(values))
 
 
@@ -35,6 +32,5 @@ def steps_to_reach(steps: Sequence[int], values: Float[np.ndarray, " K"], level:
     5
     """
     averages = moving_average(values, window)
-    # A baseline must reach its own best, whatever the rounding of the sums.
-    reached = np.flatnonzero(averages >= level - 1e-9)
+    reached = np.flatnonzero(averages >= level - 1e-9)  # a baseline must reach its own best, whatever the rounding
     return int(steps[len(steps) - len(averages) + reached[0]]) if reached.size else None

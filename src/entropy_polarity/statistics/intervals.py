@@ -26,9 +26,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The percentile bootstrap interval of the mean over problems.
 
-    NaN for fewer than `LEAST` values, which are too few to say. Values that are all the same would draw an interval of
-    no width: theirs is that of `unvaried`, with the bounds `within` which values lie. Raises ValueError for no values.
-    Source: Efron 1979.
+    NaN for fewer than `LEAST` values. Values that are all the same would draw an interval of no width: theirs is that
+    of `unvaried`, with the bounds `within` which values lie. Raises ValueError for no values. Source: Efron 1979.
 
     >>> low, high = bootstrap_interval(np.array([0.0, 1.0] * 50))
     >>> low < 0.5 < high
@@ -94,7 +93,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Float[np.ndarray, "*S P"], within: tuple[float, float] | None = None) -> "Estimate":
-        """The mean over problems with its bootstrap interval; with several rows, one per seed, the mean over both as in
+        """The mean over problems with its bootstrap interval, or over seeds (rows) and problems as in
         `paired_bootstrap`. `within` are the bounds of the values, if they have any."""
         values = np.asarray(values, dtype=float)
         if values.ndim == 2 and len(values) > 1:
@@ -121,8 +120,8 @@ def paired_bootstrap(
         difference* = Σ_s Σ_p u_s v_p (a_sp - b_sp)        u ~ Multinomial(S, 1/S) / S,  v ~ Multinomial(P, 1/P) / P
 
     so that problems hard for every seed and seeds good on every problem both count. It is wider than need be where the
-    noise of single answers dominates; a handful of seeds shows it too little spread, and one seed none at all: read it
-    beside `t_interval`. NaN for fewer than `LEAST` problems. Differences that are all the same have the interval of
+    noise of single answers dominates; a handful of seeds shows it too little spread, one seed none: read it beside
+    `t_interval`. NaN for fewer than `LEAST` problems. Differences that are all the same have the interval of
     `unvaried`, of P values, with the bounds `within` of a difference. Raises ValueError unless the shapes agree and
     none is empty. Source: Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 2007.
 

@@ -96,9 +96,9 @@ def _with_group(
         new_ways[i:] += chances[i] * ways[: size - i]
         new_worth[i:] += chances[i] * worth[: size - i]
     if height < len(chances):
-        wins = chances[height]
-        new_ways[height:, 1:] += wins * ways[: size - height, :-1]
-        new_worth[height:, 1:] += wins * (worth[: size - height, :-1] + share * ways[: size - height, :-1])
+        before, wins = slice(size - height), chances[height]
+        new_ways[height:, 1:] += wins * ways[before, :-1]
+        new_worth[height:, 1:] += wins * (worth[before, :-1] + share * ways[before, :-1])
     return new_ways, new_worth
 
 
