@@ -16,6 +16,7 @@ from entropy_polarity.experiments.compare.search import search_plan
 from entropy_polarity.experiments.flags import audit_recipe
 from entropy_polarity.methods import METHODS, given_beside, make_transform, name_of
 from entropy_polarity.runs.recipe import load_recipe
+from entropy_polarity.trainers.trl import PolarityConfig
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PLANS = ROOT / "benchmarks/results", ROOT / "benchmarks/comparisons"
@@ -250,3 +251,10 @@ def test_a_name_is_answered_before_anything_heavy_is_loaded(arguments, said):
     assert said in done.stdout + done.stderr
     assert "was loaded" not in done.stderr
     assert done.returncode == (0 if arguments == ["--version"] else 2)
+
+
+def test_a_comparison_and_a_trainer_take_a_chain():
+    plan = load_plan("countdown", ["both=dapo+papo:level=0.3", "grpo"])
+    assert plan.methods["both"] == {"name": "dapo+papo", "level": 0.3}
+    config = PolarityConfig("out", method=["dapo", "papo"], method_settings={"level": 0.3}, use_cpu=True, bf16=False, report_to="none")  # fmt: skip
+    assert (config.method, config.epsilon_high, config.loss_type) == ("dapo+papo", 0.28, "dapo")

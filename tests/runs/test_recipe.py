@@ -179,3 +179,17 @@ def test_the_launch_files_are_accelerates(name):
     assert str(config.distributed_type) in ("DistributedType.DEEPSPEED", "DistributedType.FSDP", "DEEPSPEED", "FSDP")
     if name.startswith("zero"):
         assert config.deepspeed_config["zero_stage"] == int(name[-1])
+
+
+@pytest.mark.parametrize("written", ['method = ["dapo", "papo"]', '[method]\nname = ["dapo", "papo"]'])
+def test_a_recipe_names_a_chain_as_a_list(tmp_path, written):
+    path = tmp_path / "chain.toml"
+    path.write_text(f'cost = "a minute"\n{written}\n', encoding="utf-8")
+    assert load_recipe(str(path)).method == {"name": "dapo+papo"}
+    assert load_recipe(str(path)).cost == "a minute"
+    told = load_recipe(str(path), ["method.level=0.3", "method.dapo.clip_high=0.3"]).method
+    assert told == {"name": "dapo+papo", "dapo": {"clip_high": 0.3}, "papo": {"level": 0.3}}
+    assert make_transform(told.pop("name"), told).loss.clip_high == 0.3
+    assert load_recipe("countdown", ['method=["dapo", "papo"]']).method == {"name": "dapo+papo"}
+    with pytest.raises(ValueError, match="unknown method 'dappo': did you mean 'dapo'"):
+        make_transform(load_recipe("countdown", ['method=["dappo", "papo"]']).method["name"])

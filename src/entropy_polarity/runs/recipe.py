@@ -4,7 +4,7 @@ title, cost, expected    what the run is, what it takes, what was measured
 seed                     of prompts, sampling and training
 [task]                   name, and the task's own settings
 [policy]                 model: "embedded", or a folder with a Hugging Face causal language model
-[method]                 name, and the method's own settings
+[method]                 name, and the method's own settings; or method = ["dapo", "papo"], a chain
 [trainer]                any argument of TRL's GRPOConfig
 [evaluation]             problems, samples, seed: held-out evaluation before and after
 [record]                 completions: how many sampled completions of each rollout are kept
@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from entropy_polarity.methods import given_beside
+from entropy_polarity.methods import given_beside, joined
 from entropy_polarity.support.errors import unknown_name
 from entropy_polarity.support.text import valid
 
@@ -116,6 +116,12 @@ def load_recipe(
         else:
             apply_override(document, override)
             given = {}
+    for tables in (document, written):
+        method = tables.get("method")
+        if isinstance(method, list):  # the methods of a chain
+            method = {"name": method}
+        if isinstance(method, dict) and "name" in method:
+            tables["method"] = method | {"name": joined(method["name"])}
     own = document.get("method", Recipe().method)
     if given and isinstance(own, dict):
         document["method"] = given_beside(own, given, say)

@@ -44,8 +44,8 @@ class LossOverrides(NamedTuple):
         LossOverrides(clip_low=0.2, clip_high=0.28, average='token')
         """
         mine, theirs = ({k: v for k, v in x._asdict().items() if v is not None} for x in (self, other))
-        for name in mine.keys() & theirs.keys():
-            if mine[name] != theirs[name]:
+        for name in mine:
+            if theirs.get(name, mine[name]) != mine[name]:
                 raise ValueError(f"one sets {name} to {mine[name]!r}, another to {theirs[name]!r}")
         return LossOverrides(**mine | theirs)
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from trl import GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
-from entropy_polarity.methods import make_transform
+from entropy_polarity.methods import joined, make_transform
 from entropy_polarity.trainers.trl.head import HEADS
 from entropy_polarity.trainers.trl.loss import fix_loss
 from entropy_polarity.transforms.core import REWARD_COLUMNS
@@ -32,7 +32,7 @@ class PolarityConfig(GRPOConfig):
 
     _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "method_settings"]
 
-    method: str = field(default="papo", metadata={"help": "Name of a method in entropy_polarity.methods."})
+    method: str = field(default="papo", metadata={"help": "Name of a method in entropy_polarity.methods, or of a chain, dapo+papo."})
     method_settings: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": 'Settings of the method, e.g. \'{"controller": "thermostat", "level": 0.4}\'.'},
@@ -53,6 +53,7 @@ class PolarityConfig(GRPOConfig):
         """Check what GRPOConfig does not know, and put in what the method fixes of the loss."""
         if self.statistics_head not in HEADS:
             raise ValueError(f"statistics_head={self.statistics_head!r}: expected {' or '.join(map(repr, HEADS))}")
+        self.method = joined(self.method)
         transform = make_transform(self.method, self.settings)  # unknown names fail here, before a model is loaded
         if self.importance_sampling_level != "token" and not transform.needs <= REWARD_COLUMNS:
             raise ValueError(
