@@ -47,7 +47,8 @@ def test_its_resolved_recipe_is_a_recipe():
 
 def test_the_state_of_its_method_is_that_of_the_method_today():
     name, settings = "papo", SETTINGS
-    state = load_state(OLD / "checkpoints/checkpoint-2", name, settings, make_transform(name, settings).init())
+    beginning = {"entropy": None, "inner": make_transform(name, settings).init()}
+    state = load_state(OLD / "checkpoints/checkpoint-2", name, settings, beginning)
     assert state["inner"]["controller"] == {"k": 1, "first_entropy": state["entropy"]}
 
 
