@@ -256,5 +256,6 @@ def test_a_name_is_answered_before_anything_heavy_is_loaded(arguments, said):
 def test_a_comparison_and_a_trainer_take_a_chain():
     plan = load_plan("countdown", ["both=dapo+papo:level=0.3", "grpo"])
     assert plan.methods["both"] == {"name": "dapo+papo", "level": 0.3}
-    config = PolarityConfig("out", method=["dapo", "papo"], method_settings={"level": 0.3}, use_cpu=True, bf16=False, report_to="none")  # fmt: skip
+    settings = {"use_cpu": True, "bf16": False, "report_to": "none"}
+    config = PolarityConfig("out", method=["dapo", "papo"], method_settings={"level": 0.3}, **settings)
     assert (config.method, config.epsilon_high, config.loss_type) == ("dapo+papo", 0.28, "dapo")

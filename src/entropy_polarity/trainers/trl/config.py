@@ -32,7 +32,9 @@ class PolarityConfig(GRPOConfig):
 
     _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "method_settings"]
 
-    method: str = field(default="papo", metadata={"help": "Name of a method in entropy_polarity.methods, or of a chain, dapo+papo."})
+    method: str = field(
+        default="papo", metadata={"help": "Name of a method in entropy_polarity.methods, or of a chain, dapo+papo."}
+    )
     method_settings: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": 'Settings of the method, e.g. \'{"controller": "thermostat", "level": 0.4}\'.'},
