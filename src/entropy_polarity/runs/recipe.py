@@ -117,11 +117,11 @@ def load_recipe(
             apply_override(document, override)
             given = {}
     for tables in (document, written):
-        method = tables.get("method")
-        if isinstance(method, list):  # the methods of a chain
-            method = {"name": method}
-        if isinstance(method, dict) and "name" in method:
-            tables["method"] = method | {"name": joined(method["name"])}
+        told = tables.get("method")
+        if isinstance(told, list):  # the methods of a chain
+            told = {"name": told}
+        if isinstance(told, dict) and "name" in told:
+            tables["method"] = told | {"name": joined(told["name"])}
     own = document.get("method", Recipe().method)
     if given and isinstance(own, dict):
         document["method"] = given_beside(own, given, say)

@@ -27,12 +27,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-
-try:
-    from trl import GRPOTrainer
-    from trl.trainer import grpo_trainer
-except ModuleNotFoundError as error:
-    raise ImportError(f"PolarityTrainer needs TRL ({error}): pip install 'entropy-polarity[trl]'") from None
+from trl import GRPOTrainer
+from trl.trainer import grpo_trainer
 
 from entropy_polarity.methods import make_transform
 from entropy_polarity.policy import resolve_model
