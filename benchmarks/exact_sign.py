@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from blocks import markdown
 
-from entropy_polarity.controllers.core import entropy_path
+from entropy_polarity.controllers.settings import entropy_path
 from entropy_polarity.statistics.intervals import t_interval
 
 

@@ -6,16 +6,17 @@ contracting ones, and |λ| <= lambda_max < 1, so that both branches stay alive. 
 the next rollout batch; it needs nothing that training does not compute anyway. The λ of a *batch* controller is used on
 the very batch that it observed.
 
-core.py     what a controller is and observes, the ranges of settings, and the path of the entropy
-laws.py     constant, trend, reference, balance
-kalman.py   thermostat: any level or path, held by a Kalman filter
+core.py       what a controller is and observes    settings.py   the ranges of settings, and the path of the entropy
+laws.py       constant, trend, reference, balance
+kalman.py     thermostat: any level or path, held by a Kalman filter
 """
 
 from collections.abc import Callable
 
-from entropy_polarity.controllers.core import LAMBDA_LIMIT, Controller, Metrics, Observation, State
+from entropy_polarity.controllers.core import Controller, Metrics, Observation, State
 from entropy_polarity.controllers.kalman import thermostat
 from entropy_polarity.controllers.laws import balance, constant, reference, trend
+from entropy_polarity.controllers.settings import LAMBDA_LIMIT
 
 __all__ = [
     "CONTROLLERS",

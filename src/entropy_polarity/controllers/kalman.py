@@ -4,16 +4,8 @@ import math
 
 import numpy as np
 
-from entropy_polarity.controllers.core import (
-    Controller,
-    Metrics,
-    Observation,
-    Path,
-    State,
-    check_ranges,
-    clip,
-    entropy_path,
-)
+from entropy_polarity.controllers.core import Controller, Metrics, Observation, State, clip
+from entropy_polarity.controllers.settings import Path, check_ranges, entropy_path
 
 # The prior, in parts of the first entropy: all pressure on one side moves the entropy by a twentieth of it in a
 # rollout, give or take as much, and without pressure it drifts by up to a fiftieth. A response below the floor is taken

@@ -2,16 +2,8 @@
 
 import math
 
-from entropy_polarity.controllers.core import (
-    Controller,
-    Metrics,
-    Observation,
-    Path,
-    State,
-    check_ranges,
-    clip,
-    entropy_path,
-)
+from entropy_polarity.controllers.core import Controller, Metrics, Observation, State, clip
+from entropy_polarity.controllers.settings import Path, check_ranges, entropy_path
 
 # Where `reference` leads the entropy by default, as a part of the first: to 0.35 nats of the embedded policy's 0.59.
 FRACTION = 0.6

@@ -19,8 +19,8 @@ def threshold(entropy: Float[np.ndarray, "*N"], correction: Float[np.ndarray, "*
 
         p* = e^{W - H},    W e^W = C e^H,    W >= 0
 
-    W is Lambert's function (u = log p + H turns the equation into u e^u = C e^H). Where p* is above 1, no token of that
-    state contracts it. Raises ValueError for negative C.
+    (u = log p + H turns the equation into u e^u = C e^H; W is Lambert's function, found here by Newton's method.) Where
+    p* is above 1, no token of that state contracts it. Raises ValueError for negative C.
 
     >>> threshold(np.log([4.0]), np.zeros(1)).round(6)
     array([0.25])

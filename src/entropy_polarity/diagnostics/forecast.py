@@ -114,4 +114,5 @@ def inner_product(a: Parameters, b: Parameters) -> float:
 
 
 def dot(a: Tensor, b: Tensor) -> float:
+    """The inner product of one parameter's parts, summed in float64."""
     return (a.double() * b.double()).sum().item()

@@ -47,6 +47,8 @@ Buffers = Callable[[int, int], tuple[Buffer, Buffer]]
 
 
 class Cpu(Chunked):
+    """`Chunked` with its two loops in NumPy."""
+
     def _sums(self, tile: Tile, out: Tensor, in_place: bool) -> None:
         z, sums = _array(tile.logits), out.numpy()
         pieces = spans(z.shape[1], PIECE_WIDTH)

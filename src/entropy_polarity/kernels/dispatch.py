@@ -14,6 +14,8 @@ IMPLEMENTATIONS = ("chunked", "triton")
 
 
 class Choice(NamedTuple):
+    """The name of an implementation, and why it was chosen."""
+
     name: str
     why: str
 

@@ -415,9 +415,13 @@ class Triton(Engine):
         return height, width if width == vocabulary else width // BLOCK * BLOCK or width
 
     def statistics(self, tile: Tile, state: Tensor, stats: Tensor) -> None:
-        self.fold(tile, state, stats, keep=True)
+        self._fold(tile, state, stats)
 
     def fold(self, tile: Tile, state: Tensor, stats: Tensor | None, keep: bool) -> None:
+        self._fold(tile, state, stats)
+
+    @staticmethod
+    def _fold(tile: Tile, state: Tensor, stats: Tensor | None) -> None:
         if state.shape[1] == 0:
             return
         columns = state if stats is None else stats
