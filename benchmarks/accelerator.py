@@ -107,7 +107,7 @@ def checks(place: Place) -> dict[str, Any]:
     """Every test of the kernels on the device, forward and backward, adversarial rows included."""
     report = place.work / "checks.xml"
     chosen = "triton and (every_kind_of_row or lowest_logit or 16_bit_logits)" if place.rehearsal else "not chunked-"
-    files = ["tests/test_engines.py"] if place.rehearsal else ["tests/test_engines.py", "tests/test_kernels.py"]
+    files = ["tests/kernels/test_engines.py", *([] if place.rehearsal else ["tests/kernels/test_kernels.py"])]
     interpreter = {"TRITON_INTERPRET": "1"} if place.rehearsal else {}
     report.unlink(missing_ok=True)  # of a former try
     failure = None

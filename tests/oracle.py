@@ -13,7 +13,7 @@ class Exact:
     """Rows (N, V) of logits, one sampled token each.
 
     1 - p_a and T are summed over the other tokens, or they would end at the last bit of these floats. That T = C - S_a
-    is the same number is checked in 200 digits by tests/test_engines.py.
+    is the same number is checked in 200 digits by tests/kernels/test_engines.py.
 
     A soft cap c rounds logits to a step of float32 at c, so that its tolerance grows with c / temperature from 30 up.
     Distances that are themselves no larger than such a step have no digits: with `nat` a distance below a nat counts as

@@ -1,6 +1,7 @@
 """The command for the day there is a GPU: a part that fails or hangs takes nothing from the others."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -116,3 +117,9 @@ def test_the_rehearsal_does_every_part(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     parts = json.loads((tmp_path / "found" / accelerator.SUMMARY).read_text(encoding="utf-8"))["parts"]
     assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(accelerator.PARTS, "done")
+
+
+def test_the_tests_that_it_runs_exist():
+    named = re.findall(r"tests/[\w/]+\.py", SCRIPT.read_text(encoding="utf-8"))
+    assert named
+    assert all((SCRIPT.parents[1] / name).is_file() for name in named)

@@ -7,7 +7,7 @@ checkout). What is tried, each with the verdict it must have:
 
     MATH-500    every gold against its own solution, its own box and its own sentence: correct. Its solution cut off
                 inside the last box: not parsed. Every gold against every other answer of the data set: accepted are
-                those of tests/test_grading.py's EQUAL, which were looked at one by one, and no other
+                those of tests/tasks/test_grading.py's EQUAL, which were looked at one by one, and no other
     GSM8K       every gold against its author's solution, and against the solution with another last number
     SVAMP       every gold, a decimal, against the whole number in a box, and against the next one
     hostile     --count answers that break parsers, fill memory, never end or are code: a verdict, nothing run, nothing

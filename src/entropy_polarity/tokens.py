@@ -1,4 +1,4 @@
-"""What is known of each token of a rollout batch: what every other file reads, and nothing that decides.
+"""The token batch that methods read and rewrite: `Tokens`, and `TokenStats`, what kernels know of each token.
 
 Tokens are packed: a batch is the N tokens that the policy wrote, one after the other. Padding and the words of an
 environment are not there, so that a mean is a mean and nothing needs a mask.
@@ -37,15 +37,15 @@ class TokenStats(NamedTuple):
     correction: Tensor
 
 
-_PER_RESPONSE = ("reward", "group", "sample_id")
+PER_RESPONSE = ("reward", "group", "sample_id")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokens:
     """The N model tokens of B responses, response by response. A column that was not computed is None.
 
     response     the index of each token's response, from 0 to B - 1
-    position     the token's place in its response, from 0, in which what an environment said is counted
+    position     the token's place in its response, from 0; tokens of an environment are counted
     advantages   A, one value per token (a response's advantage repeated)
     logp         log p_a under the current policy, old_logp under the policy that sampled
     entropy, sensitivity   H and T, as in TokenStats
@@ -78,7 +78,7 @@ class Tokens:
     def __post_init__(self) -> None:
         count = {False: len(self.response), True: None}
         for field in fields(self):
-            value, of_response = getattr(self, field.name), field.name in _PER_RESPONSE
+            value, of_response = getattr(self, field.name), field.name in PER_RESPONSE
             if value is None:
                 continue
             if count[of_response] is None:
@@ -103,13 +103,13 @@ class Tokens:
         response, position = mask.nonzero().unbind(1)
         packed: dict[str, Any] = {}
         for name, column in {"advantages": advantages, **columns}.items():
-            expected = mask.shape[:1] if name in _PER_RESPONSE else mask.shape
+            expected = mask.shape[:1] if name in PER_RESPONSE else mask.shape
             if column is not None and column.shape != expected:
                 raise ValueError(
                     f"Tokens.pack: {name} has shape {tuple(column.shape)}, the mask has {tuple(mask.shape)}; expected "
                     f"{tuple(expected)}"
                 )
-            packed[name] = column if column is None or name in _PER_RESPONSE else column[mask]
+            packed[name] = column if column is None or name in PER_RESPONSE else column[mask]
         return cls(response, position, **packed)
 
     def unpack(self, values: Shaped[Tensor, " N"], shape: tuple[int, int], fill: float = 0) -> Shaped[Tensor, "B T"]:
@@ -121,7 +121,7 @@ class Tokens:
     @property
     def responses(self) -> int:
         """B, as far as it is known: without a column of responses, those up to the last that has a token."""
-        known = next((column for name in _PER_RESPONSE if (column := getattr(self, name)) is not None), None)
+        known = next((column for name in PER_RESPONSE if (column := getattr(self, name)) is not None), None)
         if known is not None:
             return len(known)
         return int(self.response.max()) + 1 if len(self.response) else 0
@@ -158,15 +158,19 @@ class Tokens:
         columns = {f.name: column for f in fields(self) if (column := getattr(self, f.name)) is not None}
         return replace(
             self,
-            **{name: (of_responses if name in _PER_RESPONSE else of_tokens)(x) for name, x in columns.items()},
+            **{name: (of_responses if name in PER_RESPONSE else of_tokens)(x) for name, x in columns.items()},
         )
 
 
 def concatenate(parts: list[Tokens]) -> Tokens:
-    """One batch after the other, its responses numbered on. A column that one of them lacks is None. Raises ValueError
-    where tokens were dropped from some of them: nobody could say which of the whole are left."""
+    """One part of a batch after the other, their responses numbered on. A column that one of them lacks is None.
+
+    `index` is kept as it is: it is that of the whole batch. Raises ValueError where only some parts have one.
+    """
     if len({part.index is None for part in parts}) > 1:
-        raise ValueError("concatenate: of some parts tokens were dropped (index), of others none; expected one of both")
+        raise ValueError(
+            "concatenate: some parts have an index and others have none; expected one in all of them or in none"
+        )
     begins, columns = [0], {}
     for part in parts:
         begins.append(begins[-1] + part.responses)

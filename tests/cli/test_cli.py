@@ -40,7 +40,7 @@ def run_papo(monkeypatch, capfd, tmp_path):
         (("train", "--set", "method.gian=2"), "did you mean 'gain'"),
         (
             ("train", "--set", "trainer.importance_sampling_level=sequence"),
-            "cancels the token weights of method 'papo'",
+            "method 'papo' looks at single tokens, whose weights that cancels",
         ),
         (("train", "--set", "trainer.num_generations=7"), "7"),
         (("train", "--set", "method.gain=high"), "expected float"),

@@ -7,7 +7,7 @@ import pytest
 from batches import run, sampled_batch
 from cases import assert_same, method
 
-from entropy_polarity.methods import check_method, joined, make_transform
+from entropy_polarity.methods import chain_name, check_method, make_transform
 from entropy_polarity.methods.description import describe_methods
 from entropy_polarity.transforms import LossOverrides, chain
 
@@ -29,6 +29,13 @@ REFUSED = [
     ("gepo", {}, "needs a value for width, rate"),
     *(("top_entropy", {"fraction": x}, f"fraction is {x}") for x in (0.0, -0.1, 1.5)),
     *(("qae", {"quantile": x}, f"quantile is {x}") for x in (0.0, 1.0, -1.0)),
+    ("dapo", {"max_length": 8}, "max_length=8 does nothing without overlong_cache"),
+    ("clip_b", {"deviations": -1.0}, "deviations is -1.0"),
+    ("clip_v", {"deviations": -1.0}, "deviations is -1.0"),
+    ("entropic", {"probability": 0.5, "integral_gain": -1.0}, "integral_gain is -1.0"),
+    ("adaptive_coefficient", {"target": -1.0}, "target is -1.0"),
+    ("w_reinforce", {"right": -1.0}, "right is -1.0"),
+    ("w_reinforce", {"wrong": -1.0}, "wrong is -1.0"),
     ("dapo", {"overlong_cache": 8}, "overlong_cache=8 with max_length=None; expected max_length"),
     ("dapo", {"overlong_cache": 8, "max_length": 7}, "a cache from 1 to it"),
     ("dapo", {"overlong_cache": -1, "max_length": 7}, "overlong_cache=-1"),
@@ -181,7 +188,7 @@ def test_a_chain_has_a_name(name):
     assert_same(found[0], expected[0], rtol=0, atol=0)
     assert found[1:] == expected[1:]
     assert found[0].index.equal((batch.group != 2)[batch.response].nonzero().flatten())
-    assert joined(name) == "dapo+papo"
+    assert chain_name(name) == "dapo+papo"
 
 
 def test_a_setting_that_two_methods_of_a_chain_take_stands_in_the_table_of_one():
@@ -201,8 +208,13 @@ def test_a_setting_that_two_methods_of_a_chain_take_stands_in_the_table_of_one()
     [
         ("dapo+dapo", {}, "'dapo[+]dapo' names a method twice"),
         ("dapo+pappo", {}, "unknown method 'pappo': did you mean 'papo'"),
-        ("dapo+", {}, "unknown method ''"),
-        ([], {}, "unknown method ''"),
+        ("dapo+", {}, "unknown method 'dapo[+]'"),
+        ([], {}, r"unknown method \[\]"),
+        ({"x": 1}, {}, "unknown method {'x': 1}"),
+        ("papo+qae", {}, "methods papo and qae do not go together: one that makes advantages anew .* put it first"),
+        ("papo+nsr", {}, "put it first"),
+        ("papo+w_reinforce", {}, "put it first"),
+        ("papo+dapo", {"overlong_cache": 2, "max_length": 9}, "put it first"),
         ("dapo+papo", {"gian": 1.0}, "'dapo[+]papo' 'gian': did you mean 'gain'"),
         ("dapo+papo", {"papo": {"clip_high": 1.0}}, "'clip_high'"),
         ("dapo+papo", {"clip_high": "1"}, "setting 'clip_high' of method 'dapo' is '1'; expected float"),
@@ -216,3 +228,16 @@ def test_methods_that_make_no_chain_are_refused_in_one_line(name, settings, told
         with pytest.raises(ValueError, match=told) as refusal:
             check(name, settings)
         assert "\n" not in str(refusal.value)
+
+
+def test_two_entropy_bonuses_add_up():
+    batch = sampled_batch(1)
+    transform = make_transform("entropy_bonus+adaptive_coefficient", {"coefficient": 0.01, "target": 9.0})
+    state = transform.update(batch, transform.init())[1]
+    assert transform.local(batch, state).entropy_bonus[0].item() == pytest.approx(0.01 + 1e-4)
+    assert transform.update(batch, state)[0].entropy_bonus[0].item() == pytest.approx(0.01 + 1e-4)
+
+
+def test_a_chain_makes_advantages_anew_where_its_first_method_does():
+    assert not make_transform("papo+dapo").replaces_advantages
+    assert make_transform("qae+papo").replaces_advantages

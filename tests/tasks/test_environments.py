@@ -250,3 +250,10 @@ def test_a_policy_trains_while_environments_hang(tmp_path):
     assert all(sum(v for k, v in row.items() if k.startswith("verdict/")) == pytest.approx(1) for row in rows)
     assert sum(row["verdict/timed_out"] + row["verdict/worker_died"] + row["verdict/raised"] for row in rows) > 0
     assert run.rollouts[0]["prompt"].startswith("start 0."), "the record shows what the policy read"
+
+
+def test_what_an_environment_of_0_1_imports_says_what_it_is_now(tmp_path, monkeypatch):
+    (tmp_path / "former.py").write_text("from entropy_polarity.tasks.games import Answer\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot be imported: .*StepResult now, and .* counts\(\) for facts\(\)"):
+        make_task("env", factory="former:Env")

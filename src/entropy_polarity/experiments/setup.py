@@ -1,4 +1,4 @@
-"""Setting a training up from a recipe: the one door for `papo train`, `papo audit`, `papo compare` and scripts."""
+"""Set up a training from a recipe, for `papo train`, `papo audit`, `papo compare` and scripts."""
 
 import logging
 import os

@@ -42,7 +42,7 @@ class Attempt:
     def to_json(self) -> dict[str, Any]:
         judged = {"verdict": self.score.reason, "reward": self.score.reward}
         if self.said is not None:
-            return {"observation": self.text, "turns": self.said, **judged, "facts": self.counts}
+            return {"observation": self.text, "turns": self.said, **judged, "facts": self.counts}  # the name of 0.1
         heard = {} if self.messages is None else {"messages": self.messages, "facts": self.counts}
         return {"completion": self.text, "answer": self.answer, **judged, **heard}
 

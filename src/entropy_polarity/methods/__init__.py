@@ -5,10 +5,10 @@ builders  plain GRPO and PAPO                       description   the table as d
 """
 
 from entropy_polarity.methods.settings import (
+    chain_name,
     check_method,
     check_name,
     given_beside,
-    joined,
     make_transform,
     name_of,
 )
@@ -17,10 +17,10 @@ from entropy_polarity.methods.table import METHODS, Method
 __all__ = [
     "METHODS",
     "Method",
+    "chain_name",
     "check_method",
     "check_name",
     "given_beside",
-    "joined",
     "make_transform",
     "name_of",
 ]

@@ -1,4 +1,4 @@
-"""From a method's name and settings to its transform: what is checked, whose a setting is, what changes what."""
+"""From a method's name and settings to its transform; how settings of a recipe and of a command line combine."""
 
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter
@@ -12,7 +12,7 @@ from entropy_polarity.support.errors import check_settings, unknown_name
 if TYPE_CHECKING:
     from entropy_polarity.transforms import Transform
 
-# Names that meant another rule in results made before a day.
+# Methods whose name meant another rule in results that are older than the date.
 RENAMED = {"opefo": ("opefo_polarity", "2026-11-28")}
 
 
@@ -26,10 +26,10 @@ def name_of(name: str, date: str) -> str:
     return now if date < until else name
 
 
-def joined(name: Any) -> Any:
+def chain_name(name: Any) -> Any:
     """A list of methods as the name of their chain; a name as it is.
 
-    >>> joined(["dapo", "papo"])
+    >>> chain_name(["dapo", "papo"])
     'dapo+papo'
     """
     return "+".join(map(str, name)) if isinstance(name, list | tuple) else name
@@ -54,7 +54,7 @@ def make_transform(name: str | Sequence[str], settings: Mapping[str, Any] | None
 def check_method(name: str | Sequence[str], settings: Mapping[str, Any] | None = None) -> None:
     """Raise as `make_transform`, for names, types and what is missing, and for all that PAPO's controllers check.
 
-    Torch is loaded only for settings of a method whose home is in `transforms`, and for a chain.
+    Torch is loaded only for a chain, and for settings of a method in `transforms`, or values missing from it.
     """
     parts = _parts(name, settings or {})
     _check_parts(parts)
@@ -64,12 +64,12 @@ def check_method(name: str | Sequence[str], settings: Mapping[str, Any] | None =
 
 def check_name(name: Any) -> list[str]:
     """The methods of a name or a chain. Raises ValueError for one that is not in the table, or there twice."""
-    names = joined(name).split("+") if isinstance(name, str | list | tuple) else [name]
+    names = chain_name(name).split("+") if isinstance(name, str | list | tuple) else [name]
     for one in names:
-        if one not in METHODS:
-            raise unknown_name("method", one, METHODS)
+        if not isinstance(one, str) or one not in METHODS:
+            raise unknown_name("method", one or name, METHODS)
     if len(set(names)) < len(names):
-        raise ValueError(f"method {joined(name)!r} names a method twice; a chain has each once")
+        raise ValueError(f"method {chain_name(name)!r} names a method twice; a chain has each once")
     return names
 
 
@@ -98,10 +98,10 @@ def _parts(name: Any, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         takers = [one for one in names if key in _settings_of(one)]
         if not takers:
             known = [setting for one in names for setting in _settings_of(one)]
-            raise unknown_name(f"setting of method {joined(name)!r}", key, known)
+            raise unknown_name(f"setting of method {chain_name(name)!r}", key, known)
         if len(takers) > 1:
             raise ValueError(
-                f"setting {key!r} of method {joined(name)!r} is one of {' and of '.join(takers)}: write it as "
+                f"setting {key!r} of method {chain_name(name)!r} is one of {' and of '.join(takers)}: write it as "
                 f"{takers[-1]}.{key}"
             )
         parts[takers[0]][key] = value
@@ -143,10 +143,10 @@ def given_beside(
     given one stays, and `every` goes with sign_from "exact". `owner` is what the line calls the table. Raises
     ValueError for a name that is no method's.
     """
-    name = joined(given.get("name", table.get("name")))
+    name = chain_name(given.get("name", table.get("name")))
     names = check_name(name)
     own, beside = ({key: value for key, value in x.items() if key != "name"} for x in (table, given))
-    if name != joined(table.get("name")):
+    if name != chain_name(table.get("name")):
         return {"name": name, **beside}
     if len(names) == 1:
         return {"name": name, **_beside(name, own, beside, say, owner)}

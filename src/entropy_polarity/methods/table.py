@@ -20,7 +20,7 @@ class Method:
     """A row of the table: `build(**settings)` gives the transform; its docstring is the method's documentation.
 
     `home` is the module with the function of that name. `example` has a value for every setting without default, for
-    tests and first tries; it is nobody's recommendation. `controllers` are the builders that the setting "controller"
+    tests and first tries; they are no recommendation. `controllers` are the builders that the setting "controller"
     chooses from.
     """
 

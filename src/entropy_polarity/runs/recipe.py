@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from entropy_polarity.methods import given_beside, joined
+from entropy_polarity.methods import chain_name, given_beside
 from entropy_polarity.support.errors import unknown_name
 from entropy_polarity.support.text import valid
 
@@ -121,7 +121,7 @@ def load_recipe(
         if isinstance(told, list):  # the methods of a chain
             told = {"name": told}
         if isinstance(told, dict) and "name" in told:
-            tables["method"] = told | {"name": joined(told["name"])}
+            tables["method"] = told | {"name": chain_name(told["name"])}
     own = document.get("method", Recipe().method)
     if given and isinstance(own, dict):
         document["method"] = given_beside(own, given, say)

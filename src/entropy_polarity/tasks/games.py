@@ -6,7 +6,7 @@ keydoor     a 5 x 5 grid: fetch the key K, then reach the door D; moves are u, d
 
 import random
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 from entropy_polarity.tasks.protocol import Episodic, Problem, Split, StepResult, TextEnv
 
@@ -121,3 +121,9 @@ class KeyDoor(SmallGame):
 
 
 GAMES: dict[str, type[SmallGame]] = {"guess": Guess, "keydoor": KeyDoor}
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name == "Answer":  # what environments of 0.1 import
+        raise ImportError("games.Answer is tasks.protocol.StepResult now, and an environment has counts() for facts()")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Transforms: pure functions that rewrite the advantages of a rollout batch, one family a file.
+"""Methods as pure functions of a rollout batch, one family in each file; `Monitor` measures beside them.
 
 core        what a transform is; chain          weights     PAPO, OPEFO, single branches
 monitor     the metrics beside any method        rewards     DAPO, QAE, W-REINFORCE: from rewards alone

@@ -20,10 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entropy_polarity.controllers import Metrics, State
-from entropy_polarity.tokens import Tokens, is_finite
+from entropy_polarity.tokens import PER_RESPONSE, Tokens, is_finite
 
 # Known when a rollout is rewarded, before any forward pass over it.
-REWARD_COLUMNS = frozenset({"reward", "group", "sample_id"})
+REWARD_COLUMNS = frozenset(PER_RESPONSE)
 
 
 class LossOverrides(NamedTuple):
@@ -51,8 +51,9 @@ class LossOverrides(NamedTuple):
 
 
 class Transform(NamedTuple):
-    """`needs` names the columns of Tokens that `update` reads beside the advantages and where a token stands.
+    """`needs` names the columns of Tokens that `update` reads beside `advantages`, `response` and `position`.
 
+    replaces_advantages   advantages are made anew from the rewards, whatever they were before
     entropy_gradient   the loss needs H with its gradient
     several_updates    with a single update on each rollout the method does nothing
     exact_every        on every so many rollouts, from the first, `update` reads exact_sensitivity too; 0: never
@@ -64,6 +65,7 @@ class Transform(NamedTuple):
     advance: Callable[[Tokens, State], tuple[State, Metrics]] | None = None
     needs: frozenset[str] = frozenset()
     loss: LossOverrides = LossOverrides()
+    replaces_advantages: bool = False
     entropy_gradient: bool = False
     several_updates: bool = False
     exact_every: int = 0
@@ -120,8 +122,11 @@ def chain(*transforms: Transform) -> Transform:
     """Apply transforms one after the other; local if all of them are. An empty chain is the identity.
 
     Each sees what the one before left: its advantages, and only the tokens that it did not drop. Raises ValueError
-    where two of them fix one setting of the loss to different values.
+    where two of them fix one setting of the loss to different values, and where one that makes advantages anew would
+    undo what stands before it.
     """
+    if any(transform.replaces_advantages for transform in transforms[1:]):
+        raise ValueError("one that makes advantages anew from the rewards undoes what stands before it: put it first")
     loss = LossOverrides()
     for transform in transforms:
         loss = loss.merge(transform.loss)
@@ -150,6 +155,7 @@ def chain(*transforms: Transform) -> Transform:
         (lambda tokens, state: update(tokens, state)[1:]) if all_local else None,
         needs=frozenset().union(*(t.needs for t in transforms)),
         loss=loss,
+        replaces_advantages=any(t.replaces_advantages for t in transforms),
         entropy_gradient=any(t.entropy_gradient for t in transforms),
         several_updates=any(t.several_updates for t in transforms),
         exact_every=math.gcd(*(t.exact_every for t in transforms)),  # often enough for each

@@ -31,7 +31,7 @@ class Monitor:
         p = token_polarity(before)
         (entropy, _), (positive, negative) = mean_entropy(before), branch_flows(p)
         metrics = {
-            "polarity/lambda": 0.0,
+            "polarity/lambda": 0.0,  # of a method without a controller; the others say theirs
             "polarity/entropy": entropy,
             "polarity/positive_flow": positive.item(),
             "polarity/negative_flow": negative.item(),

@@ -30,7 +30,7 @@ def group_statistics(tokens: Tokens, rewards: Float[Tensor, " B"]) -> tuple[Tens
 
 
 def with_advantages(tokens: Tokens, advantages: Float[Tensor, " B"]) -> Tokens:
-    """The same tokens, each with its response's new advantage; 0 where that is NaN, for want of a reward."""
+    """The same tokens, each with its response's new advantage; 0 where that is NaN, where there is no reward."""
     of_response = advantages.nan_to_num().to(tokens.advantages.dtype)
     return replace(tokens, advantages=of_response[tokens.response])
 
@@ -49,6 +49,8 @@ def dapo(
     """
     check_range("dapo", "clip_low", clip_low)
     check_range("dapo", "clip_high", clip_high)
+    if max_length is not None and not overlong_cache:
+        raise ValueError(f"dapo: max_length={max_length} does nothing without overlong_cache; give both or neither")
     if overlong_cache and (max_length is None or not 0 < overlong_cache <= max_length):
         raise ValueError(
             f"dapo: overlong_cache={overlong_cache} with max_length={max_length}; expected max_length, the limit of a "
@@ -70,7 +72,8 @@ def dapo(
             tokens = with_advantages(tokens, (shaped - mean) / (deviation + EPSILON))
         return tokens.select((highest > lowest)[index][tokens.response])
 
-    return rewriting(rewrite, "reward", "group", loss=LossOverrides(clip_low, clip_high, average="token"))
+    loss = LossOverrides(clip_low, clip_high, average="token")
+    return rewriting(rewrite, "reward", "group", loss=loss)._replace(replaces_advantages=overlong_cache > 0)
 
 
 def qae(quantile: float = 0.4) -> Transform:
@@ -92,7 +95,7 @@ def qae(quantile: float = 0.4) -> Transform:
             baseline[group] = precise(rewards[index == group]).nanquantile(quantile)
         return with_advantages(tokens, (rewards - baseline[index]) / (deviation + EPSILON))
 
-    return rewriting(rewrite, "reward", "group")
+    return rewriting(rewrite, "reward", "group")._replace(replaces_advantages=True)
 
 
 def w_reinforce(right: float = 0.1, wrong: float = 1.0) -> Transform:
@@ -105,7 +108,9 @@ def w_reinforce(right: float = 0.1, wrong: float = 1.0) -> Transform:
         rewards = tokens.require("reward")
         return with_advantages(tokens, torch.where(rewards > 0, right, -wrong) + 0 * rewards)  # NaN stays NaN
 
-    return token_by_token(local, "reward")
+    check_range("w_reinforce", "right", right)
+    check_range("w_reinforce", "wrong", wrong)
+    return token_by_token(local, "reward")._replace(replaces_advantages=True)
 
 
 def nsr() -> Transform:
@@ -131,4 +136,4 @@ def _only(right: bool) -> Transform:
         tokens = with_advantages(tokens, torch.where(chosen, 1.0 if right else -1.0, 0.0))
         return tokens.select(chosen[tokens.response])
 
-    return rewriting(rewrite, "reward", loss=LossOverrides(average="token"))
+    return rewriting(rewrite, "reward", loss=LossOverrides(average="token"))._replace(replaces_advantages=True)

@@ -107,6 +107,8 @@ def clip_b(deviations: float = 2.5, denominator: Denominator = "kept") -> Transf
     Source: arXiv 2602.03392.
     """
 
+    check_range("clip_b", "deviations", deviations)
+
     def rewrite(tokens: Tokens) -> Tokens:
         contribution = sampled_contribution(tokens)
         mean, deviation = mean_and_deviation(contribution)
@@ -124,6 +126,7 @@ def clip_v(deviations: float = 8.5, fraction: float = 1e-4, denominator: Denomin
     """
 
     check_range("clip_v", "fraction", fraction, 0, 1)
+    check_range("clip_v", "deviations", deviations)
 
     def rewrite(tokens: Tokens) -> Tokens:
         sensitivity = tokens.require("sensitivity")

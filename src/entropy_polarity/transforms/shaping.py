@@ -145,6 +145,7 @@ def entropic(probability: float, target: float = 0.1, integral_gain: float = 0.0
     no default: the authors' threshold is not known to us. Source: arXiv 2511.15248.
     """
     check_range("entropic", "probability", probability, 0, 1)
+    check_range("entropic", "integral_gain", integral_gain)
 
     def update(tokens: Tokens, state: State) -> tuple[Tokens, State, Metrics]:
         entropy, _ = mean_entropy(tokens)

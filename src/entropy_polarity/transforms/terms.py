@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entropy_polarity.controllers import Metrics, State
+from entropy_polarity.support.errors import check_range
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.transforms.batch import mean_entropy
 from entropy_polarity.transforms.core import Transform, token_by_token
@@ -27,7 +28,9 @@ def loss_terms(tokens: Tokens) -> Float[Tensor, " N"] | None:
 
 
 def _with_bonus(tokens: Tokens, coefficient: float) -> Tokens:
-    return replace(tokens, entropy_bonus=torch.full_like(tokens.advantages, coefficient))
+    """The tokens with that β, added to the one that they may have from another method of a chain."""
+    bonus = torch.full_like(tokens.advantages, coefficient)
+    return replace(tokens, entropy_bonus=bonus if tokens.entropy_bonus is None else tokens.entropy_bonus + bonus)
 
 
 def entropy_bonus(coefficient: float) -> Transform:
@@ -52,6 +55,7 @@ def adaptive_coefficient(target: float = 0.2, step: float = 1e-4, maximum: float
     `use_adaptive_entropy` moves once an optimiser step, and its defaults are 50 to 200 times larger.
     Source: Skywork-OR1, arXiv 2505.22312.
     """
+    check_range("adaptive_coefficient", "target", target)
     if not (step > 0 and maximum >= 0):
         raise ValueError(f"adaptive_coefficient: step={step}, maximum={maximum}; expected step > 0 and maximum >= 0")
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from trl import GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
-from entropy_polarity.methods import joined, make_transform
+from entropy_polarity.methods import chain_name, make_transform
 from entropy_polarity.trainers.trl.head import HEADS
 from entropy_polarity.trainers.trl.loss import fix_loss
 from entropy_polarity.transforms.core import REWARD_COLUMNS
@@ -55,12 +55,12 @@ class PolarityConfig(GRPOConfig):
         """Check what GRPOConfig does not know, and put in what the method fixes of the loss."""
         if self.statistics_head not in HEADS:
             raise ValueError(f"statistics_head={self.statistics_head!r}: expected {' or '.join(map(repr, HEADS))}")
-        self.method = joined(self.method)
+        self.method = chain_name(self.method)
         transform = make_transform(self.method, self.settings)  # unknown names fail here, before a model is loaded
         if self.importance_sampling_level != "token" and not transform.needs <= REWARD_COLUMNS:
             raise ValueError(
                 f"importance_sampling_level={self.importance_sampling_level!r} averages the advantage over each "
-                f"sequence, which cancels the token weights of method {self.method!r}: use "
+                f"sequence, and method {self.method!r} looks at single tokens, whose weights that cancels: use "
                 "importance_sampling_level='token', or method='grpo', which monitors alone"
             )
         fix_loss(self, self.method, transform.loss)

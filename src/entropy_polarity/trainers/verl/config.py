@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from entropy_polarity.methods import joined, make_transform
+from entropy_polarity.methods import chain_name, make_transform
 from entropy_polarity.trainers.loss import to_set
 from entropy_polarity.transforms import Transform
 
@@ -36,7 +36,7 @@ def method_of(config: "DictConfig") -> tuple[str, dict[str, Any]] | None:
     from omegaconf import OmegaConf
 
     settings: dict[str, Any] = OmegaConf.to_container(asked, resolve=True)  # type: ignore[assignment]
-    return joined(settings.pop("method", "papo")), settings
+    return chain_name(settings.pop("method", "papo")), settings
 
 
 def prepare(config: "DictConfig") -> tuple[str, dict[str, Any], Transform] | None:
