@@ -37,7 +37,7 @@ class TokenStats(NamedTuple):
     correction: Tensor
 
 
-_PER_RESPONSE = ("reward", "group", "sample_id")
+PER_RESPONSE = ("reward", "group", "sample_id")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Tokens:
     def __post_init__(self) -> None:
         count = {False: len(self.response), True: None}
         for field in fields(self):
-            value, of_response = getattr(self, field.name), field.name in _PER_RESPONSE
+            value, of_response = getattr(self, field.name), field.name in PER_RESPONSE
             if value is None:
                 continue
             if count[of_response] is None:
@@ -103,13 +103,13 @@ class Tokens:
         response, position = mask.nonzero().unbind(1)
         packed: dict[str, Any] = {}
         for name, column in {"advantages": advantages, **columns}.items():
-            expected = mask.shape[:1] if name in _PER_RESPONSE else mask.shape
+            expected = mask.shape[:1] if name in PER_RESPONSE else mask.shape
             if column is not None and column.shape != expected:
                 raise ValueError(
                     f"Tokens.pack: {name} has shape {tuple(column.shape)}, the mask has {tuple(mask.shape)}; expected "
                     f"{tuple(expected)}"
                 )
-            packed[name] = column if column is None or name in _PER_RESPONSE else column[mask]
+            packed[name] = column if column is None or name in PER_RESPONSE else column[mask]
         return cls(response, position, **packed)
 
     def unpack(self, values: Shaped[Tensor, " N"], shape: tuple[int, int], fill: float = 0) -> Shaped[Tensor, "B T"]:
@@ -121,7 +121,7 @@ class Tokens:
     @property
     def responses(self) -> int:
         """B, as far as it is known: without a column of responses, those up to the last that has a token."""
-        known = next((column for name in _PER_RESPONSE if (column := getattr(self, name)) is not None), None)
+        known = next((column for name in PER_RESPONSE if (column := getattr(self, name)) is not None), None)
         if known is not None:
             return len(known)
         return int(self.response.max()) + 1 if len(self.response) else 0
@@ -158,7 +158,7 @@ class Tokens:
         columns = {f.name: column for f in fields(self) if (column := getattr(self, f.name)) is not None}
         return replace(
             self,
-            **{name: (of_responses if name in _PER_RESPONSE else of_tokens)(x) for name, x in columns.items()},
+            **{name: (of_responses if name in PER_RESPONSE else of_tokens)(x) for name, x in columns.items()},
         )
 
 
