@@ -29,7 +29,7 @@ from entropy_polarity.experiments.setup import TrainingRun, quiet
 from entropy_polarity.runs.recipe import DEFAULT_RECIPE, Recipe, with_flags
 from entropy_polarity.statistics.agreement import agreement_of
 from entropy_polarity.trainers.trl.auditing import UpdateForecaster
-from entropy_polarity.trainers.trl.sequences import joined
+from entropy_polarity.trainers.trl.sequences import concatenate_sequences
 
 FORMULAS = {"shared": "-<g, G>", "forecast": "<ḡ, δ>"}
 
@@ -58,7 +58,7 @@ class Parts(UpdateForecaster):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if not self._seen:
             return
-        self.sequences, self._seen = joined(self._seen), []
+        self.sequences, self._seen = concatenate_sequences(self._seen), []
         model, t = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.temperature
         self.cheap.observe(model, self.sequences, temperature=t)
         self.before, g = entropy_gradient(model, self.sequences, temperature=t)

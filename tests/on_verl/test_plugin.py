@@ -132,7 +132,7 @@ def test_a_run_is_refused_where_a_hook_is_missing(monkeypatch):
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-    assert hooks.missing_hook("fsdp") is None
+    assert hooks.why_not_hooked("fsdp") is None
     monkeypatch.setattr(PPOTrainer, "_compute_advantage", PPOTrainer._compute_advantage.__wrapped__)
     with pytest.raises(RuntimeError, match=r"papo: .*PPOTrainer\._compute_advantage is not hooked"):
         PPOTrainerSync(config(method="papo"))

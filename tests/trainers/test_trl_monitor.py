@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,15 @@ from test_trl import NEUTRAL, make_trainer, recorded
 from trl import GRPOTrainer
 
 from entropy_polarity import token_stats
+from entropy_polarity.methods import make_transform
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.trainers.trl import PolarityConfig, PolarityTrainer
 from entropy_polarity.trainers.trl.evaluation import EvaluatedTokens
 from entropy_polarity.trainers.trl.loss import averaged, importance
+from entropy_polarity.trainers.trl.packing import COLUMNS
+from entropy_polarity.trainers.trl.rollout import Rollout, Statistics
 from entropy_polarity.transforms import token_polarity
+from entropy_polarity.transforms.core import rewriting, token_by_token
 
 LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo")
 
@@ -80,6 +85,53 @@ def test_a_sequences_ratio_is_that_of_its_mean_log_ratio(rolled_out, monkeypatch
     w = importance(trainer, Tokens.pack(mask, advantages, logp=log_ratio, old_logp=torch.zeros(4, 3)), None)
     low, high = 0.9048374180359595, 1.3498588075760032
     torch.testing.assert_close(w.view(4, 2), torch.tensor([[low, low], [low, low], [0.0, 0.0], [high, high]]))
+
+
+def flipped(tokens):
+    return replace(tokens, advantages=-tokens.advantages)
+
+
+TURNING = {
+    "each token": token_by_token(lambda tokens, state: flipped(tokens)),
+    "rewards": rewriting(flipped, "reward"),
+    "whole batch": rewriting(flipped, "entropy"),
+    "w_reinforce": make_transform("w_reinforce", {"right": 1.0, "wrong": 1.0}),
+}
+
+
+@pytest.mark.parametrize("transform", TURNING.values(), ids=TURNING)
+def test_the_clip_is_judged_with_the_sign_of_the_advantage_that_is_put_in(rolled_out, monkeypatch, transform):
+    """r = 1.5, 1.5, 0.5 and T = 2, 3, 4 with the clip at 0.2, in a first pass on a policy already updated. TRL's
+    A = -1, 1, 1 have w = 1.5, 0, 0.5 and P = -3, 0, 2; A' = 1, -1, -1 have w = 0, 1.5, 0 and P = 0, -4.5, 0."""
+    trainer, _ = rolled_out
+    rollout, of_row = Rollout(), torch.arange(3)
+    for name, value in {"transform": transform, "method_state": transform.init(), "rollout": rollout}.items():
+        monkeypatch.setattr(trainer, name, value)
+    monkeypatch.setattr(trainer, "epsilon_high", trainer.epsilon_low)
+    logp, entropy, t = torch.tensor([[1.5], [1.5], [0.5]]).log(), torch.ones(3, 1), torch.tensor([[2.0], [3.0], [4.0]])
+    logp.requires_grad_()
+    statistics = Statistics(logp.detach(), entropy, t)
+    monkeypatch.setattr(trainer, "_with_statistics", lambda *a, **k: ((logp, entropy, None), statistics))
+    ones = torch.ones(3, 1, dtype=torch.long)
+    batch = {"prompt_ids": ones, "prompt_mask": ones, "completion_ids": ones, "completion_mask": ones}
+    batch |= {"old_per_token_logps": torch.zeros(3, 1), "advantages": torch.tensor([-1.0, 1.0, 1.0])}
+    columns = {"reward": torch.tensor([1.0, 0.0, 0.0]), "group": 0 * of_row, "sample_id": of_row}
+    batch |= {COLUMNS[name]: column for name, column in columns.items()}
+    rollout.inputs = batch | {"num_items_in_batch": torch.tensor(3)}
+    decided = rollout.inputs
+    if transform.decides_from != "each token":
+        rollout.tokens = trainer._tokens(rollout.inputs, *statistics if transform.decides_from == "whole batch" else ())
+        decided = trainer._decided(rollout)
+    trainer.model.train()
+    trainer._compute_loss(trainer.model, decided).backward()
+    torch.testing.assert_close(logp.grad, torch.tensor([[0.0], [1.5 / 3], [0.0]]))
+    assert rollout.tokens.advantages.tolist() == [-1, 1, 1]
+    assert rollout.after.advantages.tolist() == [1, -1, -1]
+    torch.testing.assert_close(rollout.tokens.importance, torch.tensor([1.5, 0.0, 0.5]))
+    torch.testing.assert_close(rollout.after.importance, torch.tensor([0.0, 1.5, 0.0]))
+    names = ("positive_flow", "negative_flow", "predicted_entropy_change")
+    found = [rollout.metrics[f"polarity/{name}"] for name in names]
+    assert found == pytest.approx([2 / 3, 3 / 3, -4.5 / 3], rel=1e-6)
 
 
 @pytest.mark.parametrize(

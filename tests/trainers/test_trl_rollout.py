@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from entropy_polarity.trainers.trl.packing import (
     packed,
     without_dropped,
 )
+from entropy_polarity.trainers.trl.recording import Judged, RunRecorder
 
 
 def batch_of(lengths: list[int], width: int, first: int = 0) -> Tokens:
@@ -190,3 +192,29 @@ def test_a_method_decides_once_and_is_measured_once(tmp_path, monkeypatch, metho
         assert torch.equal(rollout.tokens.reward, rollout.rewards)
         assert "polarity/positive_flow" in rollout.metrics
     assert sum("polarity/positive_flow" in row for row in trainer.state.log_history) == 2
+
+
+@pytest.mark.parametrize("resumed", [0, 2], ids=["from the start", "resumed after two rollouts"])
+def test_every_completion_is_recorded_in_its_turn_whatever_the_updates_on_a_rollout(resumed):
+    """Two of eight completions, two updates on each rollout: a stride of 4, and the steps 2, 4, 6, 8 share a factor
+    with it. Rollout by rollout they are 1 and 5, 2 and 6, 3 and 7, 0 and 4."""
+    tokens = Tokens.pack(
+        torch.ones(8, 1, dtype=torch.bool), torch.ones(8),
+        **{name: torch.zeros(8, 1) for name in ("logp", "entropy", "sensitivity")},
+    )  # fmt: skip
+    ones = torch.ones(8, 1, dtype=torch.long)
+    rollout = Rollout(inputs={"completion_ids": ones, "completion_mask": ones, "advantages": torch.ones(8)})
+    rollout.rewards, rollout.tokens, rollout.after = torch.arange(8.0), tokens, tokens
+    kept, state = [], SimpleNamespace(global_step=2 * resumed)
+    writer = SimpleNamespace(rollouts=lambda rows, columns: kept.append([row["reward"] for row in rows]))
+    trainer = SimpleNamespace(
+        state=state, micro_steps_per_rollout=2, add_callback=lambda callback: None,
+        processing_class=SimpleNamespace(decode=lambda ids: "a"),
+    )  # fmt: skip
+    recorder = RunRecorder(writer, 2, lambda: [Judged("", "", "")] * 8, lambda row: None)
+    recorder.attach(trainer)
+    recorder.on_train_begin(SimpleNamespace(gradient_accumulation_steps=1), state, None)
+    for number in range(resumed, 4):
+        state.global_step = 2 * number + 1  # the second update on the rollout is the one being made
+        recorder.record_rollout(rollout)
+    assert kept == [[1, 5], [2, 6], [3, 7], [0, 4]][resumed:]

@@ -142,7 +142,7 @@ def _trl(frameworks: list[str]) -> Iterator[Finding]:
     except ImportError as error:
         yield Finding("PolarityTrainer", "problem", str(error))
         return
-    yield Finding("PolarityTrainer", "ok", f"TRL is one of those tested, {TESTED_TRL[0]} to below {TESTED_TRL[1]}")
+    yield Finding("PolarityTrainer", "ok", f"TRL {'.'.join(map(str, TESTED_TRL))}, the version that was tested")
     for name, missing in seams().items():
         yield _checked(name, f"no parameter {', '.join(sorted(missing))}" if missing else None, _AS_TESTED)
     yield Finding("output head", "ok", f"statistics_head: {' (default) or '.join(HEADS)}")

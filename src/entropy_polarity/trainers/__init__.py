@@ -1,1 +1,1 @@
-"""Trainers: thin coats over the frameworks people use. The only modules that import a framework."""
+"""Adapters for TRL and verl."""

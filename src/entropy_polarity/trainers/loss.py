@@ -1,4 +1,4 @@
-"""What a method makes of a trainer's loss: the settings that it fixes, of which it is the one owner, and its terms."""
+"""What a method fixes in a trainer's loss, and the columns of its loss terms."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 TERMS = {"entropy_bonus": "polarity_entropy_bonus", "ratio_penalty": "polarity_ratio_penalty"}
 
 
-def to_set(
+def fixed_settings(
     method: str, wanted: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What of `wanted` (setting to value, None for what is not fixed) has to be set in a trainer's configuration, which

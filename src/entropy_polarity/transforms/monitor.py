@@ -25,8 +25,9 @@ class Monitor:
     def measure(self, before: Tokens, after: Tokens) -> Metrics:
         """Every polarity metric of a batch, all ranks, whose method made `after` of `before`.
 
-        Both have the statistics of the policy that sampled them. Where the method dropped tokens, `after` says in its
-        `index` which it kept; the entropy and the flows are of all.
+        Every token has been seen once. Where a rollout is split over several updates, later micro-batches were seen by
+        a policy already updated on earlier ones. Where the method dropped tokens, `after` says in its `index` which it
+        kept; the entropy and the flows are of all.
         """
         p = token_polarity(before)
         (entropy, _), (positive, negative) = mean_entropy(before), branch_flows(p)

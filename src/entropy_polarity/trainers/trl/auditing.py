@@ -14,7 +14,7 @@ from entropy_polarity.diagnostics.entropy import Sequences
 from entropy_polarity.diagnostics.forecast import EVERY, MEMORY, SHARE, Forecaster, subsample
 from entropy_polarity.tokens import Tokens
 from entropy_polarity.trainers.trl.loss import averaged, importance
-from entropy_polarity.trainers.trl.sequences import joined, sequences_of
+from entropy_polarity.trainers.trl.sequences import concatenate_sequences, sequences_of
 from entropy_polarity.trainers.trl.trainer import PolarityTrainer
 
 
@@ -87,7 +87,7 @@ class UpdateAuditor(_UpdateWatcher):
         with audited(
             self.trainer.accelerator.unwrap_model(self.trainer.model),
             self.trainer.optimizer,
-            joined(sequences),
+            concatenate_sequences(sequences),
             torch.cat(pressures),
             held_out=None if self.held_out is None else self.held_out(steps),
             forecaster=self.forecaster,
@@ -99,7 +99,8 @@ class UpdateAuditor(_UpdateWatcher):
 
 class UpdateForecaster(_UpdateWatcher):
     """Attach with `UpdateForecaster().attach(trainer)`: logs "polarity/forecast_entropy_change" of every update, in
-    nats, by a `Forecaster` of the same settings."""
+    nats, by a `Forecaster` with this `memory` and `every`, which looks at an evenly spaced
+    `share` of the sequences of each micro-batch."""
 
     def __init__(self, share: float = SHARE, memory: float = MEMORY, every: int = EVERY) -> None:
         super().__init__()
@@ -111,6 +112,8 @@ class UpdateForecaster(_UpdateWatcher):
     @contextmanager
     def _around(self, steps: int, parts: list[Sequences]) -> Iterator[None]:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        with self.forecaster.forecasting(model, joined(parts), temperature=self.trainer.temperature) as forecast:
+        with self.forecaster.forecasting(
+            model, concatenate_sequences(parts), temperature=self.trainer.temperature
+        ) as forecast:
             yield
         self.trainer._metrics["train"]["polarity/forecast_entropy_change"].append(forecast.change)

@@ -1,6 +1,6 @@
-"""Checkpoints of TRL's that are whole, fall between rollouts and hold a method's state, and what to go on from.
+"""TRL checkpoints that are complete, lie between rollouts and hold the method's state.
 
-TRL takes what it finds in a checkpoint and is silent about the rest, and lets old ones go by their date.
+TRL itself ignores missing files on resuming and rotates by date.
 """
 
 import math

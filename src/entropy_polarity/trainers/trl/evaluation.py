@@ -49,7 +49,7 @@ class EvaluatedTokens:
             self._sums[name] += total
 
     def take(self, flows: bool) -> Metrics:
-        """The metrics of all that was added since the last call; none of a mean over nothing."""
+        """The metrics of all that was added since the last call; without tokens there are no means."""
         sums, self._sums = self._sums, defaultdict(float)
         tokens, broken = sums.pop("tokens", 0.0), sums.pop("nonfinite_tokens", 0.0)
         if tokens + broken == 0:

@@ -1,4 +1,5 @@
-"""Where TRL's private parts are checked, where its fused output head becomes ours, and what it loads is looked at."""
+"""Check TRL's private interfaces, replace its fused log-prob function by `StatisticsHead`, and verify the weights it
+loads."""
 
 import inspect
 import logging
@@ -22,9 +23,10 @@ from entropy_polarity.support.weights import load_whole
 logger = logging.getLogger("entropy_polarity")
 warn_once = cache(logger.warning)
 
-TESTED_TRL = ("1.16", "1.17")
+TESTED_TRL = (1, 16)
 
-
+# Every private method and function that is overridden, replaced or called, and the parameters that it is relied on to
+# have. Attributes that are read, such as `_step` and `_metrics`, are not checked.
 _SEAMS = {
     grpo_trainer: {
         "GRPOTrainer._compute_loss": {"model", "inputs"},
@@ -35,7 +37,18 @@ _SEAMS = {
         "GRPOTrainer._load_optimizer_and_scheduler": {"checkpoint"},
         "GRPOTrainer._load_rng_state": {"checkpoint"},
         "GRPOTrainer._get_output_dir": {"trial"},
+        "GRPOTrainer.get_gamma_weights": {
+            "advantages",
+            "log_ratio_per_token",
+            "mask",
+            "importance_sampling_ratio",
+            "k_pos",
+            "lambda_pos",
+            "k_neg",
+            "lambda_neg",
+        },
         "create_model_from_path": {"model_id", "kwargs"},
+        "disable_gradient_checkpointing": {"model", "gradient_checkpointing_kwargs"},
     },
     trl_utils: {
         "_ChunkedLogProbFunction.forward": {"hidden", "weight", "bias", "targets", "temperature", "outputs"},
@@ -54,17 +67,17 @@ def seams() -> dict[str, set[str]]:
 
 def check_trl() -> None:
     """Raise ImportError if the installed TRL is not one whose private seams were tested."""
-    low, high = TESTED_TRL
-    if Version(trl.__version__).release[:2] != Version(low).release[:2]:
+    tested, following = (f"{TESTED_TRL[0]}.{TESTED_TRL[1] + more}" for more in (0, 1))
+    if Version(trl.__version__).release[:2] != TESTED_TRL:
         raise ImportError(
-            f"entropy-polarity hooks private methods of TRL {low}, but TRL {trl.__version__} is installed: "
-            f"pip install 'trl>={low},<{high}'"
+            f"entropy-polarity hooks private methods of TRL {tested}, but TRL {trl.__version__} is installed: "
+            f"pip install 'trl>={tested},<{following}'"
         )
     for name, missing in seams().items():
         if missing:
             raise ImportError(
                 f"TRL {trl.__version__}: {name} has no parameter {', '.join(sorted(missing))}; this is not the "
-                f"TRL that entropy-polarity was tested with ({low})"
+                f"TRL that entropy-polarity was tested with ({tested})"
             )
 
 

@@ -12,7 +12,7 @@ from trl import GRPOConfig
 
 from entropy_polarity.maths import surviving_ratio
 from entropy_polarity.tokens import Tokens, mean
-from entropy_polarity.trainers.loss import to_set
+from entropy_polarity.trainers.loss import fixed_settings
 from entropy_polarity.trainers.trl.packing import at
 from entropy_polarity.transforms import LossOverrides
 
@@ -27,7 +27,7 @@ def fix_loss(config: GRPOConfig, method: str, loss: LossOverrides) -> None:
         "loss_type": "dapo" if loss.average == "token" else None,
     }
     defaults = {f.name: f.default for f in fields(GRPOConfig)}
-    for name, value in to_set(method, wanted, vars(config), defaults).items():
+    for name, value in fixed_settings(method, wanted, vars(config), defaults).items():
         setattr(config, name, value)
     if loss.clip_low is not None and config.loss_type not in CLIPPED_LOSSES:
         raise ValueError(
@@ -103,5 +103,6 @@ def averaged(trainer: Any, values: Float[Tensor, " N"], tokens: Tokens, inputs: 
         return mean(values) / accumulation
     if trainer.loss_type == "dr_grpo":
         return values.sum() / (rows * trainer.max_completion_length) / accumulation
-    windows = trainer.args.steps_per_generation / accumulation  # the rollout's tokens are met in so many windows
-    return values.sum() / (inputs["num_items_in_batch"].clamp(min=1) / trainer.accelerator.num_processes) * windows
+    # The number of optimiser steps over which the rollout is spread.
+    steps = trainer.args.steps_per_generation / accumulation
+    return values.sum() / (inputs["num_items_in_batch"].clamp(min=1) / trainer.accelerator.num_processes) * steps

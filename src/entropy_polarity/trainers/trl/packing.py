@@ -9,12 +9,10 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
-from entropy_polarity.tokens import Tokens, concatenate
+from entropy_polarity.tokens import PER_RESPONSE, Tokens, concatenate
 from entropy_polarity.trainers.loss import TERMS
 
-# Columns of Tokens with one value per response, in one order on every process.
-PER_RESPONSE = ("reward", "group", "sample_id")
-# Those that travel with TRL's batch through its shuffle and split, and how they are called there.
+# Columns of Tokens that travel with TRL's batch through its shuffle and split, and how they are called there.
 COLUMNS = {name: f"polarity_{name}" for name in PER_RESPONSE} | TERMS
 # Where a method dropped tokens from the loss: all that the policy wrote, (B, T).
 WRITTEN = "polarity_model_tokens"

@@ -40,6 +40,11 @@ class RunRecorder(TrainerCallback):
         trainer.add_callback(self)
         trainer.on_rollout = self.record_rollout
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A resumed run picks what an uninterrupted one would.
+        micro_steps = state.global_step * args.gradient_accumulation_steps
+        self._rollouts = micro_steps // self.trainer.micro_steps_per_rollout
+
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs):
         # The closing line has "train_runtime": it is about the whole run, and no row of a step.
         if logs and state.is_world_process_zero and "train_runtime" not in logs:
@@ -51,13 +56,15 @@ class RunRecorder(TrainerCallback):
             self.watch(row | {"update": (state.global_step - 1) % updates + 1, "updates": updates})
 
     def record_rollout(self, rollout: Rollout) -> None:
-        """A few completions, evenly spread over the batch and moving on each step, so that all prompts get a turn."""
+        """A few completions, evenly spread over the batch and moving on each rollout, so that each place of the batch
+        gets its turn."""
+        self._rollouts += 1
         step, responses = self.trainer.state.global_step + 1, len(rollout.inputs["completion_ids"])
         count = min(self.completions, responses)
         if count < 1:
             return
         stride = responses // count
-        picked = [number * stride + step % stride for number in range(count)]
+        picked = [number * stride + self._rollouts % stride for number in range(count)]
         judged = self.judged()
         rows = [
             {

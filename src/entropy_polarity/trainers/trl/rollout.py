@@ -26,9 +26,11 @@ class Rollout:
     rewards     (B,), NaN where nothing could judge
     statistics  of the pass that TRL makes for old log-probs while it generates, where it makes one and a method asks
     inputs      TRL's batch, with TRL's own advantages (B,); empty while it is generated
-    tokens      its N model tokens with TRL's own advantages and, from the end of the first pass over them on, the
-                statistics of the policy that sampled them
-    after       what the method made of them; those that it left, where it dropped some (`index`)
+    tokens      its N model tokens with TRL's own advantages and, from the end of the first pass over them on, their
+                statistics and w. Every token has been seen once. Where a rollout is split over several updates, later
+                micro-batches were seen by a policy already updated on earlier ones
+    after       what the method made of them, with the w of its advantages; those that it left, where it dropped some
+                (`index`)
     following   the method's state for the next rollout
     seen, made  the micro-batches of the first pass, before and after a method that decides there, until its end
     decision    (tokens, what the method made of them, its metrics) of all processes; held until it is measured, at the

@@ -32,7 +32,7 @@ def sequences_of(inputs: dict[str, Any], tokens: Tokens) -> Sequences:
     )
 
 
-def joined(parts: Iterable[Sequences]) -> Sequences:
+def concatenate_sequences(parts: Iterable[Sequences]) -> Sequences:
     """The rows of several micro-batches of one rollout, which TRL pads alike."""
     return Sequences(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 

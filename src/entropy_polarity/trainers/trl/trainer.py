@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with the advantages rewritten token by token. Nothing else differs.
+"""TRL's GRPOTrainer with the advantages rewritten token by token.
 
 One rollout, top to bottom: TRL generates and rewards it, its model tokens are packed, a method decides on their
 advantages, TRL's loss trains on them, the batch is measured and recorded. A method decides at one of three times:
@@ -8,15 +8,15 @@ advantages, TRL's loss trains on them, the batch is measured and recorded. A met
                   is that
     each token    in the loss itself, micro-batch by micro-batch, from the statistics of its forward pass
 
-Three seams of TRL are used, none of its logic is copied:
+The advantages enter TRL at three places, and none of its logic is copied:
 
-1. while we ask for it, TRL's fused output head is ours, which makes log-probs, entropy and sensitivity from one
-   product, the last in an unused output slot (`head.StatisticsHead`);
-2. `_compute_loss` works on a copy of the batch, so that TRL reads the advantages we put there;
-3. `_get_per_token_logps_and_entropies`, which TRL calls just before it reads them, is where the statistics of the
-   current forward pass appear. No second forward pass is made.
+1. `_generate_and_score_completions` returns TRL's batch with what was decided from rewards or the whole batch;
+2. `_compute_loss` works on a copy of that batch, so that nothing put into it is served again;
+3. `_get_per_token_logps_and_entropies`, which TRL calls just before it reads the advantages, puts those decided for
+   each token into that copy, from the statistics of the current forward pass. No second forward pass is made.
 
-All of them are private to TRL, hence the version check.
+The statistics are of our output head, which stands in for TRL's fused one while we ask for it (`head.StatisticsHead`).
+`head._SEAMS` lists everything private that is overridden, hence the version check.
 """
 
 import inspect
@@ -30,6 +30,7 @@ import torch
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
+from entropy_polarity.controllers import Metrics
 from entropy_polarity.methods import make_transform
 from entropy_polarity.policy import resolve_model
 from entropy_polarity.tokens import Tokens
@@ -125,7 +126,9 @@ class PolarityTrainer(CheckpointedTrainer):
             rollout.tokens = self._tokens(rollout.inputs)
         else:
             found, rollout.statistics = rollout.statistics, None
-            if found is None or found.logp is not batch.get("old_per_token_logps"):  # TRL made no such pass
+            # Where TRL needs no old log-probs, the pass that was seen is a reference model's: only the very tensor that
+            # TRL keeps as old log-probs is the policy's.
+            if found is None or found.logp is not batch.get("old_per_token_logps"):
                 found = self._statistics_of(batch)
             tokens = self._tokens(rollout.inputs, *found)
             every = self.transform.exact_every
@@ -149,8 +152,8 @@ class PolarityTrainer(CheckpointedTrainer):
     # ---- the loss, and decide in it what needs each token alone --------------------------------------------
 
     def _compute_loss(self, model, inputs):
-        # TRL serves the same dict again: never rewrite it in place. Of `model` its loss makes one use: it hands it to
-        # `_get_per_token_logps_and_entropies`, which knows by the MicroBatch that the pass is this one.
+        # TRL serves the same dict again: never rewrite it in place. TRL's loss only passes `model` on to
+        # `_get_per_token_logps_and_entropies`; a MicroBatch in its place tells that method which micro-batch it serves.
         micro_batch = MicroBatch(model, dict(inputs))
         loss = super()._compute_loss(micro_batch, micro_batch.inputs)
         if not self.model.training:
@@ -184,15 +187,15 @@ class PolarityTrainer(CheckpointedTrainer):
     def _loss_pass(self, micro_batch: MicroBatch, *args, **kwargs):
         """The forward pass of the loss, and the advantages that TRL reads right after it, but in an evaluation."""
         model, inputs = micro_batch.model, micro_batch.inputs
-        decided = self.transform.decides_from == "whole batch" and self.model.training
-        result, statistics = self._with_statistics(model, *args, sensitivity=not decided, **kwargs)
+        has_statistics = self.transform.decides_from == "whole batch" and self.model.training
+        result, statistics = self._with_statistics(model, *args, sensitivity=not has_statistics, **kwargs)
         tokens = self._tokens(inputs, *statistics)
         if not self.model.training:
             self._evaluated.add(tokens, lambda sums: self.accelerator.reduce(sums, "sum"))  # type: ignore[arg-type]
             return result
         # Later visits to the rollout see a policy that was updated on it.
         first = self._step % self.micro_steps_per_rollout < self.steps_per_generation
-        if first and not decided:
+        if first and not has_statistics:
             self.rollout.seen.append(tokens)
         if self.transform.local is not None:
             seen, tokens = tokens, self.transform.local(tokens, self.method_state)
@@ -239,20 +242,39 @@ class PolarityTrainer(CheckpointedTrainer):
 
     # ---- measure and record --------------------------------------------------------------------------------
 
-    def _measure(self, rollout: Rollout) -> None:
-        """After the first pass every token was seen with the statistics of the policy that sampled it."""
-        if self.transform.advance is not None:
-            rollout.tokens, rollout.after = in_order(rollout.seen), in_order(rollout.made)
+    def _first_pass(self, rollout: Rollout) -> tuple[Tokens, Tokens, Metrics]:
+        """(tokens, what the method made of them, its metrics) of all processes; `rollout` gets those of this one."""
+        decides_from = self.transform.decides_from
+        if decides_from == "each token":
+            assert self.transform.advance is not None
+            rollout.tokens = in_order(rollout.seen)
+            rollout.after = self._with_importance(in_order(rollout.made), rollout.inputs)
             before = gather_tokens(self.accelerator, rollout.tokens)
             after = replace(before, **gather_columns(self.accelerator, made_columns(rollout.after)))
             rollout.following, metrics = self.transform.advance(before, self.method_state)
-        else:
-            before, after, metrics = rollout.decision
-            del rollout.decision  # it is as large as the batches of all processes
-        if self.transform.decides_from == "rewards":
-            rollout.tokens = replace(in_order(rollout.seen), advantages=rollout.tokens.advantages)
+        elif decides_from == "rewards":
+            # The loss saw the rewritten advantages, and its w is theirs; for `before` TRL's own are put back.
+            seen, (_, after, metrics) = in_order(rollout.seen), rollout.decision
+            own = replace(seen, advantages=rollout.tokens.advantages)
+            rollout.tokens, rollout.after = self._with_importance(own, rollout.inputs), as_decided(seen, rollout.after)
             before = gather_tokens(self.accelerator, rollout.tokens)
             after = as_decided(before, after)
+            del rollout.decision  # it is as large as the batches of all processes
+        else:
+            before, after, metrics = rollout.decision
+            rollout.after = self._with_importance(rollout.after, rollout.inputs)
+            del rollout.decision
+        w = gather_columns(self.accelerator, {"importance": rollout.after.require("importance")})
+        return before, replace(after, **w), metrics
+
+    def _measure(self, rollout: Rollout) -> None:
+        """Measure a rollout after the first pass over it.
+
+        Every token has been seen once. Where a rollout is split over several updates, later micro-batches were seen by
+        a policy already updated on earlier ones: their ratios are not 1, and the clip looks at the sign of A. So
+        `before` has the w of TRL's own advantages, and `after` that of the rewritten ones.
+        """
+        before, after, metrics = self._first_pass(rollout)
         rollout.seen, rollout.made = [], []
         rollout.metrics = self.monitor.measure(before, after) | metrics
         for name, value in rollout.metrics.items():
@@ -273,4 +295,8 @@ class PolarityTrainer(CheckpointedTrainer):
         tokens = packed(inputs, logp=logp, old_logp=old_logp, entropy=entropy, sensitivity=sensitivity)
         if logp is None:
             return tokens
+        return self._with_importance(tokens, inputs)
+
+    def _with_importance(self, tokens: Tokens, inputs: dict[str, Any]) -> Tokens:
+        """The tokens with the w of the advantages that they have."""
         return replace(tokens, importance=importance(self, tokens, inputs.get("importance_sampling_ratio")))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from entropy_polarity.methods import chain_name, make_transform
-from entropy_polarity.trainers.loss import to_set
+from entropy_polarity.trainers.loss import fixed_settings
 from entropy_polarity.transforms import Transform
 
 if TYPE_CHECKING:
@@ -122,4 +122,4 @@ def _fix_loss(actor: "DictConfig", method: str, transform: Transform) -> None:
         "calculate_entropy": True if transform.entropy_gradient else None,
     }
     with open_dict(actor):
-        actor.update(to_set(method, wanted, actor, DEFAULTS))
+        actor.update(fixed_settings(method, wanted, actor, DEFAULTS))

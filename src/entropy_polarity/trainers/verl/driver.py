@@ -136,8 +136,8 @@ class Reweighting:
         before = packing.tokens(batch, statistics, keys)
         after, self.method_state, decided = self.transform.update(before, self.method_state)
         metrics = self.monitor.measure(before, after) | decided
-        # Not into verl's own advantages, which are its returns as well, but into the memory of what nothing is made of
-        # any more: for the system to clear as much anew takes as long as the method.
+        # verl's advantages tensor is also its returns, so the result goes into the memory of `old_log_probs`, which
+        # nothing reads any more; allocating anew costs as much as the method.
         advantages = packing.spread(after.advantages, after, others=batch["advantages"])
         batch["advantages"] = packing.padded(advantages, memory=batch.pop("old_log_probs"))
 

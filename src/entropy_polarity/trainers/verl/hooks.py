@@ -1,4 +1,4 @@
-"""What is hooked of verl, and how: the table HOOKS, and the two hooks that read it when a run starts.
+"""The table HOOKS of what is replaced in verl, the hooks that check or refuse a run, and how a hook is put in place.
 
 Each is put in place right after verl imports the module it is in, and only if that looks as it did when it was tested.
 """
@@ -49,8 +49,8 @@ def start_run(original, self, config, *arguments, **named):
     prepared = prepare(config)
     self._polarity = None
     if prepared is not None:
-        if (missing := missing_hook(config.actor_rollout_ref.actor.strategy)) is not None:
-            raise RuntimeError(f"{KEY}: {missing}")
+        if (reason := why_not_hooked(config.actor_rollout_ref.actor.strategy)) is not None:
+            raise RuntimeError(f"{KEY}: {reason}")
         self._polarity = method = driver.Reweighting(*prepared)
         logger.warning("entropy-polarity is on: method %s, settings %s", method.method, method.settings)
     return original(self, config, *arguments, **named)
@@ -116,7 +116,7 @@ def untested_version() -> str | None:
     )
 
 
-def missing_hook(strategy: str) -> str | None:
+def why_not_hooked(strategy: str) -> str | None:
     """Why a run with this engine would not be trained as it asks, as far as this process can tell; or None."""
     if (reason := untested_version()) is not None:
         return reason
