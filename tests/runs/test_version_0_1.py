@@ -86,7 +86,9 @@ def test_opefo_of_0_1_does_not_go_on_as_the_opefo_of_today(old):
 
 def test_a_recipe_and_a_plan_of_0_1_are_read(tmp_path):
     recipe, plan = tmp_path / "recipe.toml", tmp_path / "plan.toml"
-    recipe.write_text('seed = 3\n[method]\nname = "papo"\ncontroller = "trend"\n[trainer]\nmax_steps = 5\n', "utf-8")
+    recipe.write_text(
+        'seed = 3\n[method]\nname = "papo"\ncontroller = "trend"\n[trainer]\nmax_steps = 5\n', encoding="utf-8"
+    )
     assert load_recipe(str(recipe)).method == {"name": "papo", "controller": "trend"}
     plan.write_text(f'recipe = "{recipe}"\nseeds = [0]\n[methods.grpo]\nname = "grpo"\n', encoding="utf-8")
     assert load_plan(str(plan)).pairs() == [("grpo", 0)]

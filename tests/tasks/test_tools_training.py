@@ -11,7 +11,7 @@ from test_tasks_training import SHAPE, few_steps, policy, printable_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.chat_template_utils import llama3_chat_template, qwen3_chat_template
 
-from entropy_polarity.experiments import training
+from entropy_polarity.experiments import setup
 from entropy_polarity.experiments.setup import prompts_of, quiet_trainer, trainer_config
 from entropy_polarity.generation import Sampling
 from entropy_polarity.generation.sampling import TransformersGenerator
@@ -164,7 +164,7 @@ def test_a_conversation_ends_where_there_is_no_room_and_whatever_the_policy_call
 def test_a_run_with_a_tool_from_its_recipe(tmp_path, monkeypatch):
     tokenizer = qwen_like()
     model = scripted(tokenizer, with_tools)
-    monkeypatch.setattr(training, "load_policy", lambda path: (model, tokenizer))
+    monkeypatch.setattr(setup, "load_policy", lambda path: (model, tokenizer))
     folder = policy(tmp_path / "model", "llama", chat=True)
     task = f"{{name='math', data='{sums(tmp_path)}', tools=['calculator', 'python'], max_completion_tokens=400}}"
     summary = few_steps(folder, task, tmp_path / "run", "trainer.max_completion_length=400", "record.completions=4")
