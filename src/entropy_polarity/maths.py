@@ -130,7 +130,7 @@ def branch_flows(
                 "expected one value of each per token"
             )
         flow, count = torch.where(mask, flow, 0.0), mask.count_nonzero().clamp(min=1)
-    return flow.clamp(min=0).sum() / count, (-flow).clamp(min=0).sum() / count
+    return flow.clamp(min=0).sum() / count, flow.clamp(max=0).sum().abs() / count
 
 
 def predicted_entropy_change(

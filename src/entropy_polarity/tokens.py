@@ -155,11 +155,9 @@ class Tokens:
         return replace(self._map(lambda column: column[places], lambda column: column[rows]), response=number)
 
     def _map(self, of_tokens: Callable[[Tensor], Tensor], of_responses: Callable[[Tensor], Tensor]) -> "Tokens":
-        columns = {f.name: column for f in fields(self) if (column := getattr(self, f.name)) is not None}
-        return replace(
-            self,
-            **{name: (of_responses if name in PER_RESPONSE else of_tokens)(x) for name, x in columns.items()},
-        )
+        known = {f.name: column for f in fields(self) if (column := getattr(self, f.name)) is not None}
+        changed = {name: (of_responses if name in PER_RESPONSE else of_tokens)(x) for name, x in known.items()}
+        return replace(self, **changed)
 
 
 def concatenate(parts: list[Tokens]) -> Tokens:
@@ -168,9 +166,7 @@ def concatenate(parts: list[Tokens]) -> Tokens:
     `index` is kept as it is: it is that of the whole batch. Raises ValueError where only some parts have one.
     """
     if len({part.index is None for part in parts}) > 1:
-        raise ValueError(
-            "concatenate: some parts have an index and others have none; expected one in all of them or in none"
-        )
+        raise ValueError("concatenate: some parts have an index and others have none; expected all of them or none")
     begins, columns = [0], {}
     for part in parts:
         begins.append(begins[-1] + part.responses)

@@ -57,25 +57,11 @@ METHODS = {
         Method("nsr", "transforms.rewards", "arXiv 2506.01347"),
         Method("psr", "transforms.rewards", "arXiv 2506.01347"),
         Method("steer", "transforms.shaping", "arXiv 2510.10150"),
-        Method(
-            "opefo",
-            "transforms.weights",
-            "unresolved: arXiv 2605.11491, from third-party summaries, whose λ is not ours",
-        ),
+        Method("opefo", "transforms.weights", "unresolved: arXiv 2605.11491, third-party summaries; not their λ"),
         Method("opefo_polarity", "transforms.weights", "ours; the rule of arXiv 2605.11491 with P for its d"),
         Method("stare", "transforms.shaping", "arXiv 2606.19236"),
-        Method(
-            "entropic",
-            "transforms.shaping",
-            "arXiv 2511.15248, not checked against its code; the threshold is a guess",
-            {"probability": 0.5},
-        ),
-        Method(
-            "gepo",
-            "transforms.shaping",
-            "arXiv 2607.16850, from a third-party summary; width and rate are guesses",
-            {"width": 1.0, "rate": 0.1},
-        ),
+        Method("entropic", "transforms.shaping", "arXiv 2511.15248, unchecked; p is a guess", {"probability": 0.5}),
+        Method("gepo", "transforms.shaping", "arXiv 2607.16850, third-party; guesses", {"width": 1.0, "rate": 0.1}),
         Method("qae", "transforms.rewards", "arXiv 2509.22611, from third-party summaries"),
         Method(
             "papo",

@@ -1,5 +1,1 @@
-"""Pages and live views of a run. No torch here: a page is made from files.
-
-page         of a run           evaluation, comparison, audit   of these          html        what all pages share
-heatmap      of its rollouts    live, progress, lines, terminal   while it runs   tables/     their tables
-"""
+"""Pages and live views of a run, made from files without torch: page.py draws that of a run, html.py what all share."""

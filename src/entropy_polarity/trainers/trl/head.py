@@ -1,5 +1,4 @@
-"""Check TRL's private interfaces, replace its fused log-prob function by `StatisticsHead`, and verify the weights it
-loads."""
+"""Check TRL's private interfaces, replace its fused log-prob function, and verify the weights that it loads."""
 
 import inspect
 import logging
@@ -37,16 +36,7 @@ _SEAMS = {
         "GRPOTrainer._load_optimizer_and_scheduler": {"checkpoint"},
         "GRPOTrainer._load_rng_state": {"checkpoint"},
         "GRPOTrainer._get_output_dir": {"trial"},
-        "GRPOTrainer.get_gamma_weights": {
-            "advantages",
-            "log_ratio_per_token",
-            "mask",
-            "importance_sampling_ratio",
-            "k_pos",
-            "lambda_pos",
-            "k_neg",
-            "lambda_neg",
-        },
+        "GRPOTrainer.get_gamma_weights": {"log_ratio_per_token", "mask", "importance_sampling_ratio", "k_pos", "k_neg"},
         "create_model_from_path": {"model_id", "kwargs"},
         "disable_gradient_checkpointing": {"model", "gradient_checkpointing_kwargs"},
     },

@@ -52,19 +52,14 @@ def prepare(config: "DictConfig") -> tuple[str, dict[str, Any], Transform] | Non
     _refuse_what_cannot_work(config, name, transform)
     actor = config.actor_rollout_ref.actor
     _fix_loss(actor, name, transform)
-    if transform.several_updates and _updates(config) <= 1:
+    epochs = actor.get("ppo_epochs") or 1
+    if transform.several_updates and epochs * config.data.train_batch_size <= actor.ppo_mini_batch_size:
         logger.warning(
             "entropy-polarity: method %r does nothing with a single update on each rollout, where the importance ratio "
             "is 1: use a smaller actor.ppo_mini_batch_size or more actor.ppo_epochs",
             name,
         )
     return name, settings, transform
-
-
-def _updates(config: "DictConfig") -> float:
-    """On each rollout, as far as the configuration says."""
-    actor = config.actor_rollout_ref.actor
-    return (actor.get("ppo_epochs") or 1) * config.data.train_batch_size / actor.ppo_mini_batch_size
 
 
 def _refuse_what_cannot_work(config: "DictConfig", method: str, transform: Transform) -> None:

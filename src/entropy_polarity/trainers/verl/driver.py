@@ -15,7 +15,7 @@ from torch import Tensor
 
 from entropy_polarity.controllers import Metrics, State
 from entropy_polarity.runs.method_state import load_state, save_state
-from entropy_polarity.support.machine import idle_cores
+from entropy_polarity.support.machine import idle_cores, kept_memory
 from entropy_polarity.trainers.loss import TERMS
 from entropy_polarity.trainers.verl.config import KEY
 from entropy_polarity.trainers.verl.packing import Packing
@@ -116,7 +116,7 @@ class Reweighting:
 
         names = [ENTROPY, SENSITIVITY]
         statistics = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
-        with idle_cores():
+        with idle_cores(), kept_memory():
             columns, measured = self.rewritten(data.batch, statistics, batch.keys, batch.tags)
         metrics.update(measured)
         self.masks = {name: columns.pop(name) for name in ("response_mask", "loss_mask") if name in columns}
