@@ -115,8 +115,8 @@ class Reweighting:
         import transfer_queue as tq
 
         names = [ENTROPY, SENSITIVITY]
-        statistics = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
         with idle_cores(), kept_memory():
+            statistics = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
             columns, measured = self.rewritten(data.batch, statistics, batch.keys, batch.tags)
         metrics.update(measured)
         self.masks = {name: columns.pop(name) for name in ("response_mask", "loss_mask") if name in columns}
