@@ -109,11 +109,11 @@ def test_a_chain_of_dapo_and_papo_by_hand():
 
 def test_index_is_that_of_the_batch_after_two_methods_that_drop():
     batch = literal(**DROPPED)
-    both = chain(method("dapo"), method("psr"))
+    both = chain(method("psr"), method("dapo"))
     result, _, _ = run(both, batch)
     assert result.index.tolist() == [2, 3]
     assert batch.advantages[result.index].equal(result.advantages)
-    assert run(chain(method("dapo"), method("nsr")), batch)[0].index.tolist() == [5]
+    assert run(chain(method("nsr"), method("dapo")), batch)[0].index.tolist() == [5]
 
 
 def test_a_chain_takes_the_needs_and_the_loss_of_all():
@@ -125,7 +125,7 @@ def test_a_chain_takes_the_needs_and_the_loss_of_all():
     assert both.decides_from == "whole batch"
     assert chain(method("psr"), method("kl_cov")).several_updates
     assert not chain(method("psr"), method("kl_cov")).entropy_gradient
-    assert chain(method("dapo"), method("psr")).decides_from == "rewards"
+    assert chain(method("psr"), method("dapo")).decides_from == "rewards"
     assert chain(method("entropy_bonus", coefficient=0.1), method("papo")).decides_from == "each token"
 
 
