@@ -199,12 +199,12 @@ def test_one_rollout_of_unknown_entropy_does_not_end_the_control(law, entropies)
 @pytest.mark.parametrize(
     ("build", "told"),
     [
-        (lambda: constant(1.0), r"lambda_ is 1.0; expected at most 0.999: no branch may be silenced"),
+        (lambda: constant(1.0), r"lambda_ is 1.0; expected a value from -0.999 to 0.999: no branch may be silenced"),
         (lambda: constant(-1.0), "lambda_ is -1.0"),
         (lambda: constant(nan), "lambda_ is nan"),
         (lambda: trend(gain=-1), "gain is -1; expected at least 0"),
         (lambda: trend(gain=nan), "gain is nan"),
-        (lambda: trend(lambda_max=1), "lambda_max is 1; expected at most 0.999: no branch may be silenced"),
+        (lambda: trend(lambda_max=1), "lambda_max is 1; expected a value from 0 to 0.999: no branch may be silenced"),
         (lambda: trend(lambda_max=-0.1), "lambda_max is -0.1"),
         (lambda: trend(lambda_max=nan), "lambda_max is nan"),
         (lambda: trend(fast=0.5), "fast is 0.5; expected at least 1"),

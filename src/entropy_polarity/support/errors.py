@@ -40,7 +40,7 @@ def check_settings(owner: str, build: Callable[..., Any], settings: Mapping[str,
             raise ValueError(f"setting {name!r} of {owner} is {value!r}; expected a finite number")
 
 
-def check_range(owner: str, name: str, value: float, low: float = 0.0, high: float = math.inf) -> None:
+def check_range(owner: str, name: str, value: float, low: float = 0.0, high: float = math.inf, why: str = "") -> None:
     """Raise ValueError unless low <= value <= high; NaN is outside every range.
 
     >>> check_range("clip_cov", "fraction", 1.5, 0, 1)
@@ -50,7 +50,7 @@ def check_range(owner: str, name: str, value: float, low: float = 0.0, high: flo
     """
     if not low <= value <= high:
         wanted = f"a value from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
-        raise ValueError(f"{owner}: {name} is {value}; expected {wanted}")
+        raise ValueError(f"{owner}: {name} is {value}; expected {wanted}{why}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
